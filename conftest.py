@@ -1,0 +1,119 @@
+"""Fixtures: one set of real servers a session, a database, a queue and an API of its own for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed import Api, MongoServer, Provider, RedisServer, Server, ServerUnavailable, WorkerProcess
+
+# Settings of whoever runs the tests must not reach the workers that they start.
+FOREIGN_SETTINGS = ("OPENAI_", "TEXT_", "IMAGE_", "AUDIO_", "CELERY_", "MONGODB_", "REDIS_", "AWS_ACCESS", "S3_")
+
+
+def start(server: Server) -> Iterator[Server]:
+    """Starts a real server. One that can't be had fails in CI and skips elsewhere, saying how to get it."""
+    try:
+        server.start()
+    except ServerUnavailable as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> None:
+    for name in list(os.environ):
+        if name.startswith(FOREIGN_SETTINGS):
+            del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def mongo_server() -> Iterator[MongoServer]:
+    if url := os.environ.get("TEST_MONGODB_URL"):
+        yield ExternalServer(url)  # type: ignore[misc]
+    else:
+        yield from start(MongoServer(replica_set=True))  # type: ignore[misc]
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    if url := os.environ.get("TEST_REDIS_URL"):
+        yield ExternalServer(url)  # type: ignore[misc]
+    else:
+        yield from start(RedisServer())  # type: ignore[misc]
+
+
+class ExternalServer:
+    """A server that was running already: only its address is known."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+
+@pytest.fixture(scope="session")
+def running_provider() -> Iterator[Provider]:
+    with Provider() as provider:
+        yield provider
+
+
+@pytest.fixture
+def provider(running_provider: Provider) -> Provider:
+    running_provider.clear()
+    return running_provider
+
+
+@pytest.fixture
+def environment(
+    mongo_server: MongoServer, redis_server: RedisServer, provider: Provider, request: pytest.FixtureRequest
+) -> dict[str, str]:
+    """The environment of a worker that works in this test's own database and queue, with short waits."""
+    name = f"t{abs(hash(request.node.nodeid)) % 10**10}"
+    return {
+        "MONGODB_URL": mongo_server.url,
+        "DATABASE_NAME": f"test_{name}",
+        "REDIS_URL": redis_server.url,
+        "CELERY_QUEUE_NAME": f"queue_{name}",
+        "OPENAI_BASE_URL": provider.url,
+        "OPENAI_API_KEY": "sk-test-planted-key",
+        "AUDIO_FORMAT": "wav",
+        "RETRY_DELAYS": "0.5,0.5,0.5",
+        "LEASE_SECONDS": "6",
+        "SWEEP_INTERVAL": "1",
+    }
+
+
+@pytest.fixture
+def api(environment: dict[str, str]) -> Iterator[Api]:
+    api = Api(
+        environment["MONGODB_URL"],
+        environment["REDIS_URL"],
+        environment["DATABASE_NAME"],
+        environment["CELERY_QUEUE_NAME"],
+    )
+    yield api
+    api.mongo.drop_database(api.database.name)
+    api.close()
+
+
+StartWorker = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start_worker(environment: dict[str, str], tmp_path: Path) -> Iterator[StartWorker]:
+    """Starts worker processes, ready to take jobs; keyword arguments are settings. Each is killed at the end."""
+    started: list[WorkerProcess] = []
+
+    def start_one(*, command: list[str] | None = None, ready: bool = True, **settings: str) -> WorkerProcess:
+        worker = WorkerProcess({**environment, **settings}, tmp_path / f"worker-{len(started)}.log", command)
+        started.append(worker)
+        return worker.wait_ready() if ready else worker
+
+    yield start_one
+    for worker in started:
+        worker.kill()

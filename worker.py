@@ -1,0 +1,2794 @@
+"""AI Backend Worker: takes generation jobs from a Celery queue and makes each one end, exactly once.
+
+A message names a job document in MongoDB. The worker claims the document (a lease with a fencing token),
+generates text, a picture or sound through an OpenAI-compatible server, and ends the attempt with one fenced write.
+Whatever dies on the way, the lease runs out and a sweeper hands the job to the next worker.
+
+    message -> claim -> handler -> Result -> settle: artifact, then complete | fail | release -> notify -> ack
+
+The sections, in the order in which they depend on each other:
+
+    vocabulary, settings, Celery app, job store, notifier, artifacts, provider, handlers, recovery, task, command line
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import importlib
+import io
+import ipaddress
+import json
+import logging
+import math
+import mimetypes
+import mmap
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from enum import Enum, StrEnum
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+
+import click
+import gridfs
+import pymongo
+import redis
+from bson import ObjectId
+from celery import Celery, Task, signals
+from celery.exceptions import Ignore, Reject
+from celery.worker.request import Request
+from kombu.exceptions import OperationalError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pymongo.errors import (
+    DocumentTooLarge,
+    OperationFailure,
+    PyMongoError,
+    WriteError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import ReadPreference
+from pymongo.write_concern import WriteConcern
+
+if TYPE_CHECKING:
+    import httpx2
+    from fsspec import AbstractFileSystem
+    from openai import AsyncOpenAI
+    from pymongo.collection import Collection
+    from pymongo.database import Database
+    from rich.console import Console
+
+__version__ = "1.0.0"
+
+logger = logging.getLogger("worker")
+
+# ── vocabulary ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+Document = dict[str, Any]
+
+
+class Status(StrEnum):
+    """The four statuses of a job document (contract, section 2); a fifth would break the API."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+TERMINAL_STATUSES = frozenset({Status.COMPLETED, Status.FAILED})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long an attempt may take: our own deadline (soft) and Celery's kill (hard), in seconds."""
+
+    soft_s: float
+    hard_s: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One claimed job, as its document says: the message is only a hint."""
+
+    id: ObjectId
+    job_type: str
+    user_id: str
+    session_id: str | None
+    input_data: Any
+    owner: str
+    attempt: int
+    limits: Limits
+    first_started_at: datetime
+
+    def __str__(self) -> str:
+        return f"job={self.id} attempt={self.attempt} type={self.job_type!r}"
+
+
+@dataclass(frozen=True)
+class Media:
+    """A generated file: its bytes, and the field of `output_data` that takes its URL."""
+
+    data: bytes = field(repr=False)
+    suffix: str
+    url_field: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a handler made: the fields of `output_data`, and the file where there is one."""
+
+    output: Document
+    media: Media | None = None
+
+
+class JobError(Exception):
+    """Why an attempt ended without a result; the subclass says what happens next.
+
+    `sentence` is for the person who waits, `detail` for the log. Neither holds a key or a prompt.
+    """
+
+    default_sentence = "Something went wrong while generating. Please try again."
+
+    def __init__(self, detail: str = "", sentence: str = "") -> None:
+        self.sentence = sentence or self.default_sentence
+        self.detail = detail or self.sentence
+        super().__init__(self.detail)
+
+
+class RetryJob(JobError):
+    """Try again after a wait: the provider is busy, away, or broke off."""
+
+    default_sentence = "The provider is busy"
+
+    def __init__(self, detail: str = "", sentence: str = "", after_s: float | None = None) -> None:
+        super().__init__(detail, sentence)
+        self.after_s = after_s
+
+
+class FailJob(JobError):
+    """Trying again would not help, or the tries are used up: the job has failed."""
+
+
+class HandBack(JobError):
+    """This worker is shutting down: another one takes the job, and the attempt doesn't count."""
+
+    default_sentence = "The worker is restarting; your job goes on in a moment."
+
+
+class DropJob(JobError):
+    """The job is no longer ours (cancelled, or taken by another worker): write nothing, tell nobody."""
+
+
+class LeaveJob(DropJob):
+    """Nobody knows whether the last write happened: touch nothing, the lease runs out."""
+
+
+class StoreUnavailable(Exception):
+    """MongoDB or the artifact store can't be reached, or the outcome of a write is unknown: wait, then look again."""
+
+
+class JobFailed(Exception):
+    """Ends the Celery task in FAILURE; its text is the sentence that the person reads."""
+
+
+class Clock:
+    """The database's time, so that the clocks of hosts don't matter: its last answer plus a monotonic interval."""
+
+    def __init__(self) -> None:
+        self.synchronise(datetime.now(UTC))
+
+    def synchronise(self, server_time: datetime) -> None:
+        self._pair = (server_time, time.monotonic())
+
+    def now(self) -> datetime:
+        """Aware UTC, in whole milliseconds as BSON keeps them."""
+        server_time, at = self._pair
+        now = server_time + timedelta(seconds=time.monotonic() - at)
+        return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ProviderKind = Literal["text", "image", "audio"]
+CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+PROVIDER_KINDS: tuple[ProviderKind, ...] = ("text", "image", "audio")
+EXIT_BAD_SETTINGS = 2
+IMAGE_SIZE = r"[1-9]\d{1,3}x[1-9]\d{1,3}"
+
+
+def is_positive_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def redact_url(url: str) -> str:
+    """The URL without user, password and query. Greedy, so that a password with an unescaped `@` is gone too."""
+    return re.sub(r"://.*@", "://***@", url).split("?")[0]
+
+
+@dataclass(frozen=True)
+class ProviderSettings:
+    """Where one kind of generation goes. An empty `base_url` means OpenAI itself, or offline without a key."""
+
+    base_url: str
+    api_key: str = field(repr=False)
+    model: str
+    allowed_models: tuple[str, ...]
+
+    @property
+    def is_offline(self) -> bool:
+        return not self.base_url and not self.api_key
+
+    @property
+    def label(self) -> str:
+        if self.is_offline:
+            return "offline stand-in"
+        return f"{self.model} at {redact_url(self.base_url) or 'https://api.openai.com/v1'}"
+
+
+class Settings(BaseSettings):
+    """Every setting, from the environment, else from `.env`. Names are the variables' in lower case.
+
+    The first seven are the contract's (section 4); all others have defaults that do. Unknown variables are ignored.
+    """
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_ignore_empty=True, extra="ignore", validate_default=True, hide_input_in_errors=True
+    )
+
+    mongodb_url: SecretStr = Field(
+        SecretStr("mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"),
+        description="MongoDB, shared with the API",
+    )
+    database_name: str = Field("ai_backend", pattern=r'^[^/\\. "$]{1,63}$', description="database of the jobs")
+    redis_url: SecretStr = Field(SecretStr("redis://redis:6379/0"), description="Redis: queue, results, notifications")
+    celery_queue_name: str = Field("ai_jobs", min_length=1, description="queue to take jobs from")
+    celery_soft_time_limit: float = Field(90, gt=0, allow_inf_nan=False, description="seconds a job may take")
+    celery_time_limit: float = Field(
+        120, gt=0, allow_inf_nan=False, description="seconds after which a hung process is killed"
+    )
+    debug: bool = Field(False, description="log more of the worker's own doing (never prompts or keys)")
+
+    celery_broker_url: SecretStr = Field(SecretStr(""), description="another broker than REDIS_URL")
+    celery_result_backend: SecretStr = Field(SecretStr(""), description="another result backend than REDIS_URL")
+    celery_send_events: bool = Field(True, description="send the task events that the API and Flower read")
+    worker_pool: Literal["", "prefork", "threads", "solo"] = Field(
+        "", description="Celery pool; empty: prefork where fork works"
+    )
+    worker_concurrency: int = Field(1, ge=1, le=10_000, description="jobs at a time in this worker")
+    shutdown_grace: float = Field(5, ge=0, description="seconds a running job may go on after SIGTERM")
+    handler_modules: CommaSeparated = Field((), description="modules with job types of your own, comma-separated")
+
+    lease_seconds: float = Field(30, ge=2, le=600, description="a silent worker loses its jobs after this")
+    sweep_interval: float = Field(10, ge=0.2, le=600, description="seconds between looks for lost jobs")
+    orphan_after: float = Field(
+        0, ge=0, description="age in seconds of an older worker's job to take over; 0: time limit + 60"
+    )
+    job_deadline: float = Field(600, gt=0, description="seconds from the first start in which a job must end")
+    retry_delays: Annotated[tuple[float, ...], NoDecode] = Field(
+        (5, 15, 45), description="waits in seconds before each retry; their number is the number of retries"
+    )
+    retry_after_max: float = Field(120, ge=0, description="longest wait in seconds that a provider may ask for")
+
+    openai_api_key: SecretStr = Field(SecretStr(""), description="key for the provider")
+    openai_base_url: str = Field("", description="any OpenAI-compatible server; empty: OpenAI (with a key)")
+    text_base_url: str = Field("", description="another server for text")
+    text_api_key: SecretStr = Field(SecretStr(""), description="its key")
+    text_model: str = Field("gpt-4o-mini", min_length=1, description="model for text")
+    text_models: CommaSeparated = Field((), description="more text models that a job may ask for")
+    text_max_tokens: int = Field(4096, ge=1, description="most tokens a job may ask for")
+    image_base_url: str = Field("", description="another server for pictures")
+    image_api_key: SecretStr = Field(SecretStr(""), description="its key")
+    image_model: str = Field("gpt-image-1", min_length=1, description="model for pictures")
+    image_models: CommaSeparated = Field((), description="more picture models that a job may ask for")
+    image_sizes: CommaSeparated = Field(
+        (), description="sizes the picture model knows; the nearest is used (set by itself for gpt-image)"
+    )
+    audio_base_url: str = Field("", description="another server for sound")
+    audio_api_key: SecretStr = Field(SecretStr(""), description="its key")
+    audio_model: str = Field("gpt-4o-mini-tts", min_length=1, description="model for sound")
+    audio_models: CommaSeparated = Field((), description="more sound models that a job may ask for")
+    audio_voice: str = Field("alloy", min_length=1, description='voice for jobs that ask for none or "default"')
+    audio_format: Literal["mp3", "wav", "opus", "flac"] = Field(
+        "mp3", description="sound format unless a job asks for another"
+    )
+    max_answer_bytes: int = Field(32 * 2**20, ge=1024, description="largest answer of a provider")
+
+    artifact_url: str = Field("gridfs", description="where files go: gridfs, data:, file:///folder, s3://bucket/folder")
+    artifact_base_url: str = Field("/artifacts", description="public address in front of a file's name")
+    artifact_retention_days: float = Field(0, ge=0, description="delete files after days; 0: keep")
+    aws_access_key_id: SecretStr = Field(SecretStr(""), description="S3 key, for ARTIFACT_URL=s3://")
+    aws_secret_access_key: SecretStr = Field(SecretStr(""), description="S3 secret")
+    s3_bucket_name: str = Field("", description="bucket where ARTIFACT_URL is s3:// alone")
+    s3_region: str = Field("", description="S3 region")
+    s3_endpoint_url: str = Field("", description="S3-compatible server; empty: AWS")
+
+    @field_validator(
+        "handler_modules", "retry_delays", "text_models", "image_models", "image_sizes", "audio_models", mode="before"
+    )
+    @classmethod
+    def split_commas(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("retry_delays")
+    @classmethod
+    def check_delays(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= delay_s <= 3600 for delay_s in value):
+            raise ValueError("should be seconds from 0 to 3600, comma-separated, like 5,15,45")
+        return value
+
+    @field_validator("celery_time_limit")
+    @classmethod
+    def check_limits(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("celery_soft_time_limit", 0):
+            raise ValueError("should be greater than CELERY_SOFT_TIME_LIMIT")
+        return value
+
+    @field_validator("mongodb_url")
+    @classmethod
+    def check_mongodb_url(cls, value: SecretStr) -> SecretStr:
+        url = value.get_secret_value()
+        with contextlib.suppress(PyMongoError, ValueError):
+            if url.startswith("mongodb+srv://") or pymongo.uri_parser.parse_uri(url, validate=True):
+                return value
+        raise ValueError("should look like mongodb://user:password@host:27017/database (escape @ : / in a password)")
+
+    @field_validator("redis_url", "celery_result_backend")
+    @classmethod
+    def check_redis_url(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        url = value.get_secret_value()
+        if not url and info.field_name != "redis_url":
+            return value
+        with contextlib.suppress(ValueError):
+            redis.ConnectionPool.from_url(url)
+            return value
+        raise ValueError("should look like redis://:password@host:6379/0 (or rediss://, unix://)")
+
+    @field_validator("celery_broker_url")
+    @classmethod
+    def check_broker_url(cls, value: SecretStr) -> SecretStr:
+        if value.get_secret_value() and not re.match(
+            r"(redis|rediss|sentinel|amqp|amqps)://", value.get_secret_value()
+        ):
+            raise ValueError("should start with redis://, rediss://, sentinel://, amqp:// or amqps://")
+        return value
+
+    @field_validator("openai_base_url", "text_base_url", "image_base_url", "audio_base_url", "s3_endpoint_url")
+    @classmethod
+    def check_http_url(cls, value: str) -> str:
+        if value and not re.match(r"https?://[^/\s]+", value):
+            raise ValueError("should look like http://host:port/v1")
+        return value.rstrip("/")
+
+    @field_validator("image_sizes")
+    @classmethod
+    def check_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(IMAGE_SIZE, size) for size in value):
+            raise ValueError("should be sizes, comma-separated, like 1024x1024,1536x1024")
+        return value
+
+    @field_validator("artifact_url")
+    @classmethod
+    def check_artifact_url(cls, value: str) -> str:
+        if value not in ("gridfs", "data:") and not re.match(r"[a-z][a-z0-9+.-]*://", value):
+            raise ValueError("should be gridfs, data:, or a URL like file:///folder or s3://bucket/folder")
+        return value
+
+    @field_validator("s3_bucket_name")
+    @classmethod
+    def check_bucket(cls, value: str, info: ValidationInfo) -> str:
+        if info.data.get("artifact_url") == "s3://" and not value:
+            raise ValueError("is needed, since ARTIFACT_URL names no bucket")
+        return value
+
+    @property
+    def broker_url(self) -> str:
+        return self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value()
+
+    @property
+    def result_backend(self) -> str:
+        return self.celery_result_backend.get_secret_value() or self.redis_url.get_secret_value()
+
+    @property
+    def pool(self) -> str:
+        return self.worker_pool or ("prefork" if hasattr(os, "fork") and sys.platform != "darwin" else "threads")
+
+    @property
+    def most_attempts(self) -> int:
+        return 1 + len(self.retry_delays)
+
+    def provider(self, kind: ProviderKind) -> ProviderSettings:
+        """URL, key and model of one kind. A server of its own never gets the key of another one."""
+        own_url, own_key = getattr(self, f"{kind}_base_url"), getattr(self, f"{kind}_api_key").get_secret_value()
+        shared_key = "" if own_url else self.openai_api_key.get_secret_value()
+        return ProviderSettings(
+            base_url=own_url or self.openai_base_url,
+            api_key=own_key or shared_key,
+            model=getattr(self, f"{kind}_model"),
+            allowed_models=getattr(self, f"{kind}_models"),
+        )
+
+    def limits(self, timelimit: object = None) -> Limits:
+        """The limits of a message (`[hard, soft]`, either may be null) where they make sense, else the worker's own."""
+        asked: list[Any] = (
+            list(timelimit) if isinstance(timelimit, (list, tuple)) and len(timelimit) == 2 else [None, None]
+        )
+        hard_s, soft_s = (float(x) if is_positive_number(x) else None for x in asked)
+        margin_s = self.celery_time_limit - self.celery_soft_time_limit
+        if hard_s is None:
+            hard_s = self.celery_time_limit if soft_s is None else max(self.celery_time_limit, soft_s + margin_s)
+        soft_s = min(self.celery_soft_time_limit if soft_s is None else soft_s, hard_s * 0.9)
+        return Limits(soft_s, hard_s)
+
+
+def settings_faults(error: ValidationError) -> list[str]:
+    """A line for each fault: the variable, its value where it is no secret, and what would be right."""
+    lines = []
+    for fault in error.errors():
+        name = str(fault["loc"][0])
+        text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        kind = Settings.model_fields[name].annotation
+        shown = "(hidden)" if kind is SecretStr else repr(redact_url(str(fault["input"])))
+        default = Settings.model_fields[name].get_default()
+        hint = "" if kind is SecretStr or default in ("", ()) else f" (default: {default})"
+        lines.append(f"  {name.upper()} = {shown}: {text}{hint}")
+    return lines
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """The settings, or every fault on stderr and exit code 2, without a stack trace."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = settings_faults(error)
+        print("The worker can't start, because of its settings:", *lines, sep="\n", file=sys.stderr)
+        print("Mend them in the environment or in .env; README.md has a table of all.", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_SETTINGS) from None
+
+
+current_settings = cache(load_settings)
+
+# ── Celery app ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+TASK_NAME = "src.infrastructure.queue.tasks.process_job"
+NODE = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # minted before the fork, so that siblings know each other
+SOCKET_OPTIONS = {
+    "socket_connect_timeout": 5,
+    "socket_timeout": 30,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+}
+CHATTY_LOGGERS = (
+    "celery",
+    "kombu",
+    "amqp",
+    "pymongo",
+    "openai",
+    "asyncio",
+    "s3fs",
+    "fsspec",
+    "botocore",
+    "urllib3",
+    "PIL",
+)
+URL_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2")  # their lines hold whole URLs
+
+
+def celery_configuration(settings: Settings) -> Document:
+    """Celery's settings: JSON only, acknowledged late, one job in hand per slot, reconnecting for ever."""
+    redis_options = SOCKET_OPTIONS if settings.broker_url.startswith("redis") else {}
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": settings.result_backend,
+        "task_default_queue": settings.celery_queue_name,
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "timezone": "UTC",
+        "enable_utc": True,
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_track_started": True,
+        "worker_send_task_events": settings.celery_send_events,
+        "worker_prefetch_multiplier": 1,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,  # with a Redis result backend it loses the job
+        "task_time_limit": settings.celery_time_limit,  # no task_soft_time_limit: ours is asyncio.timeout
+        "result_expires": 86_400,
+        "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}},
+        "redis_socket_connect_timeout": 5,
+        "redis_socket_timeout": 30,
+        "redis_socket_keepalive": True,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        # Long, since a job beyond it would run twice at a time; the lease's sweeper is what rescues.
+        "broker_transport_options": {"visibility_timeout": max(3600, 2 * settings.celery_time_limit), **redis_options},
+        "worker_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
+        "worker_task_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
+    }
+
+
+app = Celery("ai_backend_worker")
+app.add_defaults(lambda: celery_configuration(current_settings()))
+
+
+@signals.after_setup_logger.connect
+def quieten_libraries(**_: Any) -> None:
+    """At DEBUG other libraries log bodies, arguments and URLs: no prompt or key may reach a log by them."""
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in URL_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logger.setLevel(logging.DEBUG if current_settings().debug else logging.INFO)
+
+
+# ── job store ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MONGODB_TIMEOUT_MS = 10_000
+RESCUE_FIRST_S, RESCUE_LONGEST_S = 30.0, 600.0
+STALE_BATCH = 100
+PATH_NOT_VIABLE = 28  # MongoDB's code for a sub-document that is something else
+
+
+class MissKind(Enum):
+    """Why a claim got nothing; the document was read once to tell."""
+
+    UNKNOWN = "no such document"
+    TERMINAL = "has ended already"
+    HELD = "is held by a live lease"
+    WAITING = "waits for its next try"
+    EXHAUSTED = "has used up its attempts or its time"
+
+
+@dataclass(frozen=True)
+class Miss:
+    kind: MissKind
+    document: Document = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def unknown_when_unreachable() -> Iterator[None]:
+    """Whatever MongoDB doesn't answer, or refuses, leaves the outcome unknown. What it can't hold fails the job.
+
+    Raises:
+        StoreUnavailable: not reached, timed out, not confirmed by a majority, or not allowed.
+        FailJob: the document would be too large or isn't one.
+    """
+    try:
+        yield
+    except (DocumentTooLarge, OverflowError) as error:
+        raise FailJob(f"MongoDB can't hold the result: {type(error).__name__}", "The result is too large.") from error
+    except WriteError as error:
+        if error.code != PATH_NOT_VIABLE:
+            raise StoreUnavailable(f"{type(error).__name__} {error.code}") from error
+        raise FailJob("the document's `worker` field is no sub-document") from error
+    except PyMongoError as error:
+        code = f" {error.code}" if isinstance(error, OperationFailure) else ""
+        raise StoreUnavailable(type(error).__name__ + code) from error
+
+
+class JobStore:
+    """The jobs in MongoDB: a method per transition, each one atomic operation, guarded by status and owner.
+
+    All but the constructor raise StoreUnavailable.
+    """
+
+    def __init__(self, database: Database[Document], node: str, clock: Clock, settings: Settings) -> None:
+        self._database = database
+        self._node = node
+        self._settings = settings
+        self.clock = clock
+        # Whatever the URL says: a write that a new primary could roll back is none.
+        self._jobs: Collection[Document] = database.get_collection(
+            "jobs",
+            read_preference=ReadPreference.PRIMARY,
+            write_concern=WriteConcern("majority", j=True),
+            read_concern=ReadConcern("majority"),
+        )
+
+    def synchronise_clock(self) -> None:
+        with unknown_when_unreachable():
+            with contextlib.suppress(NotImplementedError):  # mongomock has no `hello`: the host's clock serves
+                self.clock.synchronise(self._database.command("hello")["localTime"].replace(tzinfo=UTC))
+
+    def ensure_indexes(self) -> None:
+        with unknown_when_unreachable():
+            self._jobs.create_index([("status", 1), ("created_at", 1)], name="worker_status")
+            self._jobs.create_index([("worker.unnotified", 1)], name="worker_unnotified", sparse=True)
+
+    def read(self, job_id: ObjectId) -> Document | None:
+        with unknown_when_unreachable():
+            return self._jobs.find_one({"_id": job_id})
+
+    def claim(self, job_id: ObjectId, owner: str, limits: Limits, *, bounded: bool = True) -> Job | Miss:
+        """Takes a job that is pending, or released and due. Never an expired lease: those the sweeper releases first.
+
+        Call it with the same `owner` until it answers: a claim whose reply was lost is then recognised.
+        `bounded=False` ignores attempts and deadline, for a result that is already there.
+        """
+        now = self.clock.now()
+        bounds = self._bounds(now, limits) if bounded else {}
+        lease = {
+            "status": Status.PROCESSING,
+            "updated_at": now,
+            "worker.owner": owner,
+            "worker.node": self._node,
+            "worker.pid": os.getpid(),
+            "worker.lease_until": now + timedelta(seconds=self._settings.lease_seconds),
+            "worker.deadline": now + timedelta(seconds=limits.hard_s),
+            "worker.limits": [limits.hard_s, limits.soft_s],
+        }
+        pending = {"_id": job_id, "status": Status.PENDING, **bounds}
+        released = {"_id": job_id, "status": Status.PROCESSING, "worker.owner": None, **bounds}
+        first = {"$inc": {"worker.attempt": 1}, "$min": {"worker.first_started_at": now}}
+        with unknown_when_unreachable():
+            document = self._jobs.find_one_and_update(
+                pending, {"$set": {**lease, "started_at": now}, **first}, return_document=True
+            ) or self._jobs.find_one_and_update(
+                {**released, "worker.available_at": {"$lte": now}}, {"$set": lease, **first}, return_document=True
+            )
+        return self._job(document) if document else self._judge_miss(job_id, owner, now)
+
+    def _bounds(self, now: datetime, limits: Limits) -> Document:
+        oldest_start = now - timedelta(seconds=max(self._settings.job_deadline, limits.hard_s))
+        return {
+            "worker.attempt": {"$not": {"$gte": self._settings.most_attempts}},
+            "worker.first_started_at": {"$not": {"$lte": oldest_start}},
+        }
+
+    def _judge_miss(self, job_id: ObjectId, owner: str, now: datetime) -> Job | Miss:
+        document = self.read(job_id)
+        if document is None:
+            return Miss(MissKind.UNKNOWN)
+        worker = document.get("worker") or {}
+        if document["status"] in TERMINAL_STATUSES:
+            return Miss(MissKind.TERMINAL, document)
+        if worker.get("owner") == owner:
+            return self._job(document)
+        if worker.get("owner") or (document["status"] == Status.PROCESSING and "available_at" not in worker):
+            return Miss(MissKind.HELD, document)
+        if worker.get("available_at", now) > now:
+            return Miss(MissKind.WAITING, document)
+        return Miss(MissKind.EXHAUSTED, document)
+
+    def _job(self, document: Document) -> Job:
+        worker = document["worker"]
+        hard_s, soft_s = worker["limits"]
+        return Job(
+            id=document["_id"],
+            job_type=str(document.get("job_type")),
+            user_id=str(document.get("user_id") or ""),
+            session_id=document.get("session_id"),
+            input_data=document.get("input_data"),
+            owner=worker["owner"],
+            attempt=worker["attempt"],
+            limits=Limits(soft_s, hard_s),
+            first_started_at=worker["first_started_at"].replace(tzinfo=UTC),
+        )
+
+    def complete(self, job: Job, output: Document, artifact_url: str | None) -> bool:
+        """Ends the job with its result. False: it is no longer ours, and nothing was written."""
+        return self._end(job, Status.COMPLETED, output_data=output, artifact_url=artifact_url, error_message=None)
+
+    def fail(self, job: Job, sentence: str) -> bool:
+        """Ends the job with a sentence for the person. False: it is no longer ours, and nothing was written."""
+        return self._end(job, Status.FAILED, error_message=sentence)
+
+    def release(self, job: Job, available_at: datetime, *, counted: bool) -> bool:
+        """Lets go of the job until `available_at`. False: it is no longer ours, and nothing was written."""
+        update: Document = {"$set": self._released(available_at, RESCUE_FIRST_S)}
+        if not counted:
+            update["$inc"] = {"worker.attempt": -1}
+        with unknown_when_unreachable():
+            return self._jobs.update_one(self._fence(job), update).matched_count == 1
+
+    def fail_unowned(self, job_id: ObjectId, sentence: str) -> bool:
+        """Ends a job that nobody runs: pending, or released. False: it was not so, and nothing was written."""
+        unowned: Document = {"_id": job_id, "worker.owner": None}
+        unowned["$or"] = [
+            {"status": Status.PENDING},
+            {"status": Status.PROCESSING, "worker.available_at": {"$ne": None}},
+        ]
+        with unknown_when_unreachable():
+            update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
+            return self._jobs.update_one(unowned, update).matched_count == 1
+
+    def _fence(self, job: Job) -> Document:
+        return {"_id": job.id, "status": Status.PROCESSING, "worker.owner": job.owner}
+
+    def _ended(self, status: Status, **fields: Any) -> Document:
+        now = self.clock.now()
+        return {"status": status, "updated_at": now, "completed_at": now, "worker.unnotified": now, **fields}
+
+    def _released(self, available_at: datetime, rescue_s: float) -> Document:
+        return {
+            "updated_at": self.clock.now(),
+            "worker.owner": None,
+            "worker.available_at": available_at,
+            "worker.rescue_at": available_at + timedelta(seconds=rescue_s),
+        }
+
+    def _end(self, job: Job, status: Status, **fields: Any) -> bool:
+        with unknown_when_unreachable():
+            if self._jobs.update_one(self._fence(job), {"$set": self._ended(status, **fields)}).matched_count:
+                return True
+            seen = {"status": 1, "worker.owner": 1, "error_message": 1}
+            document = self._jobs.find_one({"_id": job.id}, seen) or {}
+        if (document.get("worker") or {}).get("owner") != job.owner:
+            return False
+        if document["status"] == Status.PROCESSING:
+            raise StoreUnavailable("the last write isn't confirmed by a majority yet")
+        # Mine and terminal: this very write, whose reply was lost; or the API's cancel, which keeps the owner.
+        return bool((document["status"], document.get("error_message")) == (status, fields["error_message"]))
+
+    def renew_leases(self, jobs: Sequence[Job]) -> None:
+        """One more lease for all of these that are still owned, in one operation; `updated_at` stays."""
+        until = self.clock.now() + timedelta(seconds=self._settings.lease_seconds)
+        held = {
+            "_id": {"$in": [job.id for job in jobs]},
+            "status": Status.PROCESSING,
+            "worker.owner": {"$in": [job.owner for job in jobs]},
+        }
+        with unknown_when_unreachable():
+            self._jobs.update_many(held, {"$set": {"worker.lease_until": until}})
+
+    def find_lost(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those of these jobs that were cancelled or taken: no longer processing, or with another owner."""
+        with unknown_when_unreachable():
+            found = self._jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"status": 1, "worker.owner": 1})
+            owners = {d["_id"]: (d.get("worker") or {}).get("owner") for d in found if d["status"] == Status.PROCESSING}
+        return [job for job in jobs if owners.get(job.id) != job.owner]
+
+    def mark_notified(self, job_ids: Sequence[ObjectId]) -> None:
+        with unknown_when_unreachable():
+            self._jobs.update_many({"_id": {"$in": list(job_ids)}}, {"$unset": {"worker.unnotified": ""}})
+
+    def find_unnotified(self, older_than_s: float) -> list[Document]:
+        """Terminal jobs whose notice was not confirmed as published."""
+        since = self.clock.now() - timedelta(seconds=older_than_s)
+        with unknown_when_unreachable():
+            return list(self._jobs.find({"worker.unnotified": {"$lte": since}}).limit(STALE_BATCH))
+
+    def find_siblings(self) -> list[Document]:
+        """Jobs that processes of this node hold, dead ones included."""
+        with unknown_when_unreachable():
+            held = {"status": Status.PROCESSING, "worker.node": self._node, "worker.owner": {"$ne": None}}
+            return list(self._jobs.find(held))
+
+    def find_stale(self) -> list[Document]:
+        """Jobs nobody works on: lease run out, released and forgotten, or left by an older worker without leases."""
+        now = self.clock.now()
+        expired = {"worker.lease_until": {"$lte": now}, "worker.owner": {"$ne": None}}
+        forgotten = {"worker.owner": None, "worker.rescue_at": {"$lte": now}}
+        with unknown_when_unreachable():
+            stale = list(self._jobs.find({"status": Status.PROCESSING, "$or": [expired, forgotten]}).limit(STALE_BATCH))
+            older = self._jobs.find({"status": Status.PROCESSING, "worker": None}).limit(STALE_BATCH)
+            return stale + [document for document in older if self._is_orphan(document, now)]
+
+    def _is_orphan(self, document: Document, now: datetime) -> bool:
+        age_s = self._settings.orphan_after or self._settings.celery_time_limit + 60
+        times = [t for t in map(document.get, ("started_at", "updated_at", "created_at")) if isinstance(t, datetime)]
+        return not times or times[0].replace(tzinfo=UTC) < now - timedelta(seconds=age_s)
+
+    def is_past_bounds(self, document: Document) -> bool:
+        """Whether a job has used up its attempts, or the time since its first start."""
+        worker = document.get("worker") or {}
+        limits = self._settings.limits(worker.get("limits"))
+        oldest_start = self._bounds(self.clock.now(), limits)["worker.first_started_at"]["$not"]["$lte"]
+        started_at = worker.get("first_started_at")
+        too_old = started_at is not None and started_at.replace(tzinfo=UTC) <= oldest_start
+        return bool(too_old) or worker.get("attempt", 0) >= self._settings.most_attempts
+
+    def release_stale(self, document: Document) -> bool:
+        """Turns a stale job into a released one, due now. False: somebody was quicker.
+
+        Each time the next rescue is twice as far, so that a long queue isn't flooded with copies.
+        """
+        worker = document.get("worker") or {}
+        rescues = worker.get("rescues", 0)
+        rescue_s = min(RESCUE_FIRST_S * 2**rescues, RESCUE_LONGEST_S)
+        update = {**self._released(self.clock.now(), rescue_s), "worker.rescues": rescues + 1}
+        if not worker:  # an older worker's job, whose `worker` may be null: MongoDB sets no field below that
+            fields = {key.removeprefix("worker."): update.pop(key) for key in list(update) if key.startswith("worker.")}
+            update["worker"] = fields
+        with unknown_when_unreachable():
+            return self._jobs.update_one(self._unchanged(document), {"$set": update}).matched_count == 1
+
+    def fail_stale(self, document: Document, sentence: str) -> bool:
+        """Ends a stale job. False: somebody was quicker."""
+        update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
+        with unknown_when_unreachable():
+            return self._jobs.update_one(self._unchanged(document), update).matched_count == 1
+
+    def _unchanged(self, document: Document) -> Document:
+        same: Document = {"_id": document["_id"], "status": Status.PROCESSING}
+        worker = document.get("worker")
+        if not worker:
+            return {**same, "worker": None}
+        # The values as they were read: a renewal or another sweeper's release in between makes this a miss.
+        return same | {f"worker.{key}": worker.get(key) for key in ("owner", "lease_until", "rescue_at")}
+
+    def overview(self) -> Document:
+        """What `status` shows: counts, the oldest pending job, leases that ran out, the last errors."""
+        with unknown_when_unreachable():
+            count = self._jobs.count_documents
+            lease_over = {"worker.owner": {"$ne": None}, "worker.lease_until": {"$lte": self.clock.now()}}
+            oldest = self._jobs.find_one({"status": Status.PENDING}, {"created_at": 1}, sort=[("created_at", 1)])
+            errors = self._jobs.find({"status": Status.FAILED}, {"error_message": 1, "completed_at": 1, "job_type": 1})
+            return {
+                "counts": {status.value: count({"status": status}) for status in Status},
+                "oldest_pending": (oldest or {}).get("created_at"),
+                "expired_leases": count({"status": Status.PROCESSING, **lease_over}),
+                "unnotified": count({"worker.unnotified": {"$exists": True}}),
+                "last_errors": list(errors.sort("completed_at", -1).limit(5)),
+            }
+
+
+# ── notifier ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STATUS_CHANNEL = "job_notifications"
+PROGRESS_CHANNEL = "job_progress"
+SPOOL_TTL_S = 86_400
+PROGRESS_BATCH_S = 0.05
+PROGRESS_RECHECK_S = 1.0
+
+
+class Notifier:
+    """Tells the API over Redis pub/sub (contract, section 3). A failure is logged and reported, never raised."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis = client
+
+    def publish_status(self, document: Document, status: Status, sentence: str) -> bool:
+        """Publishes a status that the document already has. False: Redis could not be reached."""
+        message = {
+            "type": "job_status_update",
+            "user_id": str(document.get("user_id") or ""),
+            "job_id": str(document["_id"]),
+            "status": status,
+            "session_id": document.get("session_id"),
+            "message": sentence,
+        }
+        return self._publish(STATUS_CHANNEL, message) is not None
+
+    def publish_progress(self, job: Job, sequence: int, delta: str) -> bool:
+        """Publishes a piece of text. False: nobody listens, or Redis could not be reached."""
+        message = {
+            "type": "job_progress",
+            "user_id": job.user_id,
+            "job_id": str(job.id),
+            "session_id": job.session_id,
+            "attempt": job.attempt,
+            "sequence": sequence,
+            "delta": delta,
+        }
+        return bool(self._publish(PROGRESS_CHANNEL, message))
+
+    def _publish(self, channel: str, message: Document) -> int | None:
+        try:
+            return int(self._redis.publish(channel, json.dumps(message, default=str)))
+        except redis.RedisError as error:
+            logger.warning("job=%s could not be published: %s", message["job_id"], type(error).__name__)
+            return None
+
+    # A finished generation that MongoDB couldn't take waits here for the next attempt.
+
+    def spool_result(self, job: Job, result: Result) -> bool:
+        media = result.media
+        encoded = media and [base64.b64encode(media.data).decode(), media.suffix, media.url_field]
+        try:
+            self._redis.set(f"result:{job.id}", json.dumps([result.output, encoded]), ex=SPOOL_TTL_S)
+        except redis.RedisError as error:
+            logger.error("%s its result could not be kept: %s", job, type(error).__name__)
+            return False
+        return True
+
+    def spooled_result(self, job_id: ObjectId) -> Result | None:
+        try:
+            raw = self._redis.get(f"result:{job_id}")
+        except redis.RedisError as error:
+            logger.warning("job=%s a kept result could not be looked up: %s", job_id, type(error).__name__)
+            return None
+        if not raw:
+            return None
+        output, media = json.loads(raw)
+        return Result(output, media and Media(base64.b64decode(media[0]), media[1], media[2]))
+
+    def forget_result(self, job_id: ObjectId) -> None:
+        with contextlib.suppress(redis.RedisError):  # it expires by itself
+            self._redis.delete(f"result:{job_id}")
+
+
+class Progress:
+    """Streams a job's text to whoever listens: the first piece at once, then in batches.
+
+    What nobody heard is kept and sent with the next piece. Only used on the event loop.
+    """
+
+    def __init__(self, job: Job, notifier: Notifier, is_lease_fresh: Callable[[], bool]) -> None:
+        self._job, self._notifier, self._is_lease_fresh = job, notifier, is_lease_fresh
+        self._pending: list[str] = []
+        self._sequence = 0
+        self._flusher: asyncio.Task[None] | None = None
+        self._finished = asyncio.Event()
+
+    def __call__(self, delta: str) -> None:
+        self._pending.append(delta)
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.get_running_loop().create_task(self._flush())
+
+    async def _flush(self) -> None:
+        while self._pending:
+            is_last = self._finished.is_set()
+            heard = await self._send()
+            if is_last:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROGRESS_BATCH_S if heard else PROGRESS_RECHECK_S):
+                    await self._finished.wait()
+
+    async def _send(self) -> bool:
+        if not self._is_lease_fresh():
+            return False
+        count = len(self._pending)
+        delta = "".join(self._pending[:count])
+        heard = await asyncio.to_thread(self._notifier.publish_progress, self._job, self._sequence, delta)
+        if heard:
+            del self._pending[:count]
+            self._sequence += 1
+        return heard
+
+    async def finish(self) -> None:
+        """Sends what is left, so that no progress comes after the final status."""
+        self._finished.set()
+        if self._flusher:
+            await self._flusher
+
+    def stop(self) -> None:
+        """Sends nothing more."""
+        if self._flusher:
+            self._flusher.cancel()
+
+
+# ── artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def artifact_name(job_id: ObjectId, owner: str, suffix: str) -> str:
+    """Named by job and owner, so that a late attempt never touches the winner's file."""
+    return f"{job_id}-{owner}.{suffix}"
+
+
+class ArtifactStore(Protocol):
+    """Keeps files by name. Each method raises StoreUnavailable."""
+
+    def put(self, name: str, data: bytes, content_type: str) -> str | None:
+        """Stores a file whole or not at all; returns its URL, or None for `base URL + name`."""
+
+    def names(self, prefix: str) -> list[str]: ...
+
+    def delete(self, name: str) -> None: ...
+
+
+class GridFSArtifacts:
+    """Files beside the jobs, in GridFS (collections `artifacts.files` and `artifacts.chunks`)."""
+
+    def __init__(self, database: Database[Document]) -> None:
+        self._files = gridfs.GridFS(database, collection="artifacts")
+
+    def put(self, name: str, data: bytes, content_type: str) -> str | None:
+        with unknown_when_unreachable():
+            try:
+                self._files.put(data, _id=name, filename=name, contentType=content_type)
+            except gridfs.errors.FileExists:  # an earlier try at this put, perhaps only half of it
+                self._files.delete(name)
+                self._files.put(data, _id=name, filename=name, contentType=content_type)
+        return None
+
+    def names(self, prefix: str) -> list[str]:
+        with unknown_when_unreachable():
+            return [file.filename for file in self._files.find({"filename": {"$regex": f"^{re.escape(prefix)}"}})]
+
+    def delete(self, name: str) -> None:
+        with unknown_when_unreachable():
+            self._files.delete(name)
+
+
+@contextlib.contextmanager
+def unknown_when_files_fail() -> Iterator[None]:
+    """S3 clients raise their own exceptions as well as OSError: every one of them means that the file isn't there."""
+    try:
+        yield
+    except Exception as error:
+        raise StoreUnavailable(f"artifact store: {type(error).__name__}") from error
+
+
+class FsspecArtifacts:
+    """Files in any fsspec file system: `file://`, `s3://` and others, with the S3 names of the contract."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        bare = settings.artifact_url == "s3://"
+        self._url = f"s3://{settings.s3_bucket_name}" if bare else settings.artifact_url.rstrip("/")
+
+    def _open(self) -> tuple[AbstractFileSystem, str]:
+        import fsspec
+
+        settings = self._settings
+        options: Document = {}
+        if self._url.startswith("s3://"):
+            region = {"region_name": settings.s3_region} if settings.s3_region else {}
+            options = {
+                "key": settings.aws_access_key_id.get_secret_value() or None,
+                "secret": settings.aws_secret_access_key.get_secret_value() or None,
+                "endpoint_url": settings.s3_endpoint_url or None,
+                "client_kwargs": region,
+            }
+        elif self._url.startswith("file://"):
+            options = {"auto_mkdir": True, "skip_instance_cache": True}  # a transaction belongs to its instance
+        return fsspec.core.url_to_fs(self._url, **options)  # type: ignore[no-any-return]
+
+    def put(self, name: str, data: bytes, content_type: str) -> str | None:
+        with unknown_when_files_fail():
+            files, folder = self._open()
+            if self._url.startswith("file://"):
+                with files.transaction, files.open(f"{folder}/{name}", "wb") as file:
+                    file.write(data)
+                os.chmod(f"{folder}/{name}", 0o644)  # the web server in front runs as another user
+            else:
+                files.pipe_file(f"{folder}/{name}", data, **({"ContentType": content_type} if self._is_s3 else {}))
+        return None
+
+    @property
+    def _is_s3(self) -> bool:
+        return self._url.startswith("s3://")
+
+    def names(self, prefix: str) -> list[str]:
+        with unknown_when_files_fail():
+            files, folder = self._open()
+            return [found.rsplit("/", 1)[-1] for found in files.glob(f"{folder}/{prefix}*")]
+
+    def delete(self, name: str) -> None:
+        with unknown_when_files_fail():
+            files, folder = self._open()
+            with contextlib.suppress(FileNotFoundError):
+                files.rm_file(f"{folder}/{name}")
+
+
+class InlineArtifacts:
+    """No files: the URL is the data itself, for small set-ups without anything that serves files."""
+
+    def put(self, name: str, data: bytes, content_type: str) -> str | None:
+        return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
+
+    def names(self, prefix: str) -> list[str]:
+        return []
+
+    def delete(self, name: str) -> None:
+        return None
+
+
+class Artifacts:
+    """Puts a result's file where `ARTIFACT_URL` says, and takes away those of attempts that lost."""
+
+    def __init__(self, store: ArtifactStore, base_url: str) -> None:
+        self._store = store
+        self._base_url = base_url.rstrip("/")
+
+    def publish(self, job: Job, media: Media) -> str:
+        """Stores the file and returns its public URL. Safe to repeat: the name is the attempt's own.
+
+        Raises:
+            StoreUnavailable: the store can't be reached.
+        """
+        return self.publish_file(artifact_name(job.id, job.owner, media.suffix), media.data)
+
+    def publish_file(self, name: str, data: bytes) -> str:
+        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return self._store.put(name, data, content_type) or f"{self._base_url}/{name}"
+
+    def discard(self, job: Job) -> None:
+        """Deletes what this attempt stored."""
+        self._delete(name for name in self._store.names(f"{job.id}-{job.owner}"))
+
+    def discard_others(self, job: Job) -> None:
+        """Deletes what other attempts at this job stored."""
+        mine = f"{job.id}-{job.owner}"
+        self._delete(name for name in self._store.names(f"{job.id}-") if not name.startswith(mine))
+
+    def remove(self, name: str) -> None:
+        self._store.delete(name)
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._store.delete(name)
+
+
+def open_artifacts(settings: Settings, database: Callable[[], Database[Document]]) -> Artifacts:
+    if settings.artifact_url == "gridfs":
+        return Artifacts(GridFSArtifacts(database()), settings.artifact_base_url)
+    if settings.artifact_url == "data:":
+        return Artifacts(InlineArtifacts(), settings.artifact_base_url)
+    return Artifacts(FsspecArtifacts(settings), settings.artifact_base_url)
+
+
+# ── provider ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+RETRIED_STATUSES = frozenset({408, 409, 425, 429})
+REFUSED_KEY_STATUSES = frozenset({401, 403})
+FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S = 3, 30.0
+MODEL_OFFLINE = "offline-stand-in"
+UNUSABLE = "The provider's answer could not be used."
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    text: str
+    model: str
+    tokens: int
+
+
+class Provider(Protocol):
+    """Makes text, pictures and speech. Requests are the OpenAI API's. Each method raises RetryJob or FailJob."""
+
+    async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer: ...
+
+    async def image(self, request: Document) -> tuple[bytes, str]:
+        """The picture's bytes and the model that made it."""
+
+    async def speech(self, request: Document) -> tuple[bytes, str]:
+        """The sound's bytes and the model that made it."""
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """The seconds of `Retry-After`, the only form that model servers send; None where there is none."""
+    with contextlib.suppress(ValueError):
+        seconds = float(headers.get("retry-after", ""))
+        return seconds if math.isfinite(seconds) and seconds >= 0 else None
+    return None
+
+
+def status_error(status: int, detail: str, headers: Mapping[str, str]) -> JobError:
+    """What an HTTP error status of the provider means for the job."""
+    if status in RETRIED_STATUSES or status >= 500:
+        return RetryJob(detail, after_s=retry_after_s(headers))
+    if status in REFUSED_KEY_STATUSES:
+        return FailJob(f"{detail}: check the provider's key", "The service isn't set up correctly; tell its operator.")
+    return FailJob(detail, "The provider refused this request. Change the input and try again.")
+
+
+@contextlib.contextmanager
+def provider_errors() -> Iterator[None]:
+    """Turns whatever a provider or its SDK can raise into RetryJob or FailJob.
+
+    Only the error's class, status and code go on: its text can hold the key and the prompt (hence `from None`).
+    """
+    import httpx2
+    import openai
+
+    try:
+        yield
+    except JobError:
+        raise
+    except openai.APIStatusError as error:
+        code = str(error.code or "")
+        safe_code = code if re.fullmatch(r"[\w.-]{1,64}", code) else ""
+        raise status_error(error.status_code, f"HTTP {error.status_code} {safe_code}", error.response.headers) from None
+    except openai.APIResponseValidationError as error:
+        raise FailJob(type(error).__name__, UNUSABLE) from None
+    except (openai.APIError, httpx2.HTTPError, OSError) as error:
+        if isinstance(error.__cause__, JobError):  # from our own cap, inside the SDK's request
+            raise error.__cause__ from None
+        raise RetryJob(type(error.__cause__ or error).__name__, "The provider can't be reached") from None
+    except (openai.OpenAIError, httpx2.InvalidURL, AttributeError, TypeError, LookupError, ValueError) as error:
+        raise FailJob(type(error).__name__, UNUSABLE) from None
+
+
+def capped_client(most_bytes: int) -> httpx2.AsyncClient:
+    """An HTTP client that reads at most so many bytes of an answer, follows no redirect, and unpacks nothing."""
+    import httpx2
+
+    class CappedStream(httpx2.AsyncByteStream):
+        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+            self._stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            count = 0
+            async for chunk in self._stream:
+                count += len(chunk)
+                if count > most_bytes:
+                    raise FailJob(f"an answer of over {most_bytes} bytes", "The provider's answer is too large.")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    async def cap(response: httpx2.Response) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise FailJob("a compressed answer, which was not asked for", UNUSABLE)
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        response.stream = CappedStream(response.stream)
+
+    return httpx2.AsyncClient(
+        follow_redirects=False,
+        headers={"accept-encoding": "identity"},
+        timeout=httpx2.Timeout(None, connect=10.0),  # the whole attempt has a deadline
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=60),
+        event_hooks={"response": [cap]},
+    )
+
+
+class Breaker:
+    """After some failures in a row, waits before the next call instead of burning every job's tries on it."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._resume_at = 0.0
+
+    @contextlib.asynccontextmanager
+    async def __call__(self) -> AsyncIterator[None]:
+        await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
+        try:
+            yield
+        except RetryJob:
+            self._failures += 1
+            if self._failures >= FAILURES_BEFORE_PAUSE:
+                pause_s = min(LONGEST_PAUSE_S, 2.0 ** (self._failures - FAILURES_BEFORE_PAUSE))
+                self._resume_at = time.monotonic() + pause_s
+            raise
+        self._failures = 0
+
+
+class OpenAIProvider:
+    """Any OpenAI-compatible server, through the `openai` SDK without its own retries."""
+
+    def __init__(self, where: ProviderSettings, most_bytes: int) -> None:
+        from openai import AsyncOpenAI
+
+        self._http = capped_client(most_bytes)
+        self._breaker = Breaker()
+        self._host = urllib.parse.urlsplit(where.base_url).hostname
+        self.client: AsyncOpenAI = AsyncOpenAI(
+            api_key=where.api_key or "-", base_url=where.base_url or None, max_retries=0, http_client=self._http
+        )
+
+    @contextlib.asynccontextmanager
+    async def call(self) -> AsyncIterator[AsyncOpenAI]:
+        """The SDK's client, for calls that the methods here don't make; errors are translated."""
+        async with self._breaker():
+            with provider_errors():
+                yield self.client
+
+    async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
+        parts: list[str] = []
+        model, tokens, finish_reason, chunk = request["model"], 0, None, None
+        async with self.call() as client:
+            usage = {"include_usage": True}
+            stream = await client.chat.completions.create(stream=True, stream_options=usage, **request)  # type: ignore[call-overload]
+            async with stream:  # leaving it closes the connection, which stops the generation
+                async for chunk in stream:
+                    model = chunk.model or model
+                    tokens = chunk.usage.total_tokens if chunk.usage else tokens
+                    for choice in chunk.choices[:1]:
+                        finish_reason = choice.finish_reason or finish_reason
+                        if choice.delta.content:
+                            parts.append(choice.delta.content)
+                            on_delta(choice.delta.content)
+            self._check_end(chunk, finish_reason, parts)
+        return TextAnswer(whole_text(parts), model, tokens or len(parts))
+
+    @staticmethod
+    def _check_end(last_chunk: object, finish_reason: str | None, parts: list[str]) -> None:
+        if last_chunk is None:
+            raise FailJob("an answer without any chunk", UNUSABLE)
+        if finish_reason is None:
+            raise RetryJob("the stream ended without a finish_reason: half a text", "The provider broke off")
+        if finish_reason == "content_filter":
+            raise FailJob("finish_reason content_filter", "The provider's content rules forbid this text.")
+        if not parts:
+            raise FailJob("an empty text", "The provider returned an empty text.")
+
+    async def image(self, request: Document) -> tuple[bytes, str]:
+        async with self.call() as client:
+            answer = await client.images.generate(**request)
+            picture = answer.data[0]  # type: ignore[index]
+            if picture.b64_json:
+                return base64.b64decode(picture.b64_json, validate=True), request["model"]
+            if picture.url:
+                return await self._fetch(picture.url), request["model"]
+        raise FailJob("neither b64_json nor url", UNUSABLE)
+
+    async def _fetch(self, url: str) -> bytes:
+        """A picture that the provider names by URL: no credentials, and no address inside the operator's network."""
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise FailJob(f"a picture at a {parts.scheme[:20]!r} URL", UNUSABLE)
+        pinned, headers = url, {}
+        if parts.hostname != self._host:
+            address = await public_address(parts.hostname, parts.port or 443)
+            pinned = parts._replace(netloc=f"{address}:{parts.port}" if parts.port else address).geturl()
+            headers = {"host": parts.netloc.rpartition("@")[2]}
+        # Asked for at the address that was checked: a name may resolve to another one the second time.
+        answer = await self._http.get(pinned, headers=headers, extensions={"sni_hostname": parts.hostname})
+        if answer.status_code != 200:
+            raise status_error(answer.status_code, f"HTTP {answer.status_code} for the picture's URL", answer.headers)
+        return answer.content
+
+    async def speech(self, request: Document) -> tuple[bytes, str]:
+        async with self.call() as client, client.audio.speech.with_streaming_response.create(**request) as answer:
+            return await answer.read(), request["model"]
+
+
+async def public_address(host: str, port: int) -> str:
+    """An address of the host, if all of them are public.
+
+    Raises:
+        FailJob: one is not, so that a provider can't make the worker read the operator's network.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(str(entry[4][0])) for entry in found]
+    if not addresses or not all(address.is_global for address in addresses):
+        raise FailJob("a picture's URL at an address that isn't public", UNUSABLE)
+    return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
+
+
+def whole_text(parts: Sequence[str]) -> str:
+    """The pieces joined; halves of a character that a server cut between two pieces come together again."""
+    return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Providers:
+    """One provider per server and key, made when first needed, in the process that generates."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._made: dict[tuple[str, str], Provider] = {}
+
+    def preload(self) -> None:
+        """Imports the SDK (a third of a second) before the first job needs it."""
+        if not all(self._settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
+            importlib.import_module("openai")
+
+    def get(self, kind: ProviderKind) -> Provider:
+        """The provider of one kind of generation. Call it on the event loop."""
+        where = self._settings.provider(kind)
+        if where.is_offline:
+            import demo
+
+            return demo.OfflineProvider()
+        key = (where.base_url, where.api_key)
+        if key not in self._made:
+            self._made[key] = OpenAIProvider(where, self._settings.max_answer_bytes)
+        return self._made[key]
+
+
+# ── handlers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MOST_PROMPT_CHARACTERS = 100_000
+MOST_PICTURE_PIXELS = 50_000_000
+LONGEST_PICTURE_SIDE = 4096
+PICTURE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+GPT_IMAGE_SIZES = ("1024x1024", "1536x1024", "1024x1536")
+SOUND_MAGIC = {b"RIFF": "wav", b"OggS": "opus", b"fLaC": "flac", b"ID3": "mp3", b"\xff": "mp3"}
+UNKNOWN_WAV_SIZE = 0xFFFFFFFF
+
+
+def check_words(value: str) -> str:
+    if not value.strip():
+        raise ValueError("should not be blank")
+    return value
+
+
+Prompt = Annotated[str, Field(max_length=MOST_PROMPT_CHARACTERS), AfterValidator(check_words)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a handler gets: the job, its checked input, the provider with its defaults, and where streamed text goes."""
+
+    job: Job
+    input: Any
+    settings: Settings
+    provider: Provider
+    defaults: ProviderSettings
+    progress: Callable[[str], None]
+
+    @property
+    def model(self) -> str:
+        """The model asked for, if it is on the allow-list, else the default.
+
+        Raises:
+            FailJob: another one was asked for.
+        """
+        asked = getattr(self.input, "model", None)
+        offered = (self.defaults.model, *self.defaults.allowed_models)
+        if asked is None or asked in offered:
+            return asked or self.defaults.model
+        raise FailJob(
+            "a model that isn't on the list", f"This model isn't offered. Choose one of: {', '.join(offered)}."
+        )
+
+
+@dataclass(frozen=True)
+class Handler:
+    run: Callable[[Call], Awaitable[Result]]
+    input_model: type[BaseModel]
+    provider: ProviderKind
+
+
+HANDLERS: dict[str, Handler] = {}
+
+
+def handles(
+    job_type: str, input_model: type[BaseModel], *, provider: ProviderKind = "text"
+) -> Callable[[Callable[[Call], Awaitable[Result]]], Callable[[Call], Awaitable[Result]]]:
+    """Makes an async function the handler of a job type: it gets a Call and returns a Result.
+
+    `input_data` is checked by `input_model` first. The function raises RetryJob or FailJob to end the attempt so.
+    """
+
+    def register(run: Callable[[Call], Awaitable[Result]]) -> Callable[[Call], Awaitable[Result]]:
+        HANDLERS[job_type] = Handler(run, input_model, provider)
+        return run
+
+    return register
+
+
+def find_handler(job_type: str) -> Handler:
+    """The handler of a job type.
+
+    Raises:
+        FailJob: there is none.
+    """
+    if job_type in HANDLERS:
+        return HANDLERS[job_type]
+    raise FailJob("no handler for this job type", f"This kind of job isn't known here: {job_type[:40]!r}.")
+
+
+def check_input(handler: Handler, input_data: object) -> BaseModel:
+    """The checked input, before anything is spent.
+
+    Raises:
+        FailJob: with a sentence about the first fault.
+    """
+    try:
+        return handler.input_model.model_validate(input_data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in fault["loc"][:3])
+        what = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        sentence = f"The input can't be used: {where or 'it'} {what[:1].lower()}{what[1:]}."
+        raise FailJob(f"input: {where[:40]} {fault['type']}", sentence) from None
+
+
+class JobInput(BaseModel):
+    """Base of the inputs: null means missing, numbers are finite, true is no number, unknown keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("should be an object with the job's parameters")
+        return {key: value for key, value in data.items() if value is not None}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("should not be true or false")
+        return value
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["system", "user", "assistant"]
+    content: Prompt
+
+
+class TextInput(JobInput):
+    prompt: Prompt | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=200)] | None = None
+    system: Prompt | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    stop: Annotated[str, Field(max_length=200)] | Annotated[list[str], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    response_format: dict[str, Any] | None = None
+    model: str | None = None
+
+    PASSED_ON: ClassVar = ("temperature", "top_p", "stop", "seed", "response_format")
+
+    @model_validator(mode="after")
+    def need_words(self) -> TextInput:
+        if not self.prompt and not self.messages:
+            raise ValueError("needs a `prompt`")
+        if sum(len(message.content) for message in self.messages or ()) > MOST_PROMPT_CHARACTERS:
+            raise ValueError(f"has messages of over {MOST_PROMPT_CHARACTERS} characters")
+        if self.response_format and len(json.dumps(self.response_format, default=str)) > MOST_PROMPT_CHARACTERS:
+            raise ValueError("has too large a `response_format`")
+        return self
+
+    def conversation(self) -> list[dict[str, str]]:
+        """System message, messages, prompt: in this order, as far as given."""
+        system = [Message(role="system", content=self.system)] if self.system else []
+        prompt = [Message(role="user", content=self.prompt)] if self.prompt else []
+        return [message.model_dump() for message in (*system, *(self.messages or ()), *prompt)]
+
+
+@handles("text_generation", TextInput, provider="text")
+async def text_generation(call: Call) -> Result:
+    """Streams a chat completion; the person reads it while it grows."""
+    asked: TextInput = call.input
+    most = call.settings.text_max_tokens
+    if asked.max_tokens and asked.max_tokens > most:
+        raise FailJob("max_tokens over the cap", f"The input can't be used: max_tokens should be at most {most}.")
+    request = {"model": call.model, "messages": asked.conversation(), "max_tokens": asked.max_tokens or most}
+    request |= {key: getattr(asked, key) for key in TextInput.PASSED_ON if getattr(asked, key) is not None}
+    answer = await call.provider.text(request, call.progress)
+    return Result({"generated_text": answer.text, "model_used": answer.model, "tokens_used": answer.tokens})
+
+
+class ImageInput(JobInput):
+    prompt: Prompt
+    size: str = Field("1024x1024", pattern=rf"^(auto|{IMAGE_SIZE})$")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
+    model: str | None = None
+
+    @field_validator("size")
+    @classmethod
+    def check_sides(cls, value: str) -> str:
+        if value != "auto" and max(map(int, value.split("x"))) > LONGEST_PICTURE_SIDE:
+            raise ValueError(f"should be at most {LONGEST_PICTURE_SIDE}x{LONGEST_PICTURE_SIDE}")
+        return value
+
+
+def nearest_size(asked: str, offered: Sequence[str]) -> str:
+    """The offered size that comes closest in shape, then in area; the asked one where anything goes."""
+    if not offered or asked == "auto" or asked in offered:
+        return asked
+    width, height = map(int, asked.split("x"))
+
+    def distance(size: str) -> tuple[float, float]:
+        w, h = map(int, size.split("x"))
+        return round(abs(math.log(w / h * height / width)), 2), abs(math.log(w * h / width / height))
+
+    return min(offered, key=distance)
+
+
+@handles("image_generation", ImageInput, provider="image")
+async def image_generation(call: Call) -> Result:
+    """Generates a picture; its resolution is read from its bytes."""
+    asked: ImageInput = call.input
+    is_gpt_image = call.model.startswith("gpt-image") and not call.defaults.base_url
+    sizes = call.settings.image_sizes or (GPT_IMAGE_SIZES if is_gpt_image else ())
+    request = {"model": call.model, "prompt": asked.prompt, "n": 1, "size": nearest_size(asked.size, sizes)}
+    if asked.quality:
+        request["quality"] = asked.quality
+    data, model = await call.provider.image(request)
+    resolution, suffix = await asyncio.to_thread(inspect_picture, data)
+    return Result({"model_used": model, "resolution": resolution}, Media(data, suffix, "image_url"))
+
+
+def inspect_picture(data: bytes) -> tuple[str, str]:
+    """Resolution and file suffix of a picture that decodes to its end.
+
+    Raises:
+        FailJob: it is no PNG, JPEG or WebP, is cut off, or would unpack to too much.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=list(PICTURE_SUFFIXES)) as picture:
+            width, height = picture.size
+            if width * height > MOST_PICTURE_PIXELS:
+                raise FailJob(f"a picture of {width}x{height}", "The provider's picture is too large.")
+            picture.load()
+            return f"{width}x{height}", PICTURE_SUFFIXES[str(picture.format)]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FailJob(f"no picture: {type(error).__name__}", UNUSABLE) from None
+
+
+class AudioInput(JobInput):
+    text: Prompt | None = None
+    prompt: Prompt | None = None
+    voice: str = Field("default", pattern=r"^[\w .:/-]{1,64}$")
+    speed: float | None = Field(None, ge=0.25, le=4)
+    format: Literal["wav", "mp3", "opus", "flac"] | None = None
+    model: str | None = None
+
+    @model_validator(mode="after")
+    def need_words(self) -> AudioInput:
+        if not self.text and not self.prompt:
+            raise ValueError("needs a `text` (or a `prompt`)")
+        return self
+
+
+@handles("audio_generation", AudioInput, provider="audio")
+async def audio_generation(call: Call) -> Result:
+    """Speaks the text; format and duration are read from the bytes."""
+    asked: AudioInput = call.input
+    request: Document = {
+        "model": call.model,
+        "input": asked.text or asked.prompt,
+        "voice": call.settings.audio_voice if asked.voice == "default" else asked.voice,
+        "response_format": asked.format or call.settings.audio_format,
+    }
+    if asked.speed:
+        request["speed"] = asked.speed
+    data, model = await call.provider.speech(request)
+    data, duration_s, sound_format = await asyncio.to_thread(inspect_sound, data)
+    output = {"model_used": model, "duration_seconds": duration_s, "format": sound_format}
+    return Result(output, Media(data, sound_format, "audio_url"))
+
+
+def inspect_sound(data: bytes) -> tuple[bytes, float, str]:
+    """The sound with a true header, its duration in seconds, and its format.
+
+    Raises:
+        FailJob: it is no WAV, MP3, Ogg Opus or FLAC, or has no duration.
+    """
+    from tinytag import TinyTag
+    from tinytag.tinytag import TinyTagException
+
+    sound_format = next((name for magic, name in SOUND_MAGIC.items() if data.startswith(magic)), None)
+    if sound_format == "wav":
+        data = with_true_sizes(data)
+    try:
+        duration_s = TinyTag.get(file_obj=io.BytesIO(data), tags=False).duration if sound_format else None
+    except (TinyTagException, OSError, ValueError, LookupError, struct.error) as error:
+        raise FailJob(f"no sound: {type(error).__name__}", UNUSABLE) from None
+    if not sound_format or not duration_s or not math.isfinite(duration_s):
+        raise FailJob("no sound that has a duration", UNUSABLE)
+    return data, round(duration_s, 2), sound_format
+
+
+def with_true_sizes(wav: bytes) -> bytes:
+    """Streaming servers send WAV headers with unknown sizes, which read as 24 hours: writes the true ones."""
+    at = wav.find(b"data", 12)
+    if at < 0 or len(wav) < at + 8 or struct.unpack_from("<I", wav, at + 4)[0] <= len(wav) - at - 8:
+        return wav
+    fixed = bytearray(wav)
+    struct.pack_into("<I", fixed, 4, len(wav) - 8)
+    struct.pack_into("<I", fixed, at + 4, len(wav) - at - 8)
+    return bytes(fixed)
+
+
+# ── recovery ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TICK_S = 1.0
+KEEPER_PATIENCE_S = 5.0
+LIMIT_MARGIN_S = 5.0
+DEADLINE_TOLERANCE_S = 1.0
+NOTICE_OVERDUE_S = 30.0
+LOG_EVERY_S = 60.0
+TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
+GAVE_UP = "This could not be finished after several tries. Please try again."
+
+
+class SeldomLog:
+    """One line a minute for a fault that goes on, and one when it is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._next_at = 0.0
+
+    def fault(self, detail: object) -> None:
+        if time.monotonic() >= self._next_at:
+            logger.warning("%s: %s (said once a minute while it lasts)", self._what, detail)
+            self._next_at = time.monotonic() + LOG_EVERY_S
+
+    def fine(self) -> None:
+        if self._next_at:
+            logger.info("%s: over", self._what)
+            self._next_at = 0.0
+
+
+class ShutdownTime:
+    """When a shutdown's grace ends, in 8 bytes that the parent shares with every child of a fork."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+
+    def announce(self, grace_s: float) -> None:
+        """Called in a signal handler: nothing but the write. The monotonic clock is the host's, the same in all."""
+        due_at = time.monotonic() + grace_s
+        self._memory[:] = struct.pack("d", min(due_at, self.due_at or due_at))
+
+    @property
+    def due_at(self) -> float | None:
+        return float(struct.unpack("d", self._memory[:])[0]) or None
+
+    @property
+    def is_announced(self) -> bool:
+        return self.due_at is not None
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() >= (self.due_at or math.inf)
+
+
+class Attempt:
+    """One claimed run of a job, as task, event loop and keeper share it."""
+
+    def __init__(self, job: Job, lease_s: float) -> None:
+        self.job = job
+        self.started_at = time.monotonic()
+        self.lease_s = lease_s
+        self.renewed_at = self.started_at
+        self.reason: JobError | None = None
+        self._stop: Callable[[], object] | None = None
+        self._lock = threading.Lock()
+
+    def is_lease_fresh(self) -> bool:
+        return time.monotonic() < self.renewed_at + self.lease_s
+
+    def may_renew(self) -> bool:
+        """No lease is immortal: none past the hard limit plus a margin."""
+        return time.monotonic() < self.started_at + self.job.limits.hard_s + LIMIT_MARGIN_S
+
+    def bind(self, stop: Callable[[], object]) -> None:
+        """Says how to stop the running handler; at once, if a cancel came before."""
+        with self._lock:
+            self._stop = stop
+            if self.reason:
+                stop()
+
+    def cancel(self, reason: JobError) -> None:
+        """Stops the handler, which closes its connection to the provider; only the first reason counts."""
+        with self._lock:
+            if self.reason is None:
+                self.reason = reason
+                if self._stop:
+                    self._stop()
+
+
+def broker_errors() -> tuple[type[BaseException], ...]:
+    """What the broker's transport raises when it can't be reached; each has exceptions of its own."""
+    connection = app.connection_for_write()
+    return (OperationalError, OSError, *connection.connection_errors, *connection.channel_errors)
+
+
+class Sweeper:
+    """Finds jobs that nobody works on and gets them going again, or ends them at their bounds.
+
+    Safe in any number of processes: each step is a compare-and-set.
+    """
+
+    def __init__(self, store: JobStore, notifier: Notifier, settings: Settings) -> None:
+        self._store, self._notifier, self._settings = store, notifier, settings
+
+    def sweep(self) -> list[str]:
+        """One round; returns a line for each thing done.
+
+        Raises:
+            StoreUnavailable: MongoDB can't be reached.
+        """
+        done = [line for document in self._store.find_stale() if (line := self._rescue(document))]
+        overdue = self._store.find_unnotified(NOTICE_OVERDUE_S)
+        sent = [document["_id"] for document in overdue if self._announce(document)]
+        if sent:
+            self._store.mark_notified(sent)
+        return done + [f"job={job_id} its last notification was sent again" for job_id in sent]
+
+    def _rescue(self, document: Document) -> str | None:
+        job_id = document["_id"]
+        if self._store.is_past_bounds(document) and not self._notifier.spooled_result(job_id):
+            return self._fail(document, GAVE_UP)
+        if self._store.release_stale(document) and self._enqueue(document):
+            return f"job={job_id} nobody worked on it: put back into the queue"
+        return None
+
+    def _fail(self, document: Document, sentence: str) -> str | None:
+        if not self._store.fail_stale(document, sentence):
+            return None
+        failed = {**document, "status": Status.FAILED, "error_message": sentence}
+        if self._announce(failed):
+            self._store.mark_notified([document["_id"]])
+        return f"job={document['_id']} failed: {sentence}"
+
+    def _announce(self, document: Document) -> bool:
+        status = Status(document["status"])
+        return self._notifier.publish_status(document, status, final_sentence(document))
+
+    def _enqueue(self, document: Document) -> bool:
+        """A fresh task id, since a revoked one would be thrown away; no prompt, since the document has it."""
+        job_id = str(document["_id"])
+        hard_s, soft_s = (document.get("worker") or {}).get("limits") or (None, None)
+        try:
+            app.send_task(
+                TASK_NAME,
+                args=(job_id, {"job_id": job_id}),
+                queue=self._settings.celery_queue_name,
+                time_limit=hard_s,
+                soft_time_limit=soft_s,
+                retry=False,
+            )
+        except broker_errors() as error:
+            logger.warning("job=%s could not be put back into the queue: %s", job_id, type(error).__name__)
+            return False
+        return True
+
+    def release_dead_siblings(self) -> list[str]:
+        """Lets go of the jobs of this node's dead processes: killed (try again), or over the hard limit (failed)."""
+        lines = []
+        for document in self._store.find_siblings():
+            if is_process_alive(document["worker"]["pid"]):
+                continue
+            deadline = document["worker"]["deadline"].replace(tzinfo=UTC)
+            if self._store.clock.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
+                line = self._fail(document, TOOK_TOO_LONG)
+            else:
+                released = self._store.release_stale(document)
+                line = f"job={document['_id']} its process died: released" if released else None
+            lines += [line] if line else []
+        return lines
+
+
+def final_sentence(document: Document) -> str:
+    """What the person reads about a job that has ended."""
+    if document["status"] == Status.FAILED:
+        return str(document.get("error_message") or "The job has failed.")
+    return "Your result is ready."
+
+
+def is_process_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class Heartbeat:
+    """A file per process that runs jobs, touched by its keeper; `health` looks at their age."""
+
+    STALE_S = 60.0
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or Path(tempfile.gettempdir()) / f"ai-backend-worker-{os.getuid()}"
+        self._log = SeldomLog("the heartbeat file can't be written")
+
+    def beat(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            (self._folder / str(os.getpid())).touch()
+        except OSError as error:
+            self._log.fault(error.strerror)
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            (self._folder / str(os.getpid())).unlink()
+
+    def ages_s(self) -> dict[int, float]:
+        """Seconds since the last beat, by process, of those that are still there."""
+        files = [path for path in self._folder.glob("*") if path.name.isdigit()]
+        alive = [path for path in files if is_process_alive(int(path.name))]
+        return {int(path.name): time.time() - path.stat().st_mtime for path in alive}
+
+
+class Keeper:
+    """One thread per process that runs jobs: keeps their leases, hears of cancels, hands back at shutdown, sweeps."""
+
+    def __init__(
+        self, store: JobStore, sweeper: Sweeper, shutdown: ShutdownTime, heartbeat: Heartbeat, settings: Settings
+    ) -> None:
+        self._store, self._sweeper, self._shutdown, self._heartbeat = store, sweeper, shutdown, heartbeat
+        self._settings = settings
+        self._attempts: dict[str, Attempt] = {}
+        self._notified: list[ObjectId] = []
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._store_log = SeldomLog("MongoDB can't be reached")
+        self._is_prepared = False
+        self._renew_at = 0.0
+        self._sweep_at = time.monotonic() + settings.lease_seconds  # rest one lease: its owners may be about to renew
+
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        self._prepare = prepare
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its last tick, which writes down what was notified."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=KEEPER_PATIENCE_S)
+        self._heartbeat.stop()
+
+    def register(self, attempt: Attempt) -> None:
+        with self._lock:
+            self._attempts[attempt.job.owner] = attempt
+
+    def unregister(self, attempt: Attempt) -> None:
+        with self._lock:
+            self._attempts.pop(attempt.job.owner, None)
+
+    def note_published(self, job_id: ObjectId) -> None:
+        """Takes a job out of the outbox, with the next batch."""
+        with self._lock:
+            self._notified.append(job_id)
+
+    def _run(self) -> None:
+        self._heartbeat.beat()
+        self._prepare()
+        while True:
+            stopping = self._stopping.wait(TICK_S)
+            try:
+                self.tick()
+            except StoreUnavailable as error:
+                self._store_log.fault(error)
+                self._renew_at = 0.0
+                self._sweep_at = time.monotonic() + self._settings.lease_seconds
+            except Exception:  # the edge of the thread: without it no lease would be kept
+                logger.exception("the keeper goes on after")
+            if stopping:
+                return
+
+    def tick(self) -> None:
+        """One look at everything, most urgent first.
+
+        Raises:
+            StoreUnavailable: MongoDB can't be reached; leases run on, and the next tick renews before anything else.
+        """
+        self._heartbeat.beat()
+        with self._lock:
+            attempts = list(self._attempts.values())
+        if self._shutdown.is_due:
+            for attempt in attempts:
+                attempt.cancel(HandBack("the grace of the shutdown is over"))
+        with pymongo.timeout(KEEPER_PATIENCE_S):
+            self._renew(attempts)
+            self._cancel_lost(attempts)
+            self._empty_outbox()
+            self._prepare_store()
+            if time.monotonic() >= self._sweep_at and not self._shutdown.is_announced:
+                self._sweep()
+        self._store_log.fine()
+
+    def _renew(self, attempts: list[Attempt]) -> None:
+        if time.monotonic() < self._renew_at:
+            return
+        at = time.monotonic()
+        self._store.synchronise_clock()
+        kept = [attempt for attempt in attempts if attempt.may_renew()]
+        if kept:
+            self._store.renew_leases([attempt.job for attempt in kept])
+        for attempt in kept:
+            attempt.renewed_at = at
+        self._renew_at = at + self._settings.lease_seconds / 3
+
+    def _cancel_lost(self, attempts: list[Attempt]) -> None:
+        if not attempts:
+            return
+        lost = {job.owner for job in self._store.find_lost([attempt.job for attempt in attempts])}
+        for attempt in attempts:
+            if attempt.job.owner in lost:
+                attempt.cancel(DropJob("cancelled, or taken by another worker"))
+
+    def _empty_outbox(self) -> None:
+        with self._lock:
+            batch, self._notified = self._notified, []
+        try:
+            if batch:
+                self._store.mark_notified(batch)
+        except StoreUnavailable:
+            with self._lock:
+                self._notified += batch
+            raise
+
+    def _prepare_store(self) -> None:
+        """Once: the indexes, and what this node's dead processes left."""
+        if self._is_prepared:
+            return
+        for line in self._sweeper.release_dead_siblings():
+            logger.warning(line)
+        self._is_prepared = True
+        try:
+            self._store.ensure_indexes()
+        except StoreUnavailable as error:
+            logger.warning("indexes could not be made (%s): the worker runs without, more slowly", error)
+
+    def _sweep(self) -> None:
+        self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
+        for line in self._sweeper.release_dead_siblings() + self._sweeper.sweep():
+            logger.warning(line)
+
+
+# ── task ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STUCK_LOOP_S = 5.0  # how long after its deadline a handler may take to end
+STORE_PATIENCE_S = 60.0
+PUT_BACK_S = 10.0
+POLL_STORE_S = 1.0
+DAMAGED = "Your request reached us damaged. Please send it again."
+SHUTDOWN = ShutdownTime()  # made before the fork, so that children share it
+Outcome = Result | JobError
+Answer = TypeVar("Answer")
+
+
+class EventLoopThread:
+    """One event loop per process, in its own thread; a loop that a handler has blocked is left behind."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Result]) -> tuple[Future[Result], asyncio.AbstractEventLoop]:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="event-loop", daemon=True).start()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop), self._loop
+
+    def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The next job gets a new loop. The blocked one ends when its handler does."""
+        with self._lock:
+            loop.call_soon_threadsafe(loop.stop)
+            if self._loop is loop:
+                self._loop = None
+
+
+class Runtime:
+    """What one process works with. Everything is made when first used, so never in the parent of a fork."""
+
+    def __init__(self, settings: Settings, mongo: pymongo.MongoClient[Document] | None = None) -> None:
+        self.settings = settings
+        if mongo is not None:
+            self.mongo = mongo
+
+    @cached_property
+    def mongo(self) -> pymongo.MongoClient[Document]:
+        url = self.settings.mongodb_url.get_secret_value()
+        return pymongo.MongoClient(url, timeoutMS=MONGODB_TIMEOUT_MS, appname="ai-backend-worker")
+
+    @cached_property
+    def database(self) -> Database[Document]:
+        return self.mongo[self.settings.database_name]
+
+    @cached_property
+    def store(self) -> JobStore:
+        return JobStore(self.database, NODE, Clock(), self.settings)
+
+    @cached_property
+    def notifier(self) -> Notifier:
+        options = {
+            "socket_connect_timeout": 2,
+            "socket_timeout": 2,
+            "socket_keepalive": True,
+            "health_check_interval": 25,
+        }
+        return Notifier(redis.Redis.from_url(self.settings.redis_url.get_secret_value(), **options))
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        return open_artifacts(self.settings, lambda: self.database)
+
+    @cached_property
+    def providers(self) -> Providers:
+        return Providers(self.settings)
+
+    @cached_property
+    def loop(self) -> EventLoopThread:
+        return EventLoopThread()
+
+    @cached_property
+    def sweeper(self) -> Sweeper:
+        return Sweeper(self.store, self.notifier, self.settings)
+
+    @cached_property
+    def keeper(self) -> Keeper:
+        return Keeper(self.store, self.sweeper, SHUTDOWN, Heartbeat(), self.settings)
+
+
+class JobRequest(Request):
+    """A message in the parent: drops Celery's soft limit, since the attempt's own deadline serves in every pool."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        limits = process_job.runtime.settings.limits(self.request_dict.get("timelimit"))
+        self.time_limits = (limits.hard_s, None)
+
+
+class JobTask(Task):  # type: ignore[type-arg]
+    abstract = True
+    Request = JobRequest  # type: ignore[assignment]
+    typing = False  # a message of the wrong shape gets an answer of ours
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return Runtime(current_settings())
+
+
+@app.task(bind=True, base=JobTask, name=TASK_NAME, throws=(JobFailed,), max_retries=None, shared=False)
+def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
+    """Takes one job to its end: claim, run, settle (contract, section 1).
+
+    Raises:
+        JobFailed: the job has failed; the text is the person's sentence.
+        Ignore: another attempt has the job; Retry: later; Reject: back into the queue.
+    """
+    job_id = read_message(task, args, kwargs)
+    claimed = claim(task, job_id)
+    if isinstance(claimed, Miss):
+        return answer_miss(task, job_id, claimed)
+    attempt = Attempt(claimed, task.runtime.settings.lease_seconds)
+    task.runtime.keeper.register(attempt)
+    try:
+        outcome = settle(task.runtime, attempt, run(task.runtime, attempt))
+    finally:
+        task.runtime.keeper.unregister(attempt)
+    return conclude(task, attempt, outcome)
+
+
+def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ObjectId:
+    """The job's id. A message of another shape fails the document that it names, if there is one.
+
+    Raises:
+        JobFailed: it is no message of the contract.
+    """
+    arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
+    job_id = arguments.get("job_id")
+    if not isinstance(job_id, str) or not re.fullmatch(r"[0-9a-fA-F]{24}", job_id):
+        logger.error("dropped a message without a job id (24 hex digits)")
+        raise JobFailed("The message names no job.")
+    fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
+    if not fits:
+        logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
+        raise fail_unowned(task, ObjectId(job_id), DAMAGED)
+    return ObjectId(job_id)
+
+
+def fail_unowned(task: JobTask, job_id: ObjectId, sentence: str) -> JobFailed:
+    """Fails a job that nobody runs, tells the person, and returns what to raise."""
+    runtime = task.runtime
+    if wait_for_store(task, job_id, lambda: runtime.store.fail_unowned(job_id, sentence)):
+        document = wait_for_store(task, job_id, lambda: runtime.store.read(job_id)) or {"_id": job_id}
+        announce(runtime, document, Status.FAILED, sentence)
+    return JobFailed(sentence)
+
+
+def put_back(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
+    """What to raise to see the message again later, under the same task id and limits, without its prompt."""
+    return task.retry(
+        args=(str(job_id), {"job_id": str(job_id)}), kwargs={}, countdown=wait_s, max_retries=None, throw=False
+    )
+
+
+def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Answer]) -> Answer:
+    """Does something in MongoDB before the job is claimed. While MongoDB is away it waits: no other job could run.
+
+    Raises:
+        Retry: it took too long, the message comes again; Reject: the worker is shutting down.
+    """
+    give_up_at = time.monotonic() + min(STORE_PATIENCE_S, message_limits(task).soft_s / 2)
+    log = SeldomLog(f"job={job_id} waits for MongoDB")
+    while True:
+        try:
+            return action()
+        except StoreUnavailable as error:
+            log.fault(error)
+        if SHUTDOWN.is_announced:
+            raise Reject("shutting down", requeue=True)
+        if time.monotonic() > give_up_at:
+            raise put_back(task, job_id, PUT_BACK_S)
+        time.sleep(POLL_STORE_S)
+
+
+def message_limits(task: JobTask) -> Limits:
+    return task.runtime.settings.limits(task.request.timelimit)
+
+
+def claim(task: JobTask, job_id: ObjectId) -> Job | Miss:
+    """The claimed job, or why there is none. A lease whose process has died here doesn't count."""
+    runtime, limits, owner = task.runtime, message_limits(task), secrets.token_hex(8)
+
+    def attempt_claim(*, bounded: bool = True) -> Job | Miss:
+        return wait_for_store(task, job_id, lambda: runtime.store.claim(job_id, owner, limits, bounded=bounded))
+
+    claimed = attempt_claim()
+    is_held = isinstance(claimed, Miss) and claimed.kind is MissKind.HELD
+    if is_held and wait_for_store(task, job_id, runtime.sweeper.release_dead_siblings):
+        claimed = attempt_claim()
+    if isinstance(claimed, Miss) and claimed.kind is MissKind.EXHAUSTED and runtime.notifier.spooled_result(job_id):
+        claimed = attempt_claim(bounded=False)
+    return claimed
+
+
+def answer_miss(task: JobTask, job_id: ObjectId, miss: Miss) -> Document:
+    """What becomes of a message whose job couldn't be claimed.
+
+    Raises:
+        Ignore: a live attempt has the job. (A result under this task id would make Celery drop its redelivery.)
+        Retry: the job waits for its next try. JobFailed: there is no such job, or it is at its bounds.
+    """
+    logger.info("job=%s not taken: it %s", job_id, miss.kind.value)
+    match miss.kind:
+        case MissKind.TERMINAL:
+            status = Status(miss.document["status"])
+            announce(task.runtime, miss.document, status, final_sentence(miss.document))
+            return {"job_id": str(job_id), "status": status.value}
+        case MissKind.HELD:
+            raise Ignore()
+        case MissKind.WAITING:
+            available_at = miss.document["worker"]["available_at"].replace(tzinfo=UTC)
+            wait_s = (available_at - task.runtime.store.clock.now()).total_seconds()
+            raise put_back(task, job_id, max(0.1, wait_s))
+        case MissKind.EXHAUSTED:
+            raise fail_unowned(task, job_id, GAVE_UP)
+        case MissKind.UNKNOWN:
+            raise JobFailed("There is no such job.")
+
+
+def announce(runtime: Runtime, document: Document, status: Status, sentence: str) -> None:
+    """Publishes a status which the document has; a terminal one then leaves the outbox."""
+    if runtime.notifier.publish_status(document, status, sentence) and status in TERMINAL_STATUSES:
+        runtime.keeper.note_published(document["_id"])
+
+
+def announce_job(runtime: Runtime, job: Job, status: Status, sentence: str) -> None:
+    document = {"_id": job.id, "user_id": job.user_id, "session_id": job.session_id}
+    announce(runtime, document, status, sentence)
+
+
+def run(runtime: Runtime, attempt: Attempt) -> Outcome:
+    """Runs the job's handler on the event loop, within its deadline. Nothing is written here.
+
+    Raises:
+        SystemExit: this process was told to end without a shutdown (a revoke): the lease runs out.
+    """
+    job = attempt.job
+    logger.info("%s started", job)
+    again = f" (try {job.attempt} of {runtime.settings.most_attempts})" if job.attempt > 1 else ""
+    announce_job(runtime, job, Status.PROCESSING, f"Your job has started{again}.")
+    kept = runtime.notifier.spooled_result(job.id) if job.attempt > 1 else None
+    if kept:
+        return kept
+    try:
+        handler = find_handler(job.job_type)
+        future, loop = runtime.loop.submit(run_handler(runtime, attempt, handler, check_input(handler, job.input_data)))
+        try:
+            return future.result(job.limits.soft_s + STUCK_LOOP_S)
+        except TimeoutError:
+            runtime.loop.abandon(loop)
+            return FailJob("the handler blocks the event loop", TOOK_TOO_LONG)
+    except JobError as error:
+        return error
+    except SystemExit:
+        attempt.cancel(HandBack("this process was told to end"))
+        if SHUTDOWN.is_announced:
+            return HandBack("this process was told to end")
+        raise
+
+
+async def run_handler(runtime: Runtime, attempt: Attempt, handler: Handler, checked: BaseModel) -> Result:
+    """The handler under its deadline, on the event loop. Every end but a Result is a JobError."""
+    running, loop = asyncio.current_task(), asyncio.get_running_loop()
+    attempt.bind(lambda: running and loop.call_soon_threadsafe(running.cancel))
+    settings, job = runtime.settings, attempt.job
+    progress = Progress(job, runtime.notifier, attempt.is_lease_fresh)
+    provider, defaults = runtime.providers.get(handler.provider), settings.provider(handler.provider)
+    try:
+        async with asyncio.timeout(job.limits.soft_s) as deadline:
+            result = await handler.run(Call(job, checked, settings, provider, defaults, progress))
+            await progress.finish()
+            return result
+    except TimeoutError:
+        if deadline.expired():
+            raise FailJob(f"the limit of {job.limits.soft_s:g} s", TOOK_TOO_LONG) from None
+        raise RetryJob("TimeoutError") from None
+    except asyncio.CancelledError:
+        raise attempt.reason or DropJob("cancelled") from None
+    except JobError:
+        raise
+    except Exception as error:  # the edge of foreign code; its text may hold a prompt, its place can't
+        raise FailJob(f"{type(error).__name__} at {place_of(error)}") from None
+    finally:
+        progress.stop()
+
+
+def place_of(error: BaseException) -> str:
+    """File and line where an exception came from."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Lets no signal interrupt what is inside; each comes afterwards. Only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    names = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    before = {name: signal.signal(name, lambda number, _: arrived.append(number)) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
+def settle(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
+    """Ends the attempt with one fenced write, undisturbed; the only place where an attempt writes.
+
+    Returns what holds now: the outcome; DropJob where nothing was written, since the job is no longer ours; LeaveJob
+    where MongoDB stayed away, so that nobody knows.
+    """
+    outcome = within_bounds(runtime, attempt.job, outcome)
+    with signals_deferred():
+        return write_patiently(runtime, attempt, outcome)
+
+
+def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
+    """A retry gets its wait in seconds; one beyond the job's bounds becomes a failure."""
+    if not isinstance(outcome, RetryJob):
+        return outcome
+    settings = runtime.settings
+    if job.attempt < settings.most_attempts:
+        delay_s = settings.retry_delays[job.attempt - 1] * random.uniform(0.5, 1.0)
+        wait_s = delay_s if outcome.after_s is None else min(outcome.after_s, settings.retry_after_max)
+        ends_at = job.first_started_at + timedelta(seconds=max(settings.job_deadline, job.limits.hard_s))
+        if runtime.store.clock.now() + timedelta(seconds=wait_s) < ends_at:
+            return RetryJob(outcome.detail, outcome.sentence, wait_s)
+    tries = f"{job.attempt} tries" if job.attempt > 1 else "one try"
+    return FailJob(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
+
+
+def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
+    """Writes the outcome, again and again while MongoDB is away, until the hard limit; then keeps a result in Redis."""
+    log = SeldomLog(f"{attempt.job} can't be written down yet")
+    give_up_at = attempt.started_at + max(attempt.job.limits.hard_s - LIMIT_MARGIN_S, attempt.job.limits.soft_s)
+    while True:
+        try:
+            return write_outcome(runtime, attempt.job, outcome)
+        except StoreUnavailable as error:
+            log.fault(error)
+        shutdown_at = SHUTDOWN.due_at or math.inf
+        if time.monotonic() + POLL_STORE_S >= min(give_up_at, shutdown_at + POLL_STORE_S):
+            break
+        time.sleep(POLL_STORE_S)
+    if isinstance(outcome, Result):
+        runtime.notifier.spool_result(attempt.job, outcome)
+    return LeaveJob("MongoDB stayed away: the lease runs out, and the sweeper brings the job back")
+
+
+def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
+    """The table from outcome to fenced write. DropJob: nothing was written, the job is no longer ours.
+
+    Raises:
+        StoreUnavailable: try again, the write may have happened.
+    """
+    store, now = runtime.store, runtime.store.clock.now()
+    match outcome:
+        case Result():
+            try:
+                done = complete(runtime, job, outcome)
+            except FailJob as error:  # MongoDB can't hold it
+                return write_outcome(runtime, job, error)
+        case RetryJob():
+            done = store.release(job, now + timedelta(seconds=outcome.after_s or 0), counted=True)
+        case HandBack():
+            done = store.release(job, now, counted=False)
+        case FailJob():
+            done = store.fail(job, outcome.sentence)
+        case _:
+            done = False
+    return outcome if done else DropJob("the job is no longer ours")
+
+
+def complete(runtime: Runtime, job: Job, result: Result) -> bool:
+    """Stores the file, then ends the job: a completed document never names a file that isn't there."""
+    if result.media is None:
+        return runtime.store.complete(job, result.output, None)
+    url = runtime.artifacts.publish(job, result.media)
+    return runtime.store.complete(job, {**result.output, result.media.url_field: url}, url)
+
+
+def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
+    """Tells the person and Celery what the document says now.
+
+    Raises:
+        JobFailed, Retry, Reject, Ignore: for every outcome but a result.
+    """
+    runtime, job = task.runtime, attempt.job
+    took_s = time.monotonic() - attempt.started_at
+    match outcome:
+        case Result():
+            logger.info("%s completed in %.1f s", job, took_s)
+            announce_job(runtime, job, Status.COMPLETED, "Your result is ready.")
+            clean_up(runtime, job)
+            return {"job_id": str(job.id), "status": Status.COMPLETED.value}
+        case RetryJob():
+            wait_s = outcome.after_s or 0.0
+            logger.warning("%s tried again in %.1f s: %s", job, wait_s, outcome.detail)
+            next_try = f"trying again in {math.ceil(wait_s)} s ({job.attempt + 1} of {runtime.settings.most_attempts})"
+            announce_job(runtime, job, Status.PROCESSING, f"{outcome.sentence}; {next_try}.")
+            raise put_back(task, job.id, wait_s)
+        case HandBack():
+            logger.info("%s handed back: %s", job, outcome.detail)
+            raise Reject(outcome.detail, requeue=True)
+        case FailJob():
+            logger.warning("%s failed after %.1f s: %s", job, took_s, outcome.detail)
+            announce_job(runtime, job, Status.FAILED, outcome.sentence)
+            clean_up(runtime, job)
+            raise JobFailed(outcome.sentence)
+        case _:
+            logger.warning("%s left after %.1f s: %s", job, took_s, outcome)
+            if not isinstance(outcome, LeaveJob):
+                discard(runtime, job)
+            raise Ignore()
+
+
+def clean_up(runtime: Runtime, job: Job) -> None:
+    """Takes away what earlier attempts at an ended job left; what can't be reached now, retention deletes."""
+    if job.attempt > 1:
+        runtime.notifier.forget_result(job.id)
+        with contextlib.suppress(StoreUnavailable):
+            runtime.artifacts.discard_others(job)
+
+
+def discard(runtime: Runtime, job: Job) -> None:
+    """Takes away what an attempt stored that didn't win."""
+    with contextlib.suppress(StoreUnavailable):
+        runtime.artifacts.discard(job)
+
+
+@signals.worker_process_init.connect
+def start_in_child(**_: Any) -> None:
+    """After the fork, and in the solo pool: the keeper's thread begins. Nothing of ours runs in the parent."""
+    start_keeper()
+
+
+@signals.worker_ready.connect
+def start_in_threads(sender: Any, **_: Any) -> None:
+    if sender.pool.__class__.__module__.endswith(".thread"):
+        start_keeper()
+
+
+def start_keeper() -> None:
+    runtime = process_job.runtime
+    runtime.keeper.start(runtime.providers.preload)
+
+
+@signals.worker_process_shutdown.connect
+@signals.worker_shutdown.connect
+def stop_keeper(**_: Any) -> None:
+    if "keeper" in vars(process_job.runtime):
+        process_job.runtime.keeper.stop()
+
+
+@signals.worker_shutting_down.connect
+def announce_shutdown(how: str = "", **_: Any) -> None:
+    """In the parent's signal handler. A cold shutdown (Ctrl-C twice, SIGQUIT) has no grace."""
+    SHUTDOWN.announce(process_job.runtime.settings.shutdown_grace if how == "Warm" else 0.0)
+
+
+# ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+EXIT_UNHEALTHY = 1
+CHECK_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of `check`: `advice` is empty where all is well."""
+
+    what: str
+    seen: str
+    advice: str = ""
+    is_fault: bool = False
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
+    """Runs one look; whatever goes wrong becomes a row with advice, without URLs or keys."""
+    try:
+        return Finding(what, look())
+    except JobError as error:
+        return Finding(what, error.detail, advice, is_fault=True)
+    except Exception as error:  # the edge of the command: any library's error is an answer here
+        return Finding(what, f"{type(error).__name__}{error_code(error)}", advice, is_fault=True)
+
+
+def error_code(error: Exception) -> str:
+    code = getattr(error, "code", None) or getattr(error, "status_code", None) or getattr(error, "strerror", None)
+    return f" ({code})" if isinstance(code, (int, str)) else ""
+
+
+def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
+    def version() -> str:
+        runtime.database.command("ping")
+        return f"reached, version {runtime.mongo.server_info()['version']}"
+
+    def write() -> str:
+        with pymongo.timeout(CHECK_TIMEOUT_S):
+            concern = WriteConcern("majority", j=True)
+            probes = runtime.database.get_collection("worker_check", write_concern=concern)
+            written = probes.insert_one({"at": datetime.now(UTC)}).inserted_id
+            read = probes.find_one({"_id": written})
+            probes.delete_one({"_id": written})
+        return "written to the majority with journal, read, deleted" if read else "written, but not found again"
+
+    def indexes() -> str:
+        runtime.store.ensure_indexes()
+        return "there"
+
+    yield probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version)
+    yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write)
+    yield probe("MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes)
+
+
+def check_redis(settings: Settings) -> Iterator[Finding]:
+    client = redis.Redis.from_url(settings.redis_url.get_secret_value(), socket_timeout=5, socket_connect_timeout=5)
+
+    def publish() -> str:
+        return f"reached; {client.publish(STATUS_CHANNEL, '{}')} listening on {STATUS_CHANNEL}"
+
+    def broker() -> str:
+        return f"reached; {queue_length(settings)} waiting in {settings.celery_queue_name}"
+
+    yield probe("Redis", "is REDIS_URL right?", publish)
+    yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", broker)
+    for name, good, advice in (
+        ("maxmemory-policy", "noeviction", "another policy lets Redis throw jobs away: set noeviction"),
+        ("appendonly", "yes", "without it a restart of Redis loses the queue (the sweeper then takes minutes)"),
+    ):
+        finding = probe(f"Redis {name}", "could not be read: look at it yourself", partial(redis_setting, client, name))
+        yield finding if finding.is_fault or finding.seen == good else replace(finding, advice=advice)
+
+
+def redis_setting(client: redis.Redis, name: str) -> str:
+    value: Any = client.config_get(name)
+    return str(value.get(name, "unknown"))
+
+
+def queue_length(settings: Settings) -> int:
+    """Messages that no worker holds yet. A queue that isn't there is empty: Redis keeps no empty lists."""
+    with app.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, timeout=CHECK_TIMEOUT_S)
+        channel: Any = connection.default_channel
+        try:
+            return int(channel.queue_declare(settings.celery_queue_name, passive=True).message_count)
+        except connection.channel_errors:
+            return 0
+
+
+def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
+    import httpx2
+
+    name, data = f"check-{secrets.token_hex(4)}.txt", b"stored by the worker's check"
+    urls: list[str] = []
+
+    def store() -> str:
+        urls.append(runtime.artifacts.publish_file(name, data))
+        return f"stored in {redact_url(runtime.settings.artifact_url)}"
+
+    def fetch() -> str:
+        answer = httpx2.get(urls[0], timeout=CHECK_TIMEOUT_S)
+        answer.raise_for_status()
+        return f"{redact_url(urls[0])} answers with the file" if answer.content == data else "another content"
+
+    yield probe("artifact store", "is ARTIFACT_URL right, and may the worker write there?", store)
+    if urls and urls[0].startswith("http"):
+        yield probe("artifact URL", "ARTIFACT_BASE_URL should be an address that serves the files", fetch)
+    elif urls and not urls[0].startswith("data:"):
+        advice = "the API must serve this path (README.md has the route), or set ARTIFACT_BASE_URL"
+        yield Finding("artifact URL", f"{runtime.settings.artifact_base_url}/…", advice)
+    with contextlib.suppress(StoreUnavailable):
+        runtime.artifacts.remove(name)
+
+
+def check_providers(settings: Settings) -> Iterator[Finding]:
+    for kind in PROVIDER_KINDS:
+        where = settings.provider(kind)
+        if where.is_offline:
+            yield Finding(f"provider, {kind}", where.label, "no model: set OPENAI_API_KEY or OPENAI_BASE_URL")
+        else:
+            advice = f"is the URL right ({kind.upper()}_BASE_URL or OPENAI_BASE_URL), and the key?"
+            yield probe(f"provider, {kind}", advice, partial(asyncio_run_models, where, settings))
+
+
+def asyncio_run_models(where: ProviderSettings, settings: Settings) -> str:
+    return asyncio.run(list_models(where, settings))
+
+
+async def list_models(where: ProviderSettings, settings: Settings) -> str:
+    async with asyncio.timeout(CHECK_TIMEOUT_S), OpenAIProvider(where, settings.max_answer_bytes).call() as client:
+        offered = [model.id async for model in client.models.list()]
+    known = "offers it" if where.model in offered else f"does not list it among its {len(offered)} models"
+    return f"{where.label}: {known}"
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """AI Backend Worker: takes generation jobs from a Celery queue and makes each one end, exactly once.
+
+    Without a command it runs the worker. Settings come from the environment and from .env.
+    """
+    if context.invoked_subcommand is None:
+        context.invoke(run_command)
+
+
+@main.command("run", context_settings={"ignore_unknown_options": True})
+@click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
+def run_command(celery_arguments: Sequence[str] = ()) -> None:
+    """Run the worker (the default). CELERY_ARGUMENTS are passed to `celery worker`."""
+    settings = current_settings()
+    print_connections(settings)
+    app.worker_main(
+        [
+            "--quiet",  # Celery's banner would say it again
+            "worker",
+            f"--pool={settings.pool}",
+            f"--concurrency={settings.worker_concurrency}",
+            f"--hostname=worker-{NODE.rsplit('-', 1)[-1]}@%h",
+            "--loglevel=INFO",
+            "--without-gossip",
+            "--without-mingle",  # it would wait a second for other workers at start
+            *celery_arguments,
+        ]
+    )
+
+
+def print_connections(settings: Settings) -> None:
+    """What the worker is connected to, without passwords."""
+    rows: dict[str, str] = {
+        "MongoDB": f"{redact_url(settings.mongodb_url.get_secret_value())}, database {settings.database_name}",
+        "Redis": redact_url(settings.redis_url.get_secret_value()),
+        "queue": f"{settings.celery_queue_name} at {redact_url(settings.broker_url)}",
+        "pool": f"{settings.pool}, {settings.worker_concurrency} at a time",
+        "limits": f"{settings.celery_soft_time_limit:g} s, killed after {settings.celery_time_limit:g} s",
+        "artifacts": f"{redact_url(settings.artifact_url)}, served at {redact_url(settings.artifact_base_url)}",
+        **{kind: settings.provider(kind).label for kind in PROVIDER_KINDS},
+    }
+    print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
+    if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
+        print("  WARNING: no provider is set for some kinds: the OFFLINE STAND-IN answers, which is no model.")
+    sys.stdout.flush()
+
+
+@main.command()
+def check() -> None:
+    """Try every connection and say what to do; exits with 1 if something is wrong."""
+    from rich.table import Table
+
+    settings = current_settings()
+    runtime = Runtime(settings)
+    findings = [
+        *check_mongodb(runtime),
+        *check_redis(settings),
+        *check_artifacts(runtime),
+        *check_providers(settings),
+    ]
+    table = Table("", "what", "seen", "what to do")
+    for finding in findings:
+        mark = "[red]FAULT[/]" if finding.is_fault else "[yellow]note[/]" if finding.advice else "[green]ok[/]"
+        table.add_row(mark, finding.what, finding.seen, finding.advice)
+    console().print(table)
+    sys.exit(any(finding.is_fault for finding in findings))
+
+
+@main.command()
+def status() -> None:
+    """Show jobs by status, the queue, what is stuck, and the last errors."""
+    from rich.table import Table
+
+    settings = current_settings()
+    runtime = Runtime(settings)
+    try:
+        seen = runtime.store.overview()
+    except StoreUnavailable as error:
+        raise click.ClickException(f"MongoDB can't be reached ({error}); try `check`") from None
+    queue = probe("queue", "", lambda: str(queue_length(settings)))
+    table = Table("", "", show_header=False)
+    for name, count in seen["counts"].items():
+        table.add_row(name, str(count))
+    table.add_row("oldest pending", age_text(seen["oldest_pending"]))
+    table.add_row("expired leases", f"{seen['expired_leases']} (a running worker takes them up within seconds)")
+    table.add_row("notices not confirmed", str(seen["unnotified"]))
+    table.add_row(f"waiting in {settings.celery_queue_name}", queue.seen)
+    errors = Table("last errors", "when", "job", "type")
+    for job in seen["last_errors"]:
+        row = (str(job.get("error_message"))[:60], age_text(job.get("completed_at")), str(job["_id"]))
+        errors.add_row(*row, str(job.get("job_type"))[:30])
+    for part in (table, errors):
+        console().print(part)
+
+
+def age_text(at: datetime | None) -> str:
+    if at is None:
+        return "-"
+    return f"{timedelta(seconds=int((datetime.now(UTC) - at.replace(tzinfo=UTC)).total_seconds()))} ago"
+
+
+@main.command()
+def health() -> None:
+    """Exit with 0 if this host's worker is alive (for Docker's HEALTHCHECK)."""
+    ages_s = Heartbeat().ages_s()
+    for pid, age_s in ages_s.items():
+        if age_s > Heartbeat.STALE_S:
+            print(f"process {pid} has been silent for {age_s:.0f} s")
+    print(f"{len(ages_s)} process(es) that run jobs")
+    sys.exit(EXIT_UNHEALTHY if not ages_s or max(ages_s.values()) > Heartbeat.STALE_S else 0)
+
+
+@main.command()
+def recover() -> None:
+    """Look once for jobs that nobody works on, and get them going again (from cron, where no worker runs all day)."""
+    try:
+        lines = Runtime(current_settings()).sweeper.sweep()
+    except StoreUnavailable as error:
+        raise click.ClickException(f"MongoDB can't be reached ({error}); try `check`") from None
+    print(*lines or ["nothing to recover"], sep="\n")
+
+
+@main.command()
+@click.option("--type", "job_type", default="text", show_default=True, help="text, image, audio, or a full job type")
+@click.option("--prompt", required=True, help="what to generate")
+@click.option("--param", "parameters", multiple=True, metavar="NAME=VALUE", help="more input, such as size=512x512")
+@click.option("--follow/--no-follow", default=True, show_default=True, help="wait and show it while it is made")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="folder for the file")
+def submit(job_type: str, prompt: str, parameters: Sequence[str], follow: bool, output: Path | None) -> None:
+    """Submit a job as the API does, and show what comes back."""
+    import demo as demo_module
+
+    sys.exit(demo_module.submit(Runtime(current_settings()), job_type, prompt, parameters, follow, output))
+
+
+@main.command()
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="folder for picture and sound")
+def demo(output: Path | None) -> None:
+    """One job of each type through a real worker, with nothing else installed or running."""
+    import demo as demo_module
+
+    sys.exit(demo_module.demo(output))
+
+
+def load_handler_modules(settings: Settings) -> None:
+    for name in settings.handler_modules:
+        importlib.import_module(name)
+
+
+if __name__ == "__main__":
+    # Imported by its name, so that handlers of your own register with the same module that Celery runs.
+    importlib.import_module("worker").main()
