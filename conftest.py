@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,12 +69,10 @@ def provider(running_provider: Provider) -> Provider:
     return running_provider
 
 
-@pytest.fixture
-def environment(
-    mongo_server: MongoServer, redis_server: RedisServer, provider: Provider, request: pytest.FixtureRequest
+def worker_settings(
+    mongo_server: MongoServer, redis_server: RedisServer, provider: Provider, name: str
 ) -> dict[str, str]:
-    """The environment of a worker that works in this test's own database and queue, with short waits."""
-    name = f"t{abs(hash(request.node.nodeid)) % 10**10}"
+    """The environment of a worker that works in a database and a queue of this name, with short waits."""
     return {
         "MONGODB_URL": mongo_server.url,
         "DATABASE_NAME": f"test_{name}",
@@ -88,17 +87,32 @@ def environment(
     }
 
 
+@contextmanager
+def open_api(environment: dict[str, str]) -> Iterator[Api]:
+    """The API's side of these settings; what it made in the database is dropped at the end."""
+    names = ("MONGODB_URL", "REDIS_URL", "DATABASE_NAME", "CELERY_QUEUE_NAME")
+    api = Api(*(environment[name] for name in names))
+    try:
+        yield api
+        for collection in api.database.list_collection_names():
+            api.database.drop_collection(collection)
+    finally:
+        api.close()
+
+
+@pytest.fixture
+def environment(
+    mongo_server: MongoServer, redis_server: RedisServer, provider: Provider, request: pytest.FixtureRequest
+) -> dict[str, str]:
+    """The environment of a worker that works in this test's own database and queue, with short waits."""
+    name = f"t{abs(hash(request.node.nodeid)) % 10**10}"
+    return worker_settings(mongo_server, redis_server, provider, name)
+
+
 @pytest.fixture
 def api(environment: dict[str, str]) -> Iterator[Api]:
-    api = Api(
-        environment["MONGODB_URL"],
-        environment["REDIS_URL"],
-        environment["DATABASE_NAME"],
-        environment["CELERY_QUEUE_NAME"],
-    )
-    yield api
-    api.mongo.drop_database(api.database.name)
-    api.close()
+    with open_api(environment) as api:
+        yield api
 
 
 StartWorker = Callable[..., WorkerProcess]
@@ -117,3 +131,44 @@ def start_worker(environment: dict[str, str], tmp_path: Path) -> Iterator[StartW
     yield start_one
     for worker in started:
         worker.kill()
+
+
+# In-process use: the worker's parts in the test's own process.
+
+
+@pytest.fixture
+def settings(environment: dict[str, str]) -> worker.Settings:
+    """The settings of `environment`, whatever the variables and the `.env` around the tests say."""
+    return worker.Settings(_env_file=None, **{name.lower(): value for name, value in environment.items()})
+
+
+def adopt(runtime: worker.Runtime, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes the runtime the task's own, with no shutdown announced and its heartbeat in the test's folder."""
+    monkeypatch.setattr(worker, "SHUTDOWN", worker.ShutdownTime())
+    monkeypatch.setattr(worker.process_job, "runtime", runtime, raising=False)
+    heartbeat = worker.Heartbeat(folder / "heartbeat")
+    runtime.keeper = worker.Keeper(runtime.store, runtime.sweeper, worker.SHUTDOWN, heartbeat, runtime.settings)
+
+
+@pytest.fixture
+def runtime(
+    settings: worker.Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[worker.Runtime]:
+    """What one worker process works with, on real MongoDB and Redis. Its keeper ticks only when told to."""
+    worker.app.conf.update(broker_url=redis_server.url, result_backend=redis_server.url)
+    runtime = worker.Runtime(settings)
+    adopt(runtime, monkeypatch, tmp_path)
+    yield runtime
+    runtime.mongo.drop_database(runtime.database.name)
+    runtime.mongo.close()
+
+
+@pytest.fixture
+def light_runtime(provider: Provider, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> worker.Runtime:
+    """The same on mongomock and fakeredis, for what these can stand for: shapes and decisions, no races."""
+    enable_gridfs_integration()
+    settings = worker.Settings(_env_file=None, openai_base_url=provider.url, openai_api_key="sk-test-planted-key")
+    runtime = worker.Runtime(settings, mongomock.MongoClient())
+    runtime.notifier = worker.Notifier(fakeredis.FakeRedis())
+    adopt(runtime, monkeypatch, tmp_path)
+    return runtime

@@ -1,9 +1,16 @@
 """placeholder"""
 
 from __future__ import annotations
-import asyncio, io, math, random, re, struct
+
+import asyncio
+import io
+import math
+import random
+import re
+import struct
 from collections.abc import Callable
-from worker import Document, MODEL_OFFLINE, TextAnswer
+
+from worker import MODEL_OFFLINE, Document, TextAnswer
 
 
 class OfflineProvider:

@@ -47,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import wave
 import zlib
 from collections import Counter
@@ -1230,6 +1231,7 @@ TASK_NAME: Final = "src.infrastructure.queue.tasks.process_job"
 STATUS_CHANNEL: Final = "job_notifications"
 PROGRESS_CHANNEL: Final = "job_progress"
 TERMINAL: Final = ("completed", "failed")
+SOURCE: Final = Path(__file__).parent
 
 
 class Api:
@@ -1283,6 +1285,13 @@ class Api:
     def send(self, *args: object, kwargs: dict[str, Any] | None = None, **options: Any) -> AsyncResult[Any]:
         """Send a message with these very arguments."""
         return self.celery.send_task(TASK_NAME, args=args, kwargs=kwargs, queue=self.queue, **options)
+
+    def send_body(self, body: object) -> None:
+        """Send a message of the task with this very body, whatever its shape."""
+        headers, properties, _, event = self.celery.amqp.as_task_v2(str(uuid.uuid4()), TASK_NAME, args=(), kwargs={})
+        with self.celery.producer_pool.acquire() as producer:
+            message = (headers, properties, body, event)
+            self.celery.amqp.send_task_message(producer, TASK_NAME, message, queue=self.queue)
 
     def enqueue(self, job_id: ObjectId, **options: Any) -> AsyncResult[Any]:
         """Send the message that belongs to a document."""
@@ -1344,12 +1353,22 @@ class Api:
 
 
 class WorkerProcess:
-    """`python worker.py` as a process of its own, in a session of its own, with its log in a file."""
+    """`python worker.py` as a process of its own, in a session of its own, with its log in a file.
+
+    It runs in the log's folder, so that no `.env` of the sources reaches it.
+    """
 
     def __init__(self, environment: Mapping[str, str], log: Path, command: list[str] | None = None) -> None:
-        source = Path(__file__).parent
         self.log = log
-        self.process = spawn([sys.executable, *(command or ["worker.py"])], log, {**os.environ, **environment}, source)
+        arguments = command or [str(SOURCE / "worker.py")]
+        self.process = spawn([sys.executable, *arguments], log, {**os.environ, **environment}, log.parent)
+
+    @property
+    def name(self) -> str:
+        """The name under which Celery knows it, once it is ready."""
+        found = re.search(r"(\S+@\S+) ready\.", self.text())
+        assert found, self.text()
+        return found[1]
 
     def text(self) -> str:
         """Return the log so far."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import importlib
+import importlib.util
 import io
 import ipaddress
 import json
@@ -38,12 +38,12 @@ import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import click
 import gridfs
@@ -57,6 +57,7 @@ from kombu.exceptions import OperationalError
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -66,12 +67,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from pymongo.errors import (
-    DocumentTooLarge,
-    OperationFailure,
-    PyMongoError,
-    WriteError,
-)
+from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError, WriteError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
@@ -82,7 +78,6 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from pymongo.collection import Collection
     from pymongo.database import Database
-    from rich.console import Console
 
 __version__ = "1.0.0"
 
@@ -217,7 +212,6 @@ class Clock:
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ProviderKind = Literal["text", "image", "audio"]
-CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 PROVIDER_KINDS: tuple[ProviderKind, ...] = ("text", "image", "audio")
 EXIT_BAD_SETTINGS = 2
 IMAGE_SIZE = r"[1-9]\d{1,3}x[1-9]\d{1,3}"
@@ -230,6 +224,71 @@ def is_positive_number(value: object) -> bool:
 def redact_url(url: str) -> str:
     """The URL without user, password and query. Greedy, so that a password with an unescaped `@` is gone too."""
     return re.sub(r"://.*@", "://***@", url).split("?")[0]
+
+
+def split_commas(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def matching(pattern: str, hint: str) -> AfterValidator:
+    """Checks a setting, or each part of one, against a pattern; the message never shows the value."""
+
+    def check(value: Any) -> Any:
+        for part in value if isinstance(value, tuple) else (value,):
+            text = part.get_secret_value() if isinstance(part, SecretStr) else part
+            if not re.fullmatch(pattern, text):
+                raise ValueError(f"should {hint}")
+        return value
+
+    return AfterValidator(check)
+
+
+def check_mongodb_url(value: SecretStr) -> SecretStr:
+    url = value.get_secret_value()
+    with contextlib.suppress(PyMongoError, ValueError):
+        if url.startswith("mongodb+srv://") or pymongo.uri_parser.parse_uri(url, validate=True):
+            return value
+    raise ValueError("should look like mongodb://user:password@host:27017/database (escape @ : / in a password)")
+
+
+def check_redis_url(value: SecretStr) -> SecretStr:
+    url = value.get_secret_value()
+    with contextlib.suppress(ValueError):
+        if url == "" or redis.ConnectionPool.from_url(url):
+            return value
+    raise ValueError("should look like redis://:password@host:6379/0 (or rediss://, unix://)")
+
+
+def check_module(name: str) -> str:
+    with contextlib.suppress(ImportError, ValueError):
+        if importlib.util.find_spec(name):
+            return name
+    raise ValueError("should name modules that can be imported, comma-separated, without .py")
+
+
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
+ModuleName = Annotated[str, AfterValidator(check_module)]
+Modules = Annotated[tuple[ModuleName, ...], NoDecode, BeforeValidator(split_commas)]
+Sizes = Annotated[Names, matching(IMAGE_SIZE, "be sizes, comma-separated, like 1024x1024,1536x1024")]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SomeSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Delays = Annotated[tuple[Annotated[float, Field(ge=0, le=3600)], ...], NoDecode, BeforeValidator(split_commas)]
+HttpUrl = Annotated[str, matching(r"|https?://[^/\s]+\S*", "look like http://host:port/v1")]
+MongoUrl = Annotated[SecretStr, AfterValidator(check_mongodb_url)]
+RedisUrl = Annotated[SecretStr, AfterValidator(check_redis_url)]
+BrokerUrl = Annotated[
+    SecretStr, matching(r"|(rediss?|sentinel|amqps?)://.*", "start with redis://, sentinel:// or amqp://")
+]
+
+
+ArtifactUrl = Annotated[
+    str, matching(r"gridfs|data:|[a-z][a-z0-9+.-]*://.*", "be gridfs, data:, or like file:///folder or s3://bucket")
+]
+
+
+NO_SECRET = SecretStr("")
+MONGODB_URL = "mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"
 
 
 @dataclass(frozen=True)
@@ -262,142 +321,62 @@ class Settings(BaseSettings):
         env_file=".env", env_ignore_empty=True, extra="ignore", validate_default=True, hide_input_in_errors=True
     )
 
-    mongodb_url: SecretStr = Field(
-        SecretStr("mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"),
-        description="MongoDB, shared with the API",
-    )
-    database_name: str = Field("ai_backend", pattern=r'^[^/\\. "$]{1,63}$', description="database of the jobs")
-    redis_url: SecretStr = Field(SecretStr("redis://redis:6379/0"), description="Redis: queue, results, notifications")
-    celery_queue_name: str = Field("ai_jobs", min_length=1, description="queue to take jobs from")
-    celery_soft_time_limit: float = Field(90, gt=0, allow_inf_nan=False, description="seconds a job may take")
-    celery_time_limit: float = Field(
-        120, gt=0, allow_inf_nan=False, description="seconds after which a hung process is killed"
-    )
-    debug: bool = Field(False, description="log more of the worker's own doing (never prompts or keys)")
+    mongodb_url: MongoUrl = SecretStr(MONGODB_URL)  # MongoDB, shared with the API
+    database_name: Annotated[str, Field(pattern=r'^[^/\\. "$]{1,63}$')] = "ai_backend"  # database of the jobs
+    redis_url: RedisUrl = SecretStr("redis://redis:6379/0")  # queue, results, notifications
+    celery_queue_name: Name = "ai_jobs"  # queue to take jobs from
+    celery_soft_time_limit: SomeSeconds = 90  # seconds a job may take
+    celery_time_limit: SomeSeconds = 120  # seconds after which a hung process is killed
+    debug: bool = False  # log more of the worker's own doing (never prompts or keys)
 
-    celery_broker_url: SecretStr = Field(SecretStr(""), description="another broker than REDIS_URL")
-    celery_result_backend: SecretStr = Field(SecretStr(""), description="another result backend than REDIS_URL")
-    celery_send_events: bool = Field(True, description="send the task events that the API and Flower read")
-    worker_pool: Literal["", "prefork", "threads", "solo"] = Field(
-        "", description="Celery pool; empty: prefork where fork works"
-    )
-    worker_concurrency: int = Field(1, ge=1, le=10_000, description="jobs at a time in this worker")
-    shutdown_grace: float = Field(5, ge=0, description="seconds a running job may go on after SIGTERM")
-    handler_modules: CommaSeparated = Field((), description="modules with job types of your own, comma-separated")
+    celery_broker_url: BrokerUrl = NO_SECRET  # another broker than REDIS_URL
+    celery_result_backend: RedisUrl = NO_SECRET  # another result backend than REDIS_URL
+    celery_send_events: bool = True  # send the task events that the API and Flower read
+    worker_pool: Literal["", "prefork", "threads", "solo"] = ""  # Celery pool; empty: prefork where fork works
+    worker_concurrency: int = Field(1, ge=1, le=10_000)  # jobs at a time in this worker
+    shutdown_grace: Seconds = 5  # seconds a running job may go on after SIGTERM
+    handler_modules: Modules = ()  # modules with job types of your own
 
-    lease_seconds: float = Field(30, ge=2, le=600, description="a silent worker loses its jobs after this")
-    sweep_interval: float = Field(10, ge=0.2, le=600, description="seconds between looks for lost jobs")
-    orphan_after: float = Field(
-        0, ge=0, description="age in seconds of an older worker's job to take over; 0: time limit + 60"
-    )
-    job_deadline: float = Field(600, gt=0, description="seconds from the first start in which a job must end")
-    retry_delays: Annotated[tuple[float, ...], NoDecode] = Field(
-        (5, 15, 45), description="waits in seconds before each retry; their number is the number of retries"
-    )
-    retry_after_max: float = Field(120, ge=0, description="longest wait in seconds that a provider may ask for")
+    lease_seconds: float = Field(30, ge=2, le=600)  # a silent worker loses its jobs after so many seconds
+    sweep_interval: float = Field(10, ge=0.2, le=600)  # seconds between looks for lost jobs
+    orphan_after: Seconds = 0  # seconds after which an older worker's job is taken over; 0: hard limit + 60
+    job_deadline: SomeSeconds = 600  # seconds from the first start in which a job must end
+    retry_delays: Delays = (5, 15, 45)  # seconds before each retry; their number is the number of retries
+    retry_after_max: Seconds = 120  # longest wait in seconds that a provider may ask for
 
-    openai_api_key: SecretStr = Field(SecretStr(""), description="key for the provider")
-    openai_base_url: str = Field("", description="any OpenAI-compatible server; empty: OpenAI (with a key)")
-    text_base_url: str = Field("", description="another server for text")
-    text_api_key: SecretStr = Field(SecretStr(""), description="its key")
-    text_model: str = Field("gpt-4o-mini", min_length=1, description="model for text")
-    text_models: CommaSeparated = Field((), description="more text models that a job may ask for")
-    text_max_tokens: int = Field(4096, ge=1, description="most tokens a job may ask for")
-    image_base_url: str = Field("", description="another server for pictures")
-    image_api_key: SecretStr = Field(SecretStr(""), description="its key")
-    image_model: str = Field("gpt-image-1", min_length=1, description="model for pictures")
-    image_models: CommaSeparated = Field((), description="more picture models that a job may ask for")
-    image_sizes: CommaSeparated = Field(
-        (), description="sizes the picture model knows; the nearest is used (set by itself for gpt-image)"
-    )
-    audio_base_url: str = Field("", description="another server for sound")
-    audio_api_key: SecretStr = Field(SecretStr(""), description="its key")
-    audio_model: str = Field("gpt-4o-mini-tts", min_length=1, description="model for sound")
-    audio_models: CommaSeparated = Field((), description="more sound models that a job may ask for")
-    audio_voice: str = Field("alloy", min_length=1, description='voice for jobs that ask for none or "default"')
-    audio_format: Literal["mp3", "wav", "opus", "flac"] = Field(
-        "mp3", description="sound format unless a job asks for another"
-    )
-    max_answer_bytes: int = Field(32 * 2**20, ge=1024, description="largest answer of a provider")
+    openai_api_key: SecretStr = NO_SECRET  # key for the provider
+    openai_base_url: HttpUrl = ""  # any OpenAI-compatible server; empty: OpenAI (with a key)
+    text_base_url: HttpUrl = ""  # another server for text
+    text_api_key: SecretStr = NO_SECRET  # its key
+    text_model: Name = "gpt-4o-mini"  # model for text
+    text_models: Names = ()  # more text models that a job may ask for
+    text_max_tokens: int = Field(4096, ge=1)  # most tokens a job may ask for
+    image_base_url: HttpUrl = ""  # another server for pictures
+    image_api_key: SecretStr = NO_SECRET  # its key
+    image_model: Name = "gpt-image-1"  # model for pictures
+    image_models: Names = ()  # more picture models that a job may ask for
+    image_sizes: Sizes = ()  # sizes the picture model knows, the nearest is used (set by itself for gpt-image)
+    audio_base_url: HttpUrl = ""  # another server for sound
+    audio_api_key: SecretStr = NO_SECRET  # its key
+    audio_model: Name = "gpt-4o-mini-tts"  # model for sound
+    audio_models: Names = ()  # more sound models that a job may ask for
+    audio_voice: Name = "alloy"  # voice for jobs that ask for none or "default"
+    audio_format: Literal["mp3", "wav", "opus", "flac"] = "mp3"  # sound format unless a job asks for another
+    max_answer_bytes: int = Field(32 * 2**20, ge=1024)  # largest answer of a provider, in bytes
 
-    artifact_url: str = Field("gridfs", description="where files go: gridfs, data:, file:///folder, s3://bucket/folder")
-    artifact_base_url: str = Field("/artifacts", description="public address in front of a file's name")
-    artifact_retention_days: float = Field(0, ge=0, description="delete files after days; 0: keep")
-    aws_access_key_id: SecretStr = Field(SecretStr(""), description="S3 key, for ARTIFACT_URL=s3://")
-    aws_secret_access_key: SecretStr = Field(SecretStr(""), description="S3 secret")
-    s3_bucket_name: str = Field("", description="bucket where ARTIFACT_URL is s3:// alone")
-    s3_region: str = Field("", description="S3 region")
-    s3_endpoint_url: str = Field("", description="S3-compatible server; empty: AWS")
-
-    @field_validator(
-        "handler_modules", "retry_delays", "text_models", "image_models", "image_sizes", "audio_models", mode="before"
-    )
-    @classmethod
-    def split_commas(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-    @field_validator("retry_delays")
-    @classmethod
-    def check_delays(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 <= delay_s <= 3600 for delay_s in value):
-            raise ValueError("should be seconds from 0 to 3600, comma-separated, like 5,15,45")
-        return value
+    artifact_url: ArtifactUrl = "gridfs"  # where files go: gridfs, data:, file:///folder, s3://bucket/folder
+    artifact_base_url: str = "/artifacts"  # public address in front of a file's name
+    aws_access_key_id: SecretStr = NO_SECRET  # S3 key
+    aws_secret_access_key: SecretStr = NO_SECRET  # S3 secret
+    s3_bucket_name: str = ""  # bucket where ARTIFACT_URL is s3:// alone
+    s3_region: str = ""  # S3 region
+    s3_endpoint_url: HttpUrl = ""  # S3-compatible server; empty: AWS
 
     @field_validator("celery_time_limit")
     @classmethod
     def check_limits(cls, value: float, info: ValidationInfo) -> float:
         if value <= info.data.get("celery_soft_time_limit", 0):
             raise ValueError("should be greater than CELERY_SOFT_TIME_LIMIT")
-        return value
-
-    @field_validator("mongodb_url")
-    @classmethod
-    def check_mongodb_url(cls, value: SecretStr) -> SecretStr:
-        url = value.get_secret_value()
-        with contextlib.suppress(PyMongoError, ValueError):
-            if url.startswith("mongodb+srv://") or pymongo.uri_parser.parse_uri(url, validate=True):
-                return value
-        raise ValueError("should look like mongodb://user:password@host:27017/database (escape @ : / in a password)")
-
-    @field_validator("redis_url", "celery_result_backend")
-    @classmethod
-    def check_redis_url(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
-        url = value.get_secret_value()
-        if not url and info.field_name != "redis_url":
-            return value
-        with contextlib.suppress(ValueError):
-            redis.ConnectionPool.from_url(url)
-            return value
-        raise ValueError("should look like redis://:password@host:6379/0 (or rediss://, unix://)")
-
-    @field_validator("celery_broker_url")
-    @classmethod
-    def check_broker_url(cls, value: SecretStr) -> SecretStr:
-        if value.get_secret_value() and not re.match(
-            r"(redis|rediss|sentinel|amqp|amqps)://", value.get_secret_value()
-        ):
-            raise ValueError("should start with redis://, rediss://, sentinel://, amqp:// or amqps://")
-        return value
-
-    @field_validator("openai_base_url", "text_base_url", "image_base_url", "audio_base_url", "s3_endpoint_url")
-    @classmethod
-    def check_http_url(cls, value: str) -> str:
-        if value and not re.match(r"https?://[^/\s]+", value):
-            raise ValueError("should look like http://host:port/v1")
-        return value.rstrip("/")
-
-    @field_validator("image_sizes")
-    @classmethod
-    def check_sizes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(re.fullmatch(IMAGE_SIZE, size) for size in value):
-            raise ValueError("should be sizes, comma-separated, like 1024x1024,1536x1024")
-        return value
-
-    @field_validator("artifact_url")
-    @classmethod
-    def check_artifact_url(cls, value: str) -> str:
-        if value not in ("gridfs", "data:") and not re.match(r"[a-z][a-z0-9+.-]*://", value):
-            raise ValueError("should be gridfs, data:, or a URL like file:///folder or s3://bucket/folder")
         return value
 
     @field_validator("s3_bucket_name")
@@ -436,10 +415,9 @@ class Settings(BaseSettings):
 
     def limits(self, timelimit: object = None) -> Limits:
         """The limits of a message (`[hard, soft]`, either may be null) where they make sense, else the worker's own."""
-        asked: list[Any] = (
-            list(timelimit) if isinstance(timelimit, (list, tuple)) and len(timelimit) == 2 else [None, None]
-        )
-        hard_s, soft_s = (float(x) if is_positive_number(x) else None for x in asked)
+        is_pair = isinstance(timelimit, (list, tuple)) and len(timelimit) == 2
+        asked: Any = timelimit if is_pair else (None, None)
+        hard_s, soft_s = (float(number) if is_positive_number(number) else None for number in asked)
         margin_s = self.celery_time_limit - self.celery_soft_time_limit
         if hard_s is None:
             hard_s = self.celery_time_limit if soft_s is None else max(self.celery_time_limit, soft_s + margin_s)
@@ -474,17 +452,13 @@ def load_settings(**overrides: Any) -> Settings:
 
 current_settings = cache(load_settings)
 
+
 # ── Celery app ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 TASK_NAME = "src.infrastructure.queue.tasks.process_job"
 NODE = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # minted before the fork, so that siblings know each other
-SOCKET_OPTIONS = {
-    "socket_connect_timeout": 5,
-    "socket_timeout": 30,
-    "socket_keepalive": True,
-    "health_check_interval": 25,
-}
-CHATTY_LOGGERS = (
+SOCKET_TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 30, "health_check_interval": 25}
+CHATTY_LOGGERS = [
     "celery",
     "kombu",
     "amqp",
@@ -496,16 +470,19 @@ CHATTY_LOGGERS = (
     "botocore",
     "urllib3",
     "PIL",
-)
-URL_LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2")  # their lines hold whole URLs
+]
+
+
+URL_LOGGERS = ["httpx", "httpx2", "httpcore", "httpcore2"]  # their lines hold whole URLs
 
 
 def celery_configuration(settings: Settings) -> Document:
     """Celery's settings: JSON only, acknowledged late, one job in hand per slot, reconnecting for ever."""
-    redis_options = SOCKET_OPTIONS if settings.broker_url.startswith("redis") else {}
+    redis_options = SOCKET_TIMEOUTS if settings.broker_url.startswith("redis") else {}
     return {
         "broker_url": settings.broker_url,
         "result_backend": settings.result_backend,
+        "imports": settings.handler_modules,
         "task_default_queue": settings.celery_queue_name,
         "accept_content": ["json"],
         "task_serializer": "json",
@@ -523,7 +500,6 @@ def celery_configuration(settings: Settings) -> Document:
         "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}},
         "redis_socket_connect_timeout": 5,
         "redis_socket_timeout": 30,
-        "redis_socket_keepalive": True,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         # Long, since a job beyond it would run twice at a time; the lease's sweeper is what rescues.
@@ -534,6 +510,8 @@ def celery_configuration(settings: Settings) -> Document:
 
 
 app = Celery("ai_backend_worker")
+
+
 app.add_defaults(lambda: celery_configuration(current_settings()))
 
 
@@ -550,7 +528,11 @@ def quieten_libraries(**_: Any) -> None:
 # ── job store ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MONGODB_TIMEOUT_MS = 10_000
+
+
 RESCUE_FIRST_S, RESCUE_LONGEST_S = 30.0, 600.0
+
+
 STALE_BATCH = 100
 PATH_NOT_VIABLE = 28  # MongoDB's code for a sub-document that is something else
 
@@ -652,7 +634,7 @@ class JobStore:
             ) or self._jobs.find_one_and_update(
                 {**released, "worker.available_at": {"$lte": now}}, {"$set": lease, **first}, return_document=True
             )
-        return self._job(document) if document else self._judge_miss(job_id, owner, now)
+        return self._job(document) if document else self._judge_miss(job_id, owner)
 
     def _bounds(self, now: datetime, limits: Limits) -> Document:
         oldest_start = now - timedelta(seconds=max(self._settings.job_deadline, limits.hard_s))
@@ -661,7 +643,7 @@ class JobStore:
             "worker.first_started_at": {"$not": {"$lte": oldest_start}},
         }
 
-    def _judge_miss(self, job_id: ObjectId, owner: str, now: datetime) -> Job | Miss:
+    def _judge_miss(self, job_id: ObjectId, owner: str) -> Job | Miss:
         document = self.read(job_id)
         if document is None:
             return Miss(MissKind.UNKNOWN)
@@ -672,9 +654,8 @@ class JobStore:
             return self._job(document)
         if worker.get("owner") or (document["status"] == Status.PROCESSING and "available_at" not in worker):
             return Miss(MissKind.HELD, document)
-        if worker.get("available_at", now) > now:
-            return Miss(MissKind.WAITING, document)
-        return Miss(MissKind.EXHAUSTED, document)
+        # Not by its absence alone: it may have been released since the claim.
+        return Miss(MissKind.EXHAUSTED if self.is_past_bounds(document) else MissKind.WAITING, document)
 
     def _job(self, document: Document) -> Job:
         worker = document["worker"]
@@ -1140,7 +1121,11 @@ def open_artifacts(settings: Settings, database: Callable[[], Database[Document]
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 REFUSED_KEY_STATUSES = frozenset({401, 403})
+
+
 FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S = 3, 30.0
+
+
 MODEL_OFFLINE = "offline-stand-in"
 UNUSABLE = "The provider's answer could not be used."
 
@@ -1263,6 +1248,24 @@ class Breaker:
         self._failures = 0
 
 
+async def public_address(host: str, port: int) -> str:
+    """An address of the host, if all of them are public.
+
+    Raises:
+        FailJob: one is not, so that a provider can't make the worker read the operator's network.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(str(entry[4][0])) for entry in found]
+    if not addresses or not all(address.is_global for address in addresses):
+        raise FailJob("a picture's URL at an address that isn't public", UNUSABLE)
+    return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
+
+
+def whole_text(parts: Sequence[str]) -> str:
+    """The pieces joined; halves of a character that a server cut between two pieces come together again."""
+    return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class OpenAIProvider:
     """Any OpenAI-compatible server, through the `openai` SDK without its own retries."""
 
@@ -1341,24 +1344,6 @@ class OpenAIProvider:
     async def speech(self, request: Document) -> tuple[bytes, str]:
         async with self.call() as client, client.audio.speech.with_streaming_response.create(**request) as answer:
             return await answer.read(), request["model"]
-
-
-async def public_address(host: str, port: int) -> str:
-    """An address of the host, if all of them are public.
-
-    Raises:
-        FailJob: one is not, so that a provider can't make the worker read the operator's network.
-    """
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [ipaddress.ip_address(str(entry[4][0])) for entry in found]
-    if not addresses or not all(address.is_global for address in addresses):
-        raise FailJob("a picture's URL at an address that isn't public", UNUSABLE)
-    return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
-
-
-def whole_text(parts: Sequence[str]) -> str:
-    """The pieces joined; halves of a character that a server cut between two pieces come together again."""
-    return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Providers:
@@ -1582,20 +1567,6 @@ def nearest_size(asked: str, offered: Sequence[str]) -> str:
     return min(offered, key=distance)
 
 
-@handles("image_generation", ImageInput, provider="image")
-async def image_generation(call: Call) -> Result:
-    """Generates a picture; its resolution is read from its bytes."""
-    asked: ImageInput = call.input
-    is_gpt_image = call.model.startswith("gpt-image") and not call.defaults.base_url
-    sizes = call.settings.image_sizes or (GPT_IMAGE_SIZES if is_gpt_image else ())
-    request = {"model": call.model, "prompt": asked.prompt, "n": 1, "size": nearest_size(asked.size, sizes)}
-    if asked.quality:
-        request["quality"] = asked.quality
-    data, model = await call.provider.image(request)
-    resolution, suffix = await asyncio.to_thread(inspect_picture, data)
-    return Result({"model_used": model, "resolution": resolution}, Media(data, suffix, "image_url"))
-
-
 def inspect_picture(data: bytes) -> tuple[str, str]:
     """Resolution and file suffix of a picture that decodes to its end.
 
@@ -1615,6 +1586,20 @@ def inspect_picture(data: bytes) -> tuple[str, str]:
         raise FailJob(f"no picture: {type(error).__name__}", UNUSABLE) from None
 
 
+@handles("image_generation", ImageInput, provider="image")
+async def image_generation(call: Call) -> Result:
+    """Generates a picture; its resolution is read from its bytes."""
+    asked: ImageInput = call.input
+    is_gpt_image = call.model.startswith("gpt-image") and not call.defaults.base_url
+    sizes = call.settings.image_sizes or (GPT_IMAGE_SIZES if is_gpt_image else ())
+    request = {"model": call.model, "prompt": asked.prompt, "n": 1, "size": nearest_size(asked.size, sizes)}
+    if asked.quality:
+        request["quality"] = asked.quality
+    data, model = await call.provider.image(request)
+    resolution, suffix = await asyncio.to_thread(inspect_picture, data)
+    return Result({"model_used": model, "resolution": resolution}, Media(data, suffix, "image_url"))
+
+
 class AudioInput(JobInput):
     text: Prompt | None = None
     prompt: Prompt | None = None
@@ -1630,22 +1615,15 @@ class AudioInput(JobInput):
         return self
 
 
-@handles("audio_generation", AudioInput, provider="audio")
-async def audio_generation(call: Call) -> Result:
-    """Speaks the text; format and duration are read from the bytes."""
-    asked: AudioInput = call.input
-    request: Document = {
-        "model": call.model,
-        "input": asked.text or asked.prompt,
-        "voice": call.settings.audio_voice if asked.voice == "default" else asked.voice,
-        "response_format": asked.format or call.settings.audio_format,
-    }
-    if asked.speed:
-        request["speed"] = asked.speed
-    data, model = await call.provider.speech(request)
-    data, duration_s, sound_format = await asyncio.to_thread(inspect_sound, data)
-    output = {"model_used": model, "duration_seconds": duration_s, "format": sound_format}
-    return Result(output, Media(data, sound_format, "audio_url"))
+def with_true_sizes(wav: bytes) -> bytes:
+    """Streaming servers send WAV headers with unknown sizes, which read as 24 hours: writes the true ones."""
+    at = wav.find(b"data", 12)
+    if at < 0 or len(wav) < at + 8 or struct.unpack_from("<I", wav, at + 4)[0] <= len(wav) - at - 8:
+        return wav
+    fixed = bytearray(wav)
+    struct.pack_into("<I", fixed, 4, len(wav) - 8)
+    struct.pack_into("<I", fixed, at + 4, len(wav) - at - 8)
+    return bytes(fixed)
 
 
 def inspect_sound(data: bytes) -> tuple[bytes, float, str]:
@@ -1669,15 +1647,22 @@ def inspect_sound(data: bytes) -> tuple[bytes, float, str]:
     return data, round(duration_s, 2), sound_format
 
 
-def with_true_sizes(wav: bytes) -> bytes:
-    """Streaming servers send WAV headers with unknown sizes, which read as 24 hours: writes the true ones."""
-    at = wav.find(b"data", 12)
-    if at < 0 or len(wav) < at + 8 or struct.unpack_from("<I", wav, at + 4)[0] <= len(wav) - at - 8:
-        return wav
-    fixed = bytearray(wav)
-    struct.pack_into("<I", fixed, 4, len(wav) - 8)
-    struct.pack_into("<I", fixed, at + 4, len(wav) - at - 8)
-    return bytes(fixed)
+@handles("audio_generation", AudioInput, provider="audio")
+async def audio_generation(call: Call) -> Result:
+    """Speaks the text; format and duration are read from the bytes."""
+    asked: AudioInput = call.input
+    request: Document = {
+        "model": call.model,
+        "input": asked.text or asked.prompt,
+        "voice": call.settings.audio_voice if asked.voice == "default" else asked.voice,
+        "response_format": asked.format or call.settings.audio_format,
+    }
+    if asked.speed:
+        request["speed"] = asked.speed
+    data, model = await call.provider.speech(request)
+    data, duration_s, sound_format = await asyncio.to_thread(inspect_sound, data)
+    output = {"model_used": model, "duration_seconds": duration_s, "format": sound_format}
+    return Result(output, Media(data, sound_format, "audio_url"))
 
 
 # ── recovery ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1775,6 +1760,23 @@ def broker_errors() -> tuple[type[BaseException], ...]:
     return (OperationalError, OSError, *connection.connection_errors, *connection.channel_errors)
 
 
+def final_sentence(document: Document) -> str:
+    """What the person reads about a job that has ended."""
+    if document["status"] == Status.FAILED:
+        return str(document.get("error_message") or "The job has failed.")
+    return "Your result is ready."
+
+
+def is_process_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's, but there
+        return True
+    return True
+
+
 class Sweeper:
     """Finds jobs that nobody works on and gets them going again, or ends them at their bounds.
 
@@ -1851,23 +1853,6 @@ class Sweeper:
         return lines
 
 
-def final_sentence(document: Document) -> str:
-    """What the person reads about a job that has ended."""
-    if document["status"] == Status.FAILED:
-        return str(document.get("error_message") or "The job has failed.")
-    return "Your result is ready."
-
-
-def is_process_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 class Heartbeat:
     """A file per process that runs jobs, touched by its keeper; `health` looks at their age."""
 
@@ -1913,8 +1898,7 @@ class Keeper:
         self._renew_at = 0.0
         self._sweep_at = time.monotonic() + settings.lease_seconds  # rest one lease: its owners may be about to renew
 
-    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
-        self._prepare = prepare
+    def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
@@ -1939,7 +1923,6 @@ class Keeper:
 
     def _run(self) -> None:
         self._heartbeat.beat()
-        self._prepare()
         while True:
             stopping = self._stopping.wait(TICK_S)
             try:
@@ -2029,6 +2012,7 @@ STUCK_LOOP_S = 5.0  # how long after its deadline a handler may take to end
 STORE_PATIENCE_S = 60.0
 PUT_BACK_S = 10.0
 POLL_STORE_S = 1.0
+MOMENT_S = 0.2
 DAMAGED = "Your request reached us damaged. Please send it again."
 SHUTDOWN = ShutdownTime()  # made before the fork, so that children share it
 Outcome = Result | JobError
@@ -2050,9 +2034,8 @@ class EventLoopThread:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop), self._loop
 
     def abandon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The next job gets a new loop. The blocked one ends when its handler does."""
+        """The next job gets a new loop. What else runs on the blocked one goes on when its handler lets go."""
         with self._lock:
-            loop.call_soon_threadsafe(loop.stop)
             if self._loop is loop:
                 self._loop = None
 
@@ -2114,7 +2097,8 @@ class JobRequest(Request):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        limits = process_job.runtime.settings.limits(self.request_dict.get("timelimit"))
+        task: Any = self.task
+        limits = task.runtime.settings.limits(self.request_dict.get("timelimit"))
         self.time_limits = (limits.hard_s, None)
 
 
@@ -2128,59 +2112,15 @@ class JobTask(Task):  # type: ignore[type-arg]
         return Runtime(current_settings())
 
 
-@app.task(bind=True, base=JobTask, name=TASK_NAME, throws=(JobFailed,), max_retries=None, shared=False)
-def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
-    """Takes one job to its end: claim, run, settle (contract, section 1).
-
-    Raises:
-        JobFailed: the job has failed; the text is the person's sentence.
-        Ignore: another attempt has the job; Retry: later; Reject: back into the queue.
-    """
-    job_id = read_message(task, args, kwargs)
-    claimed = claim(task, job_id)
-    if isinstance(claimed, Miss):
-        return answer_miss(task, job_id, claimed)
-    attempt = Attempt(claimed, task.runtime.settings.lease_seconds)
-    task.runtime.keeper.register(attempt)
-    try:
-        outcome = settle(task.runtime, attempt, run(task.runtime, attempt))
-    finally:
-        task.runtime.keeper.unregister(attempt)
-    return conclude(task, attempt, outcome)
-
-
-def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ObjectId:
-    """The job's id. A message of another shape fails the document that it names, if there is one.
-
-    Raises:
-        JobFailed: it is no message of the contract.
-    """
-    arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
-    job_id = arguments.get("job_id")
-    if not isinstance(job_id, str) or not re.fullmatch(r"[0-9a-fA-F]{24}", job_id):
-        logger.error("dropped a message without a job id (24 hex digits)")
-        raise JobFailed("The message names no job.")
-    fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
-    if not fits:
-        logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
-        raise fail_unowned(task, ObjectId(job_id), DAMAGED)
-    return ObjectId(job_id)
-
-
-def fail_unowned(task: JobTask, job_id: ObjectId, sentence: str) -> JobFailed:
-    """Fails a job that nobody runs, tells the person, and returns what to raise."""
-    runtime = task.runtime
-    if wait_for_store(task, job_id, lambda: runtime.store.fail_unowned(job_id, sentence)):
-        document = wait_for_store(task, job_id, lambda: runtime.store.read(job_id)) or {"_id": job_id}
-        announce(runtime, document, Status.FAILED, sentence)
-    return JobFailed(sentence)
-
-
 def put_back(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
     """What to raise to see the message again later, under the same task id and limits, without its prompt."""
     return task.retry(
         args=(str(job_id), {"job_id": str(job_id)}), kwargs={}, countdown=wait_s, max_retries=None, throw=False
     )
+
+
+def message_limits(task: JobTask) -> Limits:
+    return task.runtime.settings.limits(task.request.timelimit)
 
 
 def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Answer]) -> Answer:
@@ -2203,8 +2143,37 @@ def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Answer]
         time.sleep(POLL_STORE_S)
 
 
-def message_limits(task: JobTask) -> Limits:
-    return task.runtime.settings.limits(task.request.timelimit)
+def announce(runtime: Runtime, document: Document, status: Status, sentence: str) -> None:
+    """Publishes a status which the document has; a terminal one then leaves the outbox."""
+    if runtime.notifier.publish_status(document, status, sentence) and status in TERMINAL_STATUSES:
+        runtime.keeper.note_published(document["_id"])
+
+
+def fail_unowned(task: JobTask, job_id: ObjectId, sentence: str) -> JobFailed:
+    """Fails a job that nobody runs, tells the person, and returns what to raise."""
+    runtime = task.runtime
+    if wait_for_store(task, job_id, lambda: runtime.store.fail_unowned(job_id, sentence)):
+        document = wait_for_store(task, job_id, lambda: runtime.store.read(job_id)) or {"_id": job_id}
+        announce(runtime, document, Status.FAILED, sentence)
+    return JobFailed(sentence)
+
+
+def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ObjectId:
+    """The job's id. A message of another shape fails the document that it names, if there is one.
+
+    Raises:
+        JobFailed: it is no message of the contract.
+    """
+    arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
+    job_id = arguments.get("job_id")
+    if not isinstance(job_id, str) or not re.fullmatch(r"[0-9a-fA-F]{24}", job_id):
+        logger.error("dropped a message without a job id (24 hex digits)")
+        raise JobFailed("The message names no job.")
+    fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
+    if not fits:
+        logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
+        raise fail_unowned(task, ObjectId(job_id), DAMAGED)
+    return ObjectId(job_id)
 
 
 def claim(task: JobTask, job_id: ObjectId) -> Job | Miss:
@@ -2239,19 +2208,13 @@ def answer_miss(task: JobTask, job_id: ObjectId, miss: Miss) -> Document:
         case MissKind.HELD:
             raise Ignore()
         case MissKind.WAITING:
-            available_at = miss.document["worker"]["available_at"].replace(tzinfo=UTC)
-            wait_s = (available_at - task.runtime.store.clock.now()).total_seconds()
-            raise put_back(task, job_id, max(0.1, wait_s))
+            now = task.runtime.store.clock.now()
+            available_at = (miss.document.get("worker") or {}).get("available_at", now).replace(tzinfo=UTC)
+            raise put_back(task, job_id, max(MOMENT_S, (available_at - now).total_seconds()))
         case MissKind.EXHAUSTED:
             raise fail_unowned(task, job_id, GAVE_UP)
         case MissKind.UNKNOWN:
             raise JobFailed("There is no such job.")
-
-
-def announce(runtime: Runtime, document: Document, status: Status, sentence: str) -> None:
-    """Publishes a status which the document has; a terminal one then leaves the outbox."""
-    if runtime.notifier.publish_status(document, status, sentence) and status in TERMINAL_STATUSES:
-        runtime.keeper.note_published(document["_id"])
 
 
 def announce_job(runtime: Runtime, job: Job, status: Status, sentence: str) -> None:
@@ -2259,34 +2222,12 @@ def announce_job(runtime: Runtime, job: Job, status: Status, sentence: str) -> N
     announce(runtime, document, status, sentence)
 
 
-def run(runtime: Runtime, attempt: Attempt) -> Outcome:
-    """Runs the job's handler on the event loop, within its deadline. Nothing is written here.
-
-    Raises:
-        SystemExit: this process was told to end without a shutdown (a revoke): the lease runs out.
-    """
-    job = attempt.job
-    logger.info("%s started", job)
-    again = f" (try {job.attempt} of {runtime.settings.most_attempts})" if job.attempt > 1 else ""
-    announce_job(runtime, job, Status.PROCESSING, f"Your job has started{again}.")
-    kept = runtime.notifier.spooled_result(job.id) if job.attempt > 1 else None
-    if kept:
-        return kept
-    try:
-        handler = find_handler(job.job_type)
-        future, loop = runtime.loop.submit(run_handler(runtime, attempt, handler, check_input(handler, job.input_data)))
-        try:
-            return future.result(job.limits.soft_s + STUCK_LOOP_S)
-        except TimeoutError:
-            runtime.loop.abandon(loop)
-            return FailJob("the handler blocks the event loop", TOOK_TOO_LONG)
-    except JobError as error:
-        return error
-    except SystemExit:
-        attempt.cancel(HandBack("this process was told to end"))
-        if SHUTDOWN.is_announced:
-            return HandBack("this process was told to end")
-        raise
+def place_of(error: BaseException) -> str:
+    """File and line where an exception came from."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
 
 
 async def run_handler(runtime: Runtime, attempt: Attempt, handler: Handler, checked: BaseModel) -> Result:
@@ -2315,41 +2256,54 @@ async def run_handler(runtime: Runtime, attempt: Attempt, handler: Handler, chec
         progress.stop()
 
 
-def place_of(error: BaseException) -> str:
-    """File and line where an exception came from."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
+def run(runtime: Runtime, attempt: Attempt) -> Outcome:
+    """Runs the job's handler on the event loop, within its deadline. Nothing is written here.
+
+    Raises:
+        SystemExit: this process was told to end without a shutdown (a revoke): the lease runs out.
+    """
+    job = attempt.job
+    logger.info("%s started", job)
+    again = f" (try {job.attempt} of {runtime.settings.most_attempts})" if job.attempt > 1 else ""
+    announce_job(runtime, job, Status.PROCESSING, f"Your job has started{again}.")
+    kept = runtime.notifier.spooled_result(job.id) if job.attempt > 1 else None
+    if kept:
+        return kept
+    try:
+        handler = find_handler(job.job_type)
+        future, loop = runtime.loop.submit(run_handler(runtime, attempt, handler, check_input(handler, job.input_data)))
+        try:
+            return future.result(job.limits.soft_s + STUCK_LOOP_S)
+        except TimeoutError:
+            runtime.loop.abandon(loop)
+            stuck = FailJob("the handler blocks the event loop", TOOK_TOO_LONG)
+            attempt.cancel(stuck)
+            return stuck
+    except JobError as error:
+        return error
+    except SystemExit:
+        attempt.cancel(HandBack("this process was told to end"))
+        if SHUTDOWN.is_announced:
+            return HandBack("this process was told to end")
+        raise
 
 
 @contextlib.contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Lets no signal interrupt what is inside; each comes afterwards. Only the main thread gets any."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def signals_deferred() -> Iterator[list[int]]:
+    """Lets no signal interrupt what is inside, only lists it; each comes afterwards. The main thread alone gets any."""
     arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
     names = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
     before = {name: signal.signal(name, lambda number, _: arrived.append(number)) for name in names}
     try:
-        yield
+        yield arrived
     finally:
         for name, handler in before.items():
-            signal.signal(name, handler)
+            signal.signal(name, handler or signal.SIG_DFL)
         for number in arrived:
             signal.raise_signal(number)
-
-
-def settle(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
-    """Ends the attempt with one fenced write, undisturbed; the only place where an attempt writes.
-
-    Returns what holds now: the outcome; DropJob where nothing was written, since the job is no longer ours; LeaveJob
-    where MongoDB stayed away, so that nobody knows.
-    """
-    outcome = within_bounds(runtime, attempt.job, outcome)
-    with signals_deferred():
-        return write_patiently(runtime, attempt, outcome)
 
 
 def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
@@ -2367,22 +2321,12 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     return FailJob(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
 
 
-def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
-    """Writes the outcome, again and again while MongoDB is away, until the hard limit; then keeps a result in Redis."""
-    log = SeldomLog(f"{attempt.job} can't be written down yet")
-    give_up_at = attempt.started_at + max(attempt.job.limits.hard_s - LIMIT_MARGIN_S, attempt.job.limits.soft_s)
-    while True:
-        try:
-            return write_outcome(runtime, attempt.job, outcome)
-        except StoreUnavailable as error:
-            log.fault(error)
-        shutdown_at = SHUTDOWN.due_at or math.inf
-        if time.monotonic() + POLL_STORE_S >= min(give_up_at, shutdown_at + POLL_STORE_S):
-            break
-        time.sleep(POLL_STORE_S)
-    if isinstance(outcome, Result):
-        runtime.notifier.spool_result(attempt.job, outcome)
-    return LeaveJob("MongoDB stayed away: the lease runs out, and the sweeper brings the job back")
+def complete(runtime: Runtime, job: Job, result: Result) -> bool:
+    """Stores the file, then ends the job: a completed document never names a file that isn't there."""
+    if result.media is None:
+        return runtime.store.complete(job, result.output, None)
+    url = runtime.artifacts.publish(job, result.media)
+    return runtime.store.complete(job, {**result.output, result.media.url_field: url}, url)
 
 
 def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
@@ -2409,12 +2353,49 @@ def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     return outcome if done else DropJob("the job is no longer ours")
 
 
-def complete(runtime: Runtime, job: Job, result: Result) -> bool:
-    """Stores the file, then ends the job: a completed document never names a file that isn't there."""
-    if result.media is None:
-        return runtime.store.complete(job, result.output, None)
-    url = runtime.artifacts.publish(job, result.media)
-    return runtime.store.complete(job, {**result.output, result.media.url_field: url}, url)
+def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signals_arrived: Sequence[int]) -> Outcome:
+    """Writes the outcome, again and again while MongoDB is away, until the hard limit or the end of the process.
+
+    A result that can't be written is then kept in Redis.
+    """
+    log = SeldomLog(f"{attempt.job} can't be written down yet")
+    give_up_at = attempt.started_at + max(attempt.job.limits.hard_s - LIMIT_MARGIN_S, attempt.job.limits.soft_s)
+    while True:
+        try:
+            return write_outcome(runtime, attempt.job, outcome)
+        except StoreUnavailable as error:
+            log.fault(error)
+        if signals_arrived or SHUTDOWN.is_due or time.monotonic() + POLL_STORE_S >= give_up_at:
+            break
+        time.sleep(POLL_STORE_S)
+    if isinstance(outcome, Result):
+        runtime.notifier.spool_result(attempt.job, outcome)
+    return LeaveJob("MongoDB stayed away: the lease runs out, and the sweeper brings the job back")
+
+
+def settle(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
+    """Ends the attempt with one fenced write, undisturbed; the only place where an attempt writes.
+
+    Returns what holds now: the outcome; DropJob where nothing was written, since the job is no longer ours; LeaveJob
+    where MongoDB stayed away, so that nobody knows.
+    """
+    outcome = within_bounds(runtime, attempt.job, outcome)
+    with signals_deferred() as arrived:
+        return write_patiently(runtime, attempt, outcome, arrived)
+
+
+def clean_up(runtime: Runtime, job: Job) -> None:
+    """Takes away what earlier attempts at an ended job left; what can't be reached now, retention deletes."""
+    if job.attempt > 1:
+        runtime.notifier.forget_result(job.id)
+        with contextlib.suppress(StoreUnavailable):
+            runtime.artifacts.discard_others(job)
+
+
+def discard(runtime: Runtime, job: Job) -> None:
+    """Takes away what an attempt stored that didn't win."""
+    with contextlib.suppress(StoreUnavailable):
+        runtime.artifacts.discard(job)
 
 
 def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
@@ -2452,18 +2433,31 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             raise Ignore()
 
 
-def clean_up(runtime: Runtime, job: Job) -> None:
-    """Takes away what earlier attempts at an ended job left; what can't be reached now, retention deletes."""
-    if job.attempt > 1:
-        runtime.notifier.forget_result(job.id)
-        with contextlib.suppress(StoreUnavailable):
-            runtime.artifacts.discard_others(job)
+@app.task(bind=True, base=JobTask, name=TASK_NAME, throws=(JobFailed,), max_retries=None, shared=False)
+def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
+    """Takes one job to its end: claim, run, settle (contract, section 1).
+
+    Raises:
+        JobFailed: the job has failed; the text is the person's sentence.
+        Ignore: another attempt has the job; Retry: later; Reject: back into the queue.
+    """
+    job_id = read_message(task, args, kwargs)
+    claimed = claim(task, job_id)
+    if isinstance(claimed, Miss):
+        return answer_miss(task, job_id, claimed)
+    attempt = Attempt(claimed, task.runtime.settings.lease_seconds)
+    task.runtime.keeper.register(attempt)
+    try:
+        outcome = settle(task.runtime, attempt, run(task.runtime, attempt))
+    finally:
+        task.runtime.keeper.unregister(attempt)
+    return conclude(task, attempt, outcome)
 
 
-def discard(runtime: Runtime, job: Job) -> None:
-    """Takes away what an attempt stored that didn't win."""
-    with contextlib.suppress(StoreUnavailable):
-        runtime.artifacts.discard(job)
+def start_keeper() -> None:
+    runtime = process_job.runtime
+    runtime.keeper.start()
+    threading.Thread(target=runtime.providers.preload, name="preload", daemon=True).start()
 
 
 @signals.worker_process_init.connect
@@ -2476,11 +2470,6 @@ def start_in_child(**_: Any) -> None:
 def start_in_threads(sender: Any, **_: Any) -> None:
     if sender.pool.__class__.__module__.endswith(".thread"):
         start_keeper()
-
-
-def start_keeper() -> None:
-    runtime = process_job.runtime
-    runtime.keeper.start(runtime.providers.preload)
 
 
 @signals.worker_process_shutdown.connect
@@ -2499,142 +2488,23 @@ def announce_shutdown(how: str = "", **_: Any) -> None:
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 EXIT_UNHEALTHY = 1
-CHECK_TIMEOUT_S = 10
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A row of `check`: `advice` is empty where all is well."""
-
-    what: str
-    seen: str
-    advice: str = ""
-    is_fault: bool = False
-
-
-def console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
-def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
-    """Runs one look; whatever goes wrong becomes a row with advice, without URLs or keys."""
-    try:
-        return Finding(what, look())
-    except JobError as error:
-        return Finding(what, error.detail, advice, is_fault=True)
-    except Exception as error:  # the edge of the command: any library's error is an answer here
-        return Finding(what, f"{type(error).__name__}{error_code(error)}", advice, is_fault=True)
-
-
-def error_code(error: Exception) -> str:
-    code = getattr(error, "code", None) or getattr(error, "status_code", None) or getattr(error, "strerror", None)
-    return f" ({code})" if isinstance(code, (int, str)) else ""
-
-
-def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
-    def version() -> str:
-        runtime.database.command("ping")
-        return f"reached, version {runtime.mongo.server_info()['version']}"
-
-    def write() -> str:
-        with pymongo.timeout(CHECK_TIMEOUT_S):
-            concern = WriteConcern("majority", j=True)
-            probes = runtime.database.get_collection("worker_check", write_concern=concern)
-            written = probes.insert_one({"at": datetime.now(UTC)}).inserted_id
-            read = probes.find_one({"_id": written})
-            probes.delete_one({"_id": written})
-        return "written to the majority with journal, read, deleted" if read else "written, but not found again"
-
-    def indexes() -> str:
-        runtime.store.ensure_indexes()
-        return "there"
-
-    yield probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version)
-    yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write)
-    yield probe("MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes)
-
-
-def check_redis(settings: Settings) -> Iterator[Finding]:
-    client = redis.Redis.from_url(settings.redis_url.get_secret_value(), socket_timeout=5, socket_connect_timeout=5)
-
-    def publish() -> str:
-        return f"reached; {client.publish(STATUS_CHANNEL, '{}')} listening on {STATUS_CHANNEL}"
-
-    def broker() -> str:
-        return f"reached; {queue_length(settings)} waiting in {settings.celery_queue_name}"
-
-    yield probe("Redis", "is REDIS_URL right?", publish)
-    yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", broker)
-    for name, good, advice in (
-        ("maxmemory-policy", "noeviction", "another policy lets Redis throw jobs away: set noeviction"),
-        ("appendonly", "yes", "without it a restart of Redis loses the queue (the sweeper then takes minutes)"),
-    ):
-        finding = probe(f"Redis {name}", "could not be read: look at it yourself", partial(redis_setting, client, name))
-        yield finding if finding.is_fault or finding.seen == good else replace(finding, advice=advice)
-
-
-def redis_setting(client: redis.Redis, name: str) -> str:
-    value: Any = client.config_get(name)
-    return str(value.get(name, "unknown"))
-
-
-def queue_length(settings: Settings) -> int:
-    """Messages that no worker holds yet. A queue that isn't there is empty: Redis keeps no empty lists."""
-    with app.connection_for_read() as connection:
-        connection.ensure_connection(max_retries=1, timeout=CHECK_TIMEOUT_S)
-        channel: Any = connection.default_channel
-        try:
-            return int(channel.queue_declare(settings.celery_queue_name, passive=True).message_count)
-        except connection.channel_errors:
-            return 0
-
-
-def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
-    import httpx2
-
-    name, data = f"check-{secrets.token_hex(4)}.txt", b"stored by the worker's check"
-    urls: list[str] = []
-
-    def store() -> str:
-        urls.append(runtime.artifacts.publish_file(name, data))
-        return f"stored in {redact_url(runtime.settings.artifact_url)}"
-
-    def fetch() -> str:
-        answer = httpx2.get(urls[0], timeout=CHECK_TIMEOUT_S)
-        answer.raise_for_status()
-        return f"{redact_url(urls[0])} answers with the file" if answer.content == data else "another content"
-
-    yield probe("artifact store", "is ARTIFACT_URL right, and may the worker write there?", store)
-    if urls and urls[0].startswith("http"):
-        yield probe("artifact URL", "ARTIFACT_BASE_URL should be an address that serves the files", fetch)
-    elif urls and not urls[0].startswith("data:"):
-        advice = "the API must serve this path (README.md has the route), or set ARTIFACT_BASE_URL"
-        yield Finding("artifact URL", f"{runtime.settings.artifact_base_url}/…", advice)
-    with contextlib.suppress(StoreUnavailable):
-        runtime.artifacts.remove(name)
-
-
-def check_providers(settings: Settings) -> Iterator[Finding]:
-    for kind in PROVIDER_KINDS:
-        where = settings.provider(kind)
-        if where.is_offline:
-            yield Finding(f"provider, {kind}", where.label, "no model: set OPENAI_API_KEY or OPENAI_BASE_URL")
-        else:
-            advice = f"is the URL right ({kind.upper()}_BASE_URL or OPENAI_BASE_URL), and the key?"
-            yield probe(f"provider, {kind}", advice, partial(asyncio_run_models, where, settings))
-
-
-def asyncio_run_models(where: ProviderSettings, settings: Settings) -> str:
-    return asyncio.run(list_models(where, settings))
-
-
-async def list_models(where: ProviderSettings, settings: Settings) -> str:
-    async with asyncio.timeout(CHECK_TIMEOUT_S), OpenAIProvider(where, settings.max_answer_bytes).call() as client:
-        offered = [model.id async for model in client.models.list()]
-    known = "offers it" if where.model in offered else f"does not list it among its {len(offered)} models"
-    return f"{where.label}: {known}"
+def print_connections(settings: Settings) -> None:
+    """What the worker is connected to, without passwords."""
+    rows: dict[str, str] = {
+        "MongoDB": f"{redact_url(settings.mongodb_url.get_secret_value())}, database {settings.database_name}",
+        "Redis": redact_url(settings.redis_url.get_secret_value()),
+        "queue": f"{settings.celery_queue_name} at {redact_url(settings.broker_url)}",
+        "pool": f"{settings.pool}, {settings.worker_concurrency} at a time",
+        "limits": f"{settings.celery_soft_time_limit:g} s, killed after {settings.celery_time_limit:g} s",
+        "artifacts": f"{redact_url(settings.artifact_url)}, served at {redact_url(settings.artifact_base_url)}",
+        **{kind: settings.provider(kind).label for kind in PROVIDER_KINDS},
+    }
+    print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
+    if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
+        print("  WARNING: no provider is set for some kinds: the OFFLINE STAND-IN answers, which is no model.")
+    sys.stdout.flush()
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -2646,7 +2516,7 @@ def main(context: click.Context) -> None:
     Without a command it runs the worker. Settings come from the environment and from .env.
     """
     if context.invoked_subcommand is None:
-        context.invoke(run_command)
+        context.invoke(cast(click.Group, context.command).commands["run"])
 
 
 @main.command("run", context_settings={"ignore_unknown_options": True})
@@ -2670,75 +2540,20 @@ def run_command(celery_arguments: Sequence[str] = ()) -> None:
     )
 
 
-def print_connections(settings: Settings) -> None:
-    """What the worker is connected to, without passwords."""
-    rows: dict[str, str] = {
-        "MongoDB": f"{redact_url(settings.mongodb_url.get_secret_value())}, database {settings.database_name}",
-        "Redis": redact_url(settings.redis_url.get_secret_value()),
-        "queue": f"{settings.celery_queue_name} at {redact_url(settings.broker_url)}",
-        "pool": f"{settings.pool}, {settings.worker_concurrency} at a time",
-        "limits": f"{settings.celery_soft_time_limit:g} s, killed after {settings.celery_time_limit:g} s",
-        "artifacts": f"{redact_url(settings.artifact_url)}, served at {redact_url(settings.artifact_base_url)}",
-        **{kind: settings.provider(kind).label for kind in PROVIDER_KINDS},
-    }
-    print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
-    if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
-        print("  WARNING: no provider is set for some kinds: the OFFLINE STAND-IN answers, which is no model.")
-    sys.stdout.flush()
-
-
 @main.command()
 def check() -> None:
     """Try every connection and say what to do; exits with 1 if something is wrong."""
-    from rich.table import Table
+    import screens
 
-    settings = current_settings()
-    runtime = Runtime(settings)
-    findings = [
-        *check_mongodb(runtime),
-        *check_redis(settings),
-        *check_artifacts(runtime),
-        *check_providers(settings),
-    ]
-    table = Table("", "what", "seen", "what to do")
-    for finding in findings:
-        mark = "[red]FAULT[/]" if finding.is_fault else "[yellow]note[/]" if finding.advice else "[green]ok[/]"
-        table.add_row(mark, finding.what, finding.seen, finding.advice)
-    console().print(table)
-    sys.exit(any(finding.is_fault for finding in findings))
+    sys.exit(screens.check(Runtime(current_settings())))
 
 
 @main.command()
 def status() -> None:
     """Show jobs by status, the queue, what is stuck, and the last errors."""
-    from rich.table import Table
+    import screens
 
-    settings = current_settings()
-    runtime = Runtime(settings)
-    try:
-        seen = runtime.store.overview()
-    except StoreUnavailable as error:
-        raise click.ClickException(f"MongoDB can't be reached ({error}); try `check`") from None
-    queue = probe("queue", "", lambda: str(queue_length(settings)))
-    table = Table("", "", show_header=False)
-    for name, count in seen["counts"].items():
-        table.add_row(name, str(count))
-    table.add_row("oldest pending", age_text(seen["oldest_pending"]))
-    table.add_row("expired leases", f"{seen['expired_leases']} (a running worker takes them up within seconds)")
-    table.add_row("notices not confirmed", str(seen["unnotified"]))
-    table.add_row(f"waiting in {settings.celery_queue_name}", queue.seen)
-    errors = Table("last errors", "when", "job", "type")
-    for job in seen["last_errors"]:
-        row = (str(job.get("error_message"))[:60], age_text(job.get("completed_at")), str(job["_id"]))
-        errors.add_row(*row, str(job.get("job_type"))[:30])
-    for part in (table, errors):
-        console().print(part)
-
-
-def age_text(at: datetime | None) -> str:
-    if at is None:
-        return "-"
-    return f"{timedelta(seconds=int((datetime.now(UTC) - at.replace(tzinfo=UTC)).total_seconds()))} ago"
+    sys.exit(screens.status(Runtime(current_settings())))
 
 
 @main.command()
@@ -2782,11 +2597,6 @@ def demo(output: Path | None) -> None:
     import demo as demo_module
 
     sys.exit(demo_module.demo(output))
-
-
-def load_handler_modules(settings: Settings) -> None:
-    for name in settings.handler_modules:
-        importlib.import_module(name)
 
 
 if __name__ == "__main__":
