@@ -11,7 +11,7 @@ COPY requirements.txt /tmp/requirements.txt
 RUN python -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python install --no-cache-dir --no-compile -r /tmp/requirements.txt $EXTRA_PACKAGES \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
-COPY worker.py demo.py /app/
+COPY worker.py demo.py screens.py /app/
 RUN python -m compileall -q --invalidation-mode checked-hash /app
 
 

@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -44,7 +44,7 @@ if TYPE_CHECKING or not IS_BARE_WORKER:  # the bare worker doesn't pay for what 
     from rich.console import Console
     from rich.table import Table
 
-    from testbed import DATABASE, STATUS_CHANNEL, TASK_NAME, MongoServer, RedisServer, WorkerProcess, poll, spawn
+    from testbed import DATABASE, MongoServer, RedisServer, WorkerProcess, poll, spawn
 
 Document = dict[str, Any]
 
@@ -52,10 +52,12 @@ Document = dict[str, Any]
 
 MODEL: Final = "gpt-4o-mini"
 MOST_TOKENS: Final = 4096
+STATUS_CHANNEL: Final = "job_notifications"
+BARE_QUEUE: Final = "bench_bare"
 
 bare = Celery("bare", broker=os.environ.get("REDIS_URL"), backend=os.environ.get("REDIS_URL"), set_as_current=False)
 bare.conf.update(
-    task_default_queue="bench_bare",
+    task_default_queue=BARE_QUEUE,
     accept_content=["json"],
     task_acks_late=True,
     task_reject_on_worker_lost=True,
@@ -69,10 +71,10 @@ bare.conf.update(
 
 
 @cache
-def bare_jobs(is_durable: bool) -> Collection[Document]:
+def bare_jobs() -> Collection[Document]:
     client: MongoClient[Document] = MongoClient(os.environ["MONGODB_URL"])
-    concern = WriteConcern("majority", j=True) if is_durable else None
-    return client[os.environ["DATABASE_NAME"]].get_collection("jobs", write_concern=concern)
+    database = client[os.environ["DATABASE_NAME"]]
+    return database.get_collection("jobs", write_concern=WriteConcern("majority", j=True))
 
 
 @cache
@@ -88,34 +90,50 @@ def bare_openai() -> OpenAI:
 def bare_publish(job_id: str, job_data: Document, status: str, message: str) -> None:
     people = {"user_id": job_data["user_id"], "session_id": job_data["session_id"]}
     notice = {"type": "job_status_update", "job_id": job_id, "status": status, "message": message, **people}
-    bare_redis().publish("job_notifications", json.dumps(notice))
+    bare_redis().publish(STATUS_CHANNEL, json.dumps(notice))
 
 
-def run_bare(job_id: str, job_data: Document, is_durable: bool) -> Document:
-    """The whole job by hand: write, publish, call, write, publish."""
-    jobs, now = bare_jobs(is_durable), datetime.now(UTC)
-    jobs.update_one({"_id": ObjectId(job_id)}, {"$set": {"status": "processing", "started_at": now, "updated_at": now}})
-    bare_publish(job_id, job_data, "processing", "Your job has started.")
+def ask(prompt: str) -> Document:
+    """The whole answer at once, as most people write it."""
     answer = bare_openai().chat.completions.create(
-        model=MODEL, max_tokens=MOST_TOKENS, messages=[{"role": "user", "content": job_data["input_data"]["prompt"]}]
+        model=MODEL, max_tokens=MOST_TOKENS, messages=[{"role": "user", "content": prompt}]
     )
     tokens = answer.usage.total_tokens if answer.usage else 0
-    output = {"generated_text": answer.choices[0].message.content, "model_used": answer.model, "tokens_used": tokens}
+    return {"generated_text": answer.choices[0].message.content, "model_used": answer.model, "tokens_used": tokens}
+
+
+def ask_streaming(prompt: str) -> Document:
+    """The same in pieces, as ours asks for it."""
+    parts, tokens = [], 0
+    messages = [{"role": "user", "content": prompt}]
+    request = {"model": MODEL, "max_tokens": MOST_TOKENS, "messages": messages, "stream": True}
+    stream: Any = bare_openai().chat.completions.create(**request, stream_options={"include_usage": True})  # type: ignore[call-overload]
+    for chunk in stream:
+        parts += [choice.delta.content or "" for choice in chunk.choices[:1]]
+        tokens = chunk.usage.total_tokens if chunk.usage else tokens
+    return {"generated_text": "".join(parts), "model_used": MODEL, "tokens_used": tokens}
+
+
+def run_by_hand(job_id: str, job_data: Document, asks: Callable[[str], Document]) -> Document:
+    """The whole job: write, publish, call, write, publish."""
+    jobs, now = bare_jobs(), datetime.now(UTC)
+    jobs.update_one({"_id": ObjectId(job_id)}, {"$set": {"status": "processing", "started_at": now, "updated_at": now}})
+    bare_publish(job_id, job_data, "processing", "Your job has started.")
+    ended = {"status": "completed", "output_data": asks(job_data["input_data"]["prompt"])}
     now = datetime.now(UTC)
-    ended = {"status": "completed", "output_data": output, "completed_at": now, "updated_at": now}
-    jobs.update_one({"_id": ObjectId(job_id)}, {"$set": ended})
+    jobs.update_one({"_id": ObjectId(job_id)}, {"$set": {**ended, "completed_at": now, "updated_at": now}})
     bare_publish(job_id, job_data, "completed", "Your result is ready.")
     return {"job_id": job_id, "status": "completed"}
 
 
 @bare.task(name="bare.process")
 def process(job_id: str, job_data: Document) -> Document:
-    return run_bare(job_id, job_data, is_durable=True)
+    return run_by_hand(job_id, job_data, ask)
 
 
-@bare.task(name="bare.process_unsafe")
-def process_unsafe(job_id: str, job_data: Document) -> Document:
-    return run_bare(job_id, job_data, is_durable=False)
+@bare.task(name="bare.process_streaming")
+def process_streaming(job_id: str, job_data: Document) -> Document:
+    return run_by_hand(job_id, job_data, ask_streaming)
 
 
 @bare.task(name="bare.body")
@@ -130,17 +148,24 @@ def noop(job_id: str, job_data: Document) -> None:
 
 # --- figures ------------------------------------------------------------------------------------------------
 
+DIGITS: Final = {"jobs/s": 0, "ms": 1, "MiB": 1, "s": 2}
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, and the lowest and highest value where there are several."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) < 2 else f"{middle} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
 
 @dataclass(frozen=True)
 class Figure:
-    """One row: a value per round for ours and for the other contestant (empty: ours alone)."""
+    """One row: a value per round for ours and for the other contestant."""
 
     name: str
     unit: str
     ours: list[float]
     against: str
     other: list[float]
-    note: str = ""
 
     @property
     def ratios(self) -> list[float]:
@@ -148,23 +173,14 @@ class Figure:
         return [ours / other for ours, other in zip(self.ours, self.other, strict=True)]
 
     def row(self) -> tuple[str, ...]:
-        ratio = spread(self.ratios, 2)
+        digits = DIGITS[self.unit]
         difference = statistics.median(self.ours) - statistics.median(self.other)
-        digits = 0 if self.unit == "jobs/s" else 1 if self.unit in ("ms", "MiB") else 2
-        difference_text = f"{difference:+.{digits}f} {self.unit}"
-        return self.name, self.unit, spread(self.ours, digits), self.against, spread(self.other, digits), ratio, (
-            difference_text
-        )
+        values = spread(self.ours, digits), self.against, spread(self.other, digits)
+        return self.name, self.unit, *values, spread(self.ratios, 2), f"{difference:+.{digits}f}"
 
     def as_json(self) -> Document:
         medians = {"median_ours": statistics.median(self.ours), "median_other": statistics.median(self.other)}
         return {**asdict(self), **medians, "ratios": self.ratios, "median_ratio": statistics.median(self.ratios)}
-
-
-def spread(values: list[float], digits: int) -> str:
-    """The median, and the lowest and highest value where there are several."""
-    middle = f"{statistics.median(values):.{digits}f}"
-    return middle if len(values) < 2 else f"{middle} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 # --- contestants and the API's side -------------------------------------------------------------------------
@@ -180,38 +196,51 @@ class Contestant:
     task: str
 
 
+SOURCE: Final = Path(__file__).parent
 STOCK_COMMAND: Final = ("-m", "celery", "-A", "bench_worker:bare", "worker", "--concurrency=1", "--loglevel=INFO")
-# In a race the bare worker gets the flags of ours; its start is measured as it comes.
+# In a race the bare worker gets the flags of ours; start and memory are measured as it comes.
 LEAN_COMMAND: Final = (*STOCK_COMMAND, "--without-gossip", "--without-mingle")
+OURS: Final = Contestant("ours", (str(SOURCE / "worker.py"),), "bench", "src.infrastructure.queue.tasks.process_job")
+BARE: Final = Contestant("bare Celery", LEAN_COMMAND, BARE_QUEUE, "bare.process")
+STREAMING: Final = replace(BARE, label="bare, streaming too", task="bare.process_streaming")
+NOOP: Final = replace(BARE, label="bare, no-op", task="bare.noop")
+BODY: Final = replace(BARE, task="bare.body")
+STOCK: Final = replace(BARE, label="stock Celery", command=STOCK_COMMAND)
+PROMPT: Final = "Tell me something."
+WARM_UP_JOBS: Final = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    rounds: int
+    jobs: int
+    as_json: bool
 
 
 class Bench:
-    """Servers, the API's side, and how much to measure; a context manager that leaves no process behind.
+    """Servers and the API's side; a context manager that leaves no process behind.
 
     It hears notices in the thread that waits for them, so that nothing else delays their time.
     """
 
-    def __init__(self, rounds: int, jobs: int, replica_set: bool, recovery: bool) -> None:
-        self.rounds, self.job_count, self.replica_set, self.recovery = rounds, jobs, replica_set, recovery
+    def __init__(self, options: Options) -> None:
+        self.options = options
         self._stack = ExitStack()
 
     def __enter__(self) -> Bench:
         with ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-            mongodb_url = stack.enter_context(MongoServer(replica_set=self.replica_set)).url
+            mongodb_url = stack.enter_context(MongoServer()).url
             redis_url = stack.enter_context(RedisServer(append_only=True)).url
-            self.environment = {
-                "MONGODB_URL": mongodb_url,
-                "DATABASE_NAME": DATABASE,
-                "REDIS_URL": redis_url,
-                "OPENAI_BASE_URL": stack.enter_context(self._provider()),
-                "OPENAI_API_KEY": "sk-bench",
-                "TEXT_MODEL": MODEL,
-            }
+            self.environment = {"MONGODB_URL": mongodb_url, "DATABASE_NAME": DATABASE, "REDIS_URL": redis_url}
+            self.environment |= {"OPENAI_BASE_URL": stack.enter_context(self._provider()), "OPENAI_API_KEY": "sk-bench"}
             mongo: MongoClient[Document] = stack.enter_context(MongoClient(mongodb_url))
-            self.jobs = mongo[DATABASE]["jobs"]
+            self._jobs = mongo[DATABASE]["jobs"]
             self._celery = stack.enter_context(Celery("api", broker=redis_url, backend=redis_url, set_as_current=False))
-            self._pubsub = stack.enter_context(Redis.from_url(redis_url).pubsub(ignore_subscribe_messages=True))
+            client: Any = Redis.from_url(redis_url)
+            self._pubsub = stack.enter_context(client.pubsub(ignore_subscribe_messages=True))
             self._pubsub.subscribe(STATUS_CHANNEL)
             self._stack = stack.pop_all()
         return self
@@ -223,7 +252,7 @@ class Bench:
     def _provider(self) -> Iterator[str]:
         """Yield the URL of a provider in a process of its own, so that it shares no interpreter with a contestant."""
         log = self.folder / "provider.log"
-        process = spawn([sys.executable, str(Path(__file__).with_name("testbed.py")), "--provider-only"], log)
+        process = spawn([sys.executable, str(SOURCE / "testbed.py"), "--provider-only"], log)
         try:
             poll(lambda: "OPENAI_BASE_URL=" in log.read_text(), 20, description="the provider's URL")
             yield log.read_text().split("OPENAI_BASE_URL=")[1].split()[0]
@@ -233,13 +262,11 @@ class Bench:
 
     @contextmanager
     def worker(self, contestant: Contestant, *, ready: bool = True) -> Iterator[WorkerProcess]:
-        """Run the contestant's worker; it is ready, if asked for, and dead afterwards."""
-        environment = {**self.environment, "CELERY_QUEUE_NAME": contestant.queue}
-        if contestant.queue == BARE.queue:
-            environment["BENCH_BARE_WORKER"] = "1"
-            contestant = replace(contestant, command=(*contestant.command, f"--queues={contestant.queue}"))
-        log = self.folder / f"worker-{time.monotonic_ns()}.log"
-        worker = WorkerProcess(environment, log, list(contestant.command))
+        """Run the contestant's worker: ready, if asked for, and gone afterwards."""
+        environment = {**self.environment, "CELERY_QUEUE_NAME": contestant.queue, "TEXT_MODEL": MODEL}
+        if contestant.queue == BARE_QUEUE:
+            environment |= {"BENCH_BARE_WORKER": "1", "PYTHONPATH": str(SOURCE)}
+        worker = WorkerProcess(environment, self.folder / f"{time.monotonic_ns()}.log", list(contestant.command))
         try:
             yield worker.wait_ready() if ready else worker
         finally:
@@ -249,26 +276,30 @@ class Bench:
     def warm_workers(self) -> Iterator[dict[str, WorkerProcess]]:
         """Run ours and the bare one side by side, by queue; both have done a few jobs."""
         with self.worker(OURS) as ours, self.worker(BARE) as bare_worker:
-            for contestant in (OURS, BARE, UNSAFE):
-                job_ids = self.insert(WARM_UP_JOBS)
-                self.send(contestant, job_ids)
-                self.hear(job_ids, "completed")
+            for contestant in (OURS, BARE, STREAMING):
+                self.hear(self.submit(contestant, WARM_UP_JOBS), "completed")
             yield {OURS.queue: ours, BARE.queue: bare_worker}
 
-    def insert(self, count: int, prompt: str = "Tell me something.") -> list[str]:
-        """Insert text jobs as the API does."""
-        now = datetime.now(UTC)
-        fields = {"user_id": "user-1", "session_id": None, "job_type": "text_generation", "status": "pending"}
-        fields |= {"created_at": now, "updated_at": now} | dict.fromkeys(("output_data", "artifact_url", "started_at"))
-        documents: list[Document] = [{**fields, "input_data": {"prompt": prompt}} for _ in range(count)]
-        return [str(job_id) for job_id in self.jobs.insert_many(documents).inserted_ids]
+    def insert(self, count: int = 1, prompt: str = PROMPT) -> dict[str, Document]:
+        """Insert text jobs as the API does; return what their messages say, by id."""
+        now, nothing = datetime.now(UTC), dict.fromkeys(("output_data", "artifact_url", "error_message", "started_at"))
+        data = {"job_type": "text_generation", "input_data": {"prompt": prompt}, "user_id": "u", "session_id": None}
+        dates: Document = {"created_at": now, "updated_at": now}
+        documents = [{**data, **nothing, **dates, "status": "pending"} for _ in range(count)]
+        return {
+            str(job_id): {"job_id": str(job_id), **data} for job_id in self._jobs.insert_many(documents).inserted_ids
+        }
 
-    def send(self, contestant: Contestant, job_ids: Iterable[str], prompt: str = "Tell me something.") -> None:
+    def send(self, contestant: Contestant, jobs: Mapping[str, Document]) -> None:
         """Enqueue jobs as the API does."""
-        for job_id in job_ids:
-            data = {"job_id": job_id, "job_type": "text_generation", "user_id": "user-1", "session_id": None}
-            args = (job_id, {**data, "input_data": {"prompt": prompt}})
-            self._celery.send_task(contestant.task, args=args, queue=contestant.queue)
+        for message in jobs.items():
+            self._celery.send_task(contestant.task, args=message, queue=contestant.queue)
+
+    def submit(self, contestant: Contestant, count: int = 1, prompt: str = PROMPT) -> dict[str, Document]:
+        """Insert and enqueue."""
+        jobs = self.insert(count, prompt)
+        self.send(contestant, jobs)
+        return jobs
 
     def hear(self, job_ids: Iterable[str], status: str, timeout_s: float = 60) -> float:
         """Wait until each of the jobs was said to have this status; return when the last was (monotonic).
@@ -289,7 +320,14 @@ class Bench:
 
 # --- measurements -------------------------------------------------------------------------------------------
 
-Measurement = Callable[[Bench], list[Figure]]
+LATENCY_JOBS: Final = 100
+MEMORY_JOBS: Final = 400
+CHILD_ROUNDS: Final = 3
+SETTLE_S: Final = 3.0
+REST_S: Final = 0.2
+VISIBILITY_TIMEOUT_S: Final = 3600.0  # Celery's on Redis; not waited for
+
+Measurement = Callable[["Bench"], "list[Figure]"]
 MEASUREMENTS: dict[str, Measurement] = {}
 
 
@@ -299,7 +337,7 @@ def measures(function: Measurement) -> Measurement:
     return function
 
 
-def alternate(bench: Bench, contestants: tuple[Contestant, ...], rounds: int) -> Iterator[Contestant]:
+def alternate(contestants: tuple[Contestant, ...], rounds: int) -> Iterator[Contestant]:
     """Yield every contestant once a round, each time in another order."""
     for _ in range(rounds):
         yield from random.sample(contestants, len(contestants))
@@ -307,93 +345,72 @@ def alternate(bench: Bench, contestants: tuple[Contestant, ...], rounds: int) ->
 
 def jobs_per_second(bench: Bench, contestant: Contestant, worker: WorkerProcess, count: int) -> float:
     """Return the speed at which a worker empties a queue that was filled while it was paused."""
-    job_ids = bench.insert(count)
     os.killpg(worker.process.pid, signal.SIGSTOP)
-    bench.send(contestant, job_ids)
-    awaited, status = job_ids, "completed"
+    jobs, status = bench.submit(contestant, count), "completed"
     if contestant is NOOP:  # which tells nobody: one that does comes behind it
-        awaited, status = bench.insert(1), "processing"
-        bench.send(BODY, awaited)
+        jobs, status = bench.submit(BODY), "processing"
     started_at = time.monotonic()
     os.killpg(worker.process.pid, signal.SIGCONT)
-    return count / (bench.hear(awaited, status) - started_at)
+    speed = count / (bench.hear(jobs, status) - started_at)
+    time.sleep(REST_S)  # the last acknowledgement and event
+    return speed
 
 
 @measures
 def throughput(bench: Bench) -> list[Figure]:
-    """Jobs a second, one at a time, provider answering at once."""
-    contestants = (OURS, BARE, UNSAFE, NOOP)
+    """Jobs a second, one at a time, with a provider that answers 20 words at once."""
+    contestants = (OURS, BARE, STREAMING, NOOP)
     speeds: dict[str, list[float]] = {contestant.label: [] for contestant in contestants}
     with bench.warm_workers() as workers:
-        for contestant in alternate(bench, contestants, bench.rounds):
-            speed = jobs_per_second(bench, contestant, workers[contestant.queue], bench.job_count)
+        for contestant in alternate(contestants, bench.options.rounds):
+            speed = jobs_per_second(bench, contestant, workers[contestant.queue], bench.options.jobs)
             speeds[contestant.label].append(speed)
-            time.sleep(0.2)  # the last acknowledgement and event
     return [Figure("throughput", "jobs/s", speeds[OURS.label], c.label, speeds[c.label]) for c in contestants[1:]]
+
+
+def wait_ms(bench: Bench, contestant: Contestant) -> float:
+    jobs = bench.insert()
+    time.sleep(random.uniform(0.005, 0.025))
+    sent_at = time.monotonic()
+    bench.send(contestant, jobs)
+    taken_at = bench.hear(jobs, "processing")
+    if contestant is OURS:
+        bench.hear(jobs, "completed")
+    return (taken_at - sent_at) * 1000
 
 
 @measures
 def latency(bench: Bench) -> list[Figure]:
-    """From submit to the notice `processing` on an idle worker; bare: to the first line of the body."""
+    """From submit to the notice `processing` on an idle worker; bare: to the first line of its body."""
     medians: dict[str, list[float]] = {OURS.label: [], BODY.label: []}
-    worst: dict[str, list[float]] = {OURS.label: [], BODY.label: []}
+    p99s: dict[str, list[float]] = {OURS.label: [], BODY.label: []}
     with bench.warm_workers():
-        for contestant in alternate(bench, (OURS, BODY), bench.rounds):
-            waits = sorted(wait_ms(bench, contestant) for _ in range(LATENCY_JOBS))
+        for contestant in alternate((OURS, BODY), bench.options.rounds):
+            waits = [wait_ms(bench, contestant) for _ in range(LATENCY_JOBS)]
             medians[contestant.label].append(statistics.median(waits))
-            worst[contestant.label].append(statistics.quantiles(waits, n=100)[98])
-    return [
-        Figure("submit to processing, median", "ms", medians[OURS.label], BODY.label, medians[BODY.label]),
-        Figure("submit to processing, p99", "ms", worst[OURS.label], BODY.label, worst[BODY.label]),
-    ]
+            p99s[contestant.label].append(statistics.quantiles(waits, n=100)[98])
+    names = {"submit to processing, median": medians, "submit to processing, p99": p99s}
+    return [Figure(name, "ms", waits[OURS.label], BODY.label, waits[BODY.label]) for name, waits in names.items()]
 
 
-def wait_ms(bench: Bench, contestant: Contestant) -> float:
-    job_ids = bench.insert(1)
-    time.sleep(random.uniform(0.005, 0.025))
-    sent_at = time.monotonic()
-    bench.send(contestant, job_ids)
-    taken_at = bench.hear(job_ids, "processing")
-    if contestant is OURS:
-        bench.hear(job_ids, "completed")
-    return (taken_at - sent_at) * 1000
+def start_times(bench: Bench, contestant: Contestant) -> tuple[float, ...]:
+    jobs, started_at = bench.submit(contestant), time.monotonic()
+    with bench.worker(contestant, ready=False) as worker:
+        poll(lambda: " ready." in worker.text(), 30, 0.003, "worker ready")
+        moments = (time.monotonic(), bench.hear(jobs, "processing"), bench.hear(jobs, "completed"))
+        time.sleep(REST_S)
+    return tuple(moment - started_at for moment in moments)
 
 
 @measures
 def cold_start(bench: Bench) -> list[Figure]:
     """From the start of the process until it consumes, has taken a waiting job, and has done it."""
-    times: dict[str, list[list[float]]] = {OURS.label: [], STOCK.label: []}
-    for contestant in alternate(bench, (OURS, STOCK), bench.rounds):
-        job_ids = bench.insert(1)
-        bench.send(contestant, job_ids)
-        started_at = time.monotonic()
-        with bench.worker(contestant, ready=False) as worker:
-            poll(lambda worker=worker: " ready." in worker.text(), 30, 0.003, "worker ready")  # type: ignore[misc]
-            moments = [time.monotonic(), bench.hear(job_ids, "processing"), bench.hear(job_ids, "completed")]
-            time.sleep(0.2)
-        times[contestant.label].append([moment - started_at for moment in moments])
+    times: dict[str, list[tuple[float, ...]]] = {OURS.label: [], STOCK.label: []}
+    for contestant in alternate((OURS, STOCK), bench.options.rounds):
+        times[contestant.label].append(start_times(bench, contestant))
     names = ("start to ready", "start to first job taken", "start to first job done")
-    ours, other = (list(zip(*times[label], strict=True)) for label in (OURS.label, STOCK.label))
-    return [Figure(names[i], "s", list(ours[i]), STOCK.label, list(other[i])) for i in range(len(names))]
-
-
-@measures
-def memory(bench: Bench) -> list[Figure]:
-    """Memory of all of a worker's processes (PSS), idle and after jobs."""
-    with bench.worker(OURS) as ours, bench.worker(STOCK) as stock:
-        time.sleep(SETTLE_S)
-        idle = [pss_mib(ours)], [pss_mib(stock)]
-        for contestant, worker in ((OURS, ours), (BARE, stock)):
-            jobs_per_second(bench, contestant, worker, bench.job_count)
-        few = [pss_mib(ours)], [pss_mib(stock)]
-        for contestant, worker in ((OURS, ours), (BARE, stock)):
-            jobs_per_second(bench, contestant, worker, MEMORY_JOBS)
-        many = [pss_mib(ours)], [pss_mib(stock)]
-    return [
-        Figure("memory, idle", "MiB", idle[0], STOCK.label, idle[1]),
-        Figure(f"memory after {bench.job_count} jobs", "MiB", few[0], STOCK.label, few[1]),
-        Figure(f"memory after {bench.job_count + MEMORY_JOBS} jobs", "MiB", many[0], STOCK.label, many[1]),
-    ]
+    ours, stock = (list(zip(*times[label], strict=True)) for label in (OURS.label, STOCK.label))
+    return [Figure(names[i], "s", list(ours[i]), STOCK.label, list(stock[i])) for i in range(len(names))]
 
 
 def pss_mib(worker: WorkerProcess) -> float:
@@ -404,31 +421,105 @@ def pss_mib(worker: WorkerProcess) -> float:
 
 
 @measures
-def recovery(bench: Bench) -> list[Figure]:
-    """From kill -9 until the job is done all the same, with the default lease (one round)."""
-    child = [seconds_to_recover(bench, OURS, whole=False)], [seconds_to_recover(bench, STOCK, whole=False)]
-    whole = [seconds_to_recover(bench, OURS, whole=True)], [float(bare.conf.visibility_timeout or 3600)]
-    note = "bare, whole worker killed: Celery's visibility timeout, not waited for"
-    return [
-        Figure("recovery, child killed", "s", child[0], STOCK.label, child[1]),
-        Figure("recovery, worker killed", "s", whole[0], STOCK.label, whole[1], note),
-    ]
+def memory(bench: Bench) -> list[Figure]:
+    """Memory of all of a worker's processes (PSS), idle and after jobs (one round)."""
+    figures, done = [], 0
+    with bench.worker(OURS) as ours, bench.worker(STOCK) as stock:
+        time.sleep(SETTLE_S)
+        for count in (0, bench.options.jobs, MEMORY_JOBS):
+            for contestant, worker in ((OURS, ours), (STOCK, stock)) if count else ():
+                jobs_per_second(bench, contestant, worker, count)
+            done += count
+            name = f"memory after {done} jobs" if done else "memory, idle"
+            figures.append(Figure(name, "MiB", [pss_mib(ours)], STOCK.label, [pss_mib(stock)]))
+    return figures
 
 
 def seconds_to_recover(bench: Bench, contestant: Contestant, *, whole: bool) -> float:
-    """Kill a worker (or its child) in mid-job, while a second one stands by if the whole is killed."""
-    prompt = f"[delay 300 times=1] {contestant.label} {whole}"
-    job_ids = bench.insert(1, prompt)
+    """Kill a worker's child in mid-job, or the whole worker while another one stands by."""
     with ExitStack() as stack:
         victim = stack.enter_context(bench.worker(contestant))
-        bench.send(contestant, job_ids, prompt)
-        bench.hear(job_ids, "processing")
-        time.sleep(1)
+        bench.hear(bench.submit(contestant), "completed")
+        jobs = bench.submit(contestant, prompt=f"[delay 300 times=1] {time.monotonic_ns()}")
+        bench.hear(jobs, "processing")
+        time.sleep(REST_S)  # the provider has the call, so that only the second one is answered at once
         if whole:
             stack.enter_context(bench.worker(contestant))
+        killed_at = time.monotonic()
+        if whole:
             victim.kill()
         else:
-            for pid in victim.children():
-                os.kill(pid, signal.SIGKILL)
-        killed_at = time.monotonic()
-        return bench.hear(job_ids, "completed", timeout_s=120) - killed_at
+            os.kill(victim.children()[0], signal.SIGKILL)
+        return bench.hear(jobs, "completed", timeout_s=120) - killed_at
+
+
+@measures
+def recovery(bench: Bench) -> list[Figure]:
+    """From kill -9 until the job is done all the same, with the default lease (the whole worker: one round)."""
+    child: dict[str, list[float]] = {OURS.label: [], STOCK.label: []}
+    for contestant in alternate((OURS, STOCK), min(bench.options.rounds, CHILD_ROUNDS)):
+        child[contestant.label].append(seconds_to_recover(bench, contestant, whole=False))
+    whole = seconds_to_recover(bench, OURS, whole=True)
+    return [
+        Figure("recovery, child killed", "s", child[OURS.label], STOCK.label, child[STOCK.label]),
+        Figure("recovery, worker killed", "s", [whole], "its visibility timeout", [VISIBILITY_TIMEOUT_S]),
+    ]
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+# Settings of whoever runs this must not reach the workers that it starts.
+FOREIGN_SETTINGS: Final = ("OPENAI_", "TEXT_", "CELERY_", "MONGODB_", "REDIS_", "LEASE_", "SWEEP_", "WORKER_", "DEBUG")
+
+
+def print_table(figures: list[Figure], options: Options, took_s: float) -> None:
+    table = Table(*("figure", "unit", "ours", "against", "other", "ours ÷ other", "ours − other"))
+    for figure in figures:
+        table.add_row(*figure.row())
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    load = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    print(f"{options.rounds} rounds of {options.jobs} jobs: median (lowest–highest); {load}; {took_s:.0f} s")
+
+
+def measure(options: Options, names: Iterable[str]) -> None:
+    """Run these measurements and print what they found."""
+    figures: list[Figure] = []
+    began_at = time.monotonic()
+    with Bench(options) as bench:
+        for name in names:
+            print(f"{time.monotonic() - began_at:4.0f} s  {name} …", file=sys.stderr, flush=True)
+            figures += MEASUREMENTS[name](bench)
+    if options.as_json:
+        facts = {**asdict(options), "cpus": os.cpu_count(), "load": os.getloadavg(), "at": datetime.now(UTC)}
+        print(json.dumps({**facts, "figures": [figure.as_json() for figure in figures]}, default=str, indent=2))
+    else:
+        print_table(figures, options, time.monotonic() - began_at)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--rounds", default=4, show_default=True, help="Alternating rounds for each figure.")
+@click.option("--jobs", default=150, show_default=True, help="Jobs in a round of the race.")
+@click.option("--json", "as_json", is_flag=True, help="Print every round for machines instead of a table.")
+@click.option("--recovery/--no-recovery", default=True, show_default=True, help="Whether workers are killed too.")
+@click.pass_context
+def main(context: click.Context, rounds: int, jobs: int, as_json: bool, recovery: bool) -> None:
+    """Measure the worker against a bare Celery task: everything, or the part that a command names."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN_SETTINGS)]:
+        del os.environ[name]
+    context.obj = Options(rounds, jobs, as_json)
+    if context.invoked_subcommand is None:
+        measure(context.obj, [name for name in MEASUREMENTS if recovery or name != "recovery"])
+
+
+def add_command(name: str, function: Measurement) -> None:
+    @main.command(name, help=function.__doc__)
+    @click.pass_obj
+    def command(options: Options) -> None:
+        measure(options, [name])
+
+
+for measurement_name, measurement in MEASUREMENTS.items():
+    add_command(measurement_name, measurement)
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fakeredis
+import mongomock
 import pytest
+from mongomock.gridfs import enable_gridfs_integration
+from redis import Redis
 
+import worker
 from testbed import Api, MongoServer, Provider, RedisServer, Server, ServerUnavailable, WorkerProcess
 
 # Settings of whoever runs the tests must not reach the workers that they start.
-FOREIGN_SETTINGS = ("OPENAI_", "TEXT_", "IMAGE_", "AUDIO_", "CELERY_", "MONGODB_", "REDIS_", "AWS_ACCESS", "S3_")
+FOREIGN_SETTINGS = (
+    *("OPENAI_", "TEXT_", "IMAGE_", "AUDIO_", "CELERY_", "MONGODB_", "REDIS_", "AWS_ACCESS", "S3_"),
+    *("WORKER_", "ARTIFACT_", "HANDLER_MODULES", "DEBUG"),
+)
 
 
 def start(server: Server) -> Iterator[Server]:
@@ -129,8 +137,8 @@ def start_worker(environment: dict[str, str], tmp_path: Path) -> Iterator[StartW
         return worker.wait_ready() if ready else worker
 
     yield start_one
-    for worker in started:
-        worker.kill()
+    for process in started:
+        process.kill()
 
 
 # In-process use: the worker's parts in the test's own process.
@@ -154,13 +162,19 @@ def adopt(runtime: worker.Runtime, monkeypatch: pytest.MonkeyPatch, folder: Path
 def runtime(
     settings: worker.Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[worker.Runtime]:
-    """What one worker process works with, on real MongoDB and Redis. Its keeper ticks only when told to."""
+    """What one worker process works with, on real MongoDB and Redis. Its keeper ticks only when told to.
+
+    What it stored is deleted at the end, which is quicker than to drop the database.
+    """
     worker.app.conf.update(broker_url=redis_server.url, result_backend=redis_server.url)
     runtime = worker.Runtime(settings)
     adopt(runtime, monkeypatch, tmp_path)
     yield runtime
-    runtime.mongo.drop_database(runtime.database.name)
+    for collection in runtime.database.list_collection_names():
+        runtime.database[collection].delete_many({})
     runtime.mongo.close()
+    with Redis.from_url(redis_server.url) as client:
+        client.delete(settings.celery_queue_name)
 
 
 @pytest.fixture

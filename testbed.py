@@ -1286,12 +1286,12 @@ class Api:
         """Send a message with these very arguments."""
         return self.celery.send_task(TASK_NAME, args=args, kwargs=kwargs, queue=self.queue, **options)
 
-    def send_body(self, body: object) -> None:
+    def send_body(self, body: object, **options: Any) -> None:
         """Send a message of the task with this very body, whatever its shape."""
         headers, properties, _, event = self.celery.amqp.as_task_v2(str(uuid.uuid4()), TASK_NAME, args=(), kwargs={})
         with self.celery.producer_pool.acquire() as producer:
             message = (headers, properties, body, event)
-            self.celery.amqp.send_task_message(producer, TASK_NAME, message, queue=self.queue)
+            self.celery.amqp.send_task_message(producer, TASK_NAME, message, queue=self.queue, **options)
 
     def enqueue(self, job_id: ObjectId, **options: Any) -> AsyncResult[Any]:
         """Send the message that belongs to a document."""

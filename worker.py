@@ -49,9 +49,10 @@ import click
 import gridfs
 import pymongo
 import redis
-from bson import ObjectId
+from bson import ObjectId, json_util
+from bson.errors import BSONError
 from celery import Celery, Task, signals
-from celery.exceptions import Ignore, Reject
+from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError
 from pydantic import (
@@ -67,7 +68,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError, WriteError
+from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
@@ -198,9 +199,11 @@ class Clock:
 
     def __init__(self) -> None:
         self.synchronise(datetime.now(UTC))
+        self.is_synchronised = False
 
     def synchronise(self, server_time: datetime) -> None:
         self._pair = (server_time, time.monotonic())
+        self.is_synchronised = True
 
     def now(self) -> datetime:
         """Aware UTC, in whole milliseconds as BSON keeps them."""
@@ -223,7 +226,8 @@ def is_positive_number(value: object) -> bool:
 
 def redact_url(url: str) -> str:
     """The URL without user, password and query. Greedy, so that a password with an unescaped `@` is gone too."""
-    return re.sub(r"://.*@", "://***@", url).split("?")[0]
+    scheme = "".join(re.findall(r"^[\w+.-]*://", url))
+    return scheme + re.sub(r"(?s)^.*@", "***@", url[len(scheme) :]).split("?")[0]
 
 
 def split_commas(value: object) -> object:
@@ -334,7 +338,7 @@ class Settings(BaseSettings):
     celery_send_events: bool = True  # send the task events that the API and Flower read
     worker_pool: Literal["", "prefork", "threads", "solo"] = ""  # Celery pool; empty: prefork where fork works
     worker_concurrency: int = Field(1, ge=1, le=10_000)  # jobs at a time in this worker
-    shutdown_grace: Seconds = 5  # seconds a running job may go on after SIGTERM
+    shutdown_grace: Seconds = 4  # seconds a running job may go on after SIGTERM
     handler_modules: Modules = ()  # modules with job types of your own
 
     lease_seconds: float = Field(30, ge=2, le=600)  # a silent worker loses its jobs after so many seconds
@@ -421,8 +425,8 @@ class Settings(BaseSettings):
         margin_s = self.celery_time_limit - self.celery_soft_time_limit
         if hard_s is None:
             hard_s = self.celery_time_limit if soft_s is None else max(self.celery_time_limit, soft_s + margin_s)
-        soft_s = min(self.celery_soft_time_limit if soft_s is None else soft_s, hard_s * 0.9)
-        return Limits(soft_s, hard_s)
+        soft_s = self.celery_soft_time_limit if soft_s is None else soft_s
+        return Limits(soft_s if soft_s < hard_s else hard_s * 0.9, hard_s)
 
 
 def settings_faults(error: ValidationError) -> list[str]:
@@ -473,6 +477,7 @@ CHATTY_LOGGERS = [
 ]
 
 
+CELERY_CONSUMER = "celery.worker.consumer.consumer"
 URL_LOGGERS = ["httpx", "httpx2", "httpcore", "httpcore2"]  # their lines hold whole URLs
 
 
@@ -515,6 +520,16 @@ app = Celery("ai_backend_worker")
 app.add_defaults(lambda: celery_configuration(current_settings()))
 
 
+def without_bodies(record: logging.LogRecord) -> bool:
+    """Takes messages' bodies and headers (they hold prompts) and our own Reject's stack out of Celery's lines."""
+    if record.exc_info and isinstance(record.exc_info[1], Reject):
+        record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
+    if record.levelno >= logging.ERROR and record.name == CELERY_CONSUMER:
+        text = record.getMessage().splitlines()[0].split(" headers:")[0]
+        record.msg, record.args, record.exc_info = text, None, None
+    return True
+
+
 @signals.after_setup_logger.connect
 def quieten_libraries(**_: Any) -> None:
     """At DEBUG other libraries log bodies, arguments and URLs: no prompt or key may reach a log by them."""
@@ -522,6 +537,8 @@ def quieten_libraries(**_: Any) -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for name in URL_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in (CELERY_CONSUMER, "celery.app.trace"):
+        logging.getLogger(name).addFilter(without_bodies)
     logger.setLevel(logging.DEBUG if current_settings().debug else logging.INFO)
 
 
@@ -535,6 +552,8 @@ RESCUE_FIRST_S, RESCUE_LONGEST_S = 30.0, 600.0
 
 STALE_BATCH = 100
 PATH_NOT_VIABLE = 28  # MongoDB's code for a sub-document that is something else
+TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
+CANT_BE_STORED = "The result is too large or can't be stored."
 
 
 class MissKind(Enum):
@@ -553,6 +572,10 @@ class Miss:
     document: Document = field(default_factory=dict)
 
 
+class NoSubDocument(StoreUnavailable):
+    """The document's `worker` is null or another program's: it has to be replaced first."""
+
+
 @contextlib.contextmanager
 def unknown_when_unreachable() -> Iterator[None]:
     """Whatever MongoDB doesn't answer, or refuses, leaves the outcome unknown. What it can't hold fails the job.
@@ -563,15 +586,21 @@ def unknown_when_unreachable() -> Iterator[None]:
     """
     try:
         yield
-    except (DocumentTooLarge, OverflowError) as error:
-        raise FailJob(f"MongoDB can't hold the result: {type(error).__name__}", "The result is too large.") from error
-    except WriteError as error:
-        if error.code != PATH_NOT_VIABLE:
-            raise StoreUnavailable(f"{type(error).__name__} {error.code}") from error
-        raise FailJob("the document's `worker` field is no sub-document") from error
+    except (DocumentTooLarge, OverflowError, BSONError, UnicodeEncodeError) as error:
+        raise FailJob(f"MongoDB can't hold the result: {type(error).__name__}", CANT_BE_STORED) from None
     except PyMongoError as error:
-        code = f" {error.code}" if isinstance(error, OperationFailure) else ""
-        raise StoreUnavailable(type(error).__name__ + code) from error
+        code = error.code if isinstance(error, OperationFailure) else None
+        if code == PATH_NOT_VIABLE:
+            raise NoSubDocument("`worker` is no sub-document") from error
+        if code in TOO_LARGE_CODES:
+            raise FailJob(f"MongoDB can't hold the result: {code}", CANT_BE_STORED) from None
+        raise StoreUnavailable(f"{type(error).__name__} {code or ''}".strip()) from error
+
+
+def bookkeeping(document: Document) -> Document:
+    """The worker's own fields; empty where the API or an older worker left something else there."""
+    worker = document.get("worker")
+    return worker if isinstance(worker, dict) else {}
 
 
 class JobStore:
@@ -595,8 +624,11 @@ class JobStore:
 
     def synchronise_clock(self) -> None:
         with unknown_when_unreachable():
-            with contextlib.suppress(NotImplementedError):  # mongomock has no `hello`: the host's clock serves
-                self.clock.synchronise(self._database.command("hello")["localTime"].replace(tzinfo=UTC))
+            try:
+                server_time = self._database.command("hello")["localTime"]
+            except NotImplementedError:  # mongomock has no `hello`: the host's clock serves
+                server_time = datetime.now(UTC)
+        self.clock.synchronise(server_time.replace(tzinfo=UTC))
 
     def ensure_indexes(self) -> None:
         with unknown_when_unreachable():
@@ -613,6 +645,8 @@ class JobStore:
         Call it with the same `owner` until it answers: a claim whose reply was lost is then recognised.
         `bounded=False` ignores attempts and deadline, for a result that is already there.
         """
+        if not self.clock.is_synchronised:
+            self.synchronise_clock()
         now = self.clock.now()
         bounds = self._bounds(now, limits) if bounded else {}
         lease = {
@@ -628,13 +662,22 @@ class JobStore:
         pending = {"_id": job_id, "status": Status.PENDING, **bounds}
         released = {"_id": job_id, "status": Status.PROCESSING, "worker.owner": None, **bounds}
         first = {"$inc": {"worker.attempt": 1}, "$min": {"worker.first_started_at": now}}
-        with unknown_when_unreachable():
-            document = self._jobs.find_one_and_update(
-                pending, {"$set": {**lease, "started_at": now}, **first}, return_document=True
-            ) or self._jobs.find_one_and_update(
-                {**released, "worker.available_at": {"$lte": now}}, {"$set": lease, **first}, return_document=True
-            )
+        try:
+            with unknown_when_unreachable():
+                document = self._jobs.find_one_and_update(
+                    pending, {"$set": {**lease, "started_at": now}, **first}, return_document=True
+                ) or self._jobs.find_one_and_update(
+                    {**released, "worker.available_at": {"$lte": now}}, {"$set": lease, **first}, return_document=True
+                )
+        except NoSubDocument:
+            self._mend(job_id)
+            return self.claim(job_id, owner, limits, bounded=bounded)
         return self._job(document) if document else self._judge_miss(job_id, owner)
+
+    def _mend(self, job_id: ObjectId) -> None:
+        with unknown_when_unreachable():
+            spoilt = {"_id": job_id, "worker": {"$not": {"$type": "object"}}}
+            self._jobs.update_one(spoilt, {"$set": {"worker": {}}})
 
     def _bounds(self, now: datetime, limits: Limits) -> Document:
         oldest_start = now - timedelta(seconds=max(self._settings.job_deadline, limits.hard_s))
@@ -647,7 +690,7 @@ class JobStore:
         document = self.read(job_id)
         if document is None:
             return Miss(MissKind.UNKNOWN)
-        worker = document.get("worker") or {}
+        worker = bookkeeping(document)
         if document["status"] in TERMINAL_STATUSES:
             return Miss(MissKind.TERMINAL, document)
         if worker.get("owner") == owner:
@@ -682,11 +725,13 @@ class JobStore:
 
     def release(self, job: Job, available_at: datetime, *, counted: bool) -> bool:
         """Lets go of the job until `available_at`. False: it is no longer ours, and nothing was written."""
-        update: Document = {"$set": self._released(available_at, RESCUE_FIRST_S)}
+        update: Document = {"$set": {**self._released(available_at, RESCUE_FIRST_S), "worker.released_by": job.owner}}
         if not counted:
             update["$inc"] = {"worker.attempt": -1}
         with unknown_when_unreachable():
-            return self._jobs.update_one(self._fence(job), update).matched_count == 1
+            mine_already = {"_id": job.id, "worker.owner": None, "worker.released_by": job.owner}
+            released = self._jobs.update_one(self._fence(job), update).matched_count == 1
+            return released or self._jobs.find_one(mine_already, {"_id": 1}) is not None
 
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> bool:
         """Ends a job that nobody runs: pending, or released. False: it was not so, and nothing was written."""
@@ -695,9 +740,13 @@ class JobStore:
             {"status": Status.PENDING},
             {"status": Status.PROCESSING, "worker.available_at": {"$ne": None}},
         ]
-        with unknown_when_unreachable():
-            update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
-            return self._jobs.update_one(unowned, update).matched_count == 1
+        update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
+        try:
+            with unknown_when_unreachable():
+                return self._jobs.update_one(unowned, update).matched_count == 1
+        except NoSubDocument:
+            self._mend(job_id)
+            return self.fail_unowned(job_id, sentence)
 
     def _fence(self, job: Job) -> Document:
         return {"_id": job.id, "status": Status.PROCESSING, "worker.owner": job.owner}
@@ -720,7 +769,7 @@ class JobStore:
                 return True
             seen = {"status": 1, "worker.owner": 1, "error_message": 1}
             document = self._jobs.find_one({"_id": job.id}, seen) or {}
-        if (document.get("worker") or {}).get("owner") != job.owner:
+        if bookkeeping(document).get("owner") != job.owner:
             return False
         if document["status"] == Status.PROCESSING:
             raise StoreUnavailable("the last write isn't confirmed by a majority yet")
@@ -742,7 +791,7 @@ class JobStore:
         """Those of these jobs that were cancelled or taken: no longer processing, or with another owner."""
         with unknown_when_unreachable():
             found = self._jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"status": 1, "worker.owner": 1})
-            owners = {d["_id"]: (d.get("worker") or {}).get("owner") for d in found if d["status"] == Status.PROCESSING}
+            owners = {d["_id"]: bookkeeping(d).get("owner") for d in found if d["status"] == Status.PROCESSING}
         return [job for job in jobs if owners.get(job.id) != job.owner]
 
     def mark_notified(self, job_ids: Sequence[ObjectId]) -> None:
@@ -768,7 +817,8 @@ class JobStore:
         forgotten = {"worker.owner": None, "worker.rescue_at": {"$lte": now}}
         with unknown_when_unreachable():
             stale = list(self._jobs.find({"status": Status.PROCESSING, "$or": [expired, forgotten]}).limit(STALE_BATCH))
-            older = self._jobs.find({"status": Status.PROCESSING, "worker": None}).limit(STALE_BATCH)
+            unkept = {"status": Status.PROCESSING, "worker.owner": {"$exists": False}}
+            older = self._jobs.find(unkept).limit(STALE_BATCH)
             return stale + [document for document in older if self._is_orphan(document, now)]
 
     def _is_orphan(self, document: Document, now: datetime) -> bool:
@@ -778,7 +828,7 @@ class JobStore:
 
     def is_past_bounds(self, document: Document) -> bool:
         """Whether a job has used up its attempts, or the time since its first start."""
-        worker = document.get("worker") or {}
+        worker = bookkeeping(document)
         limits = self._settings.limits(worker.get("limits"))
         oldest_start = self._bounds(self.clock.now(), limits)["worker.first_started_at"]["$not"]["$lte"]
         started_at = worker.get("first_started_at")
@@ -790,7 +840,7 @@ class JobStore:
 
         Each time the next rescue is twice as far, so that a long queue isn't flooded with copies.
         """
-        worker = document.get("worker") or {}
+        worker = bookkeeping(document)
         rescues = worker.get("rescues", 0)
         rescue_s = min(RESCUE_FIRST_S * 2**rescues, RESCUE_LONGEST_S)
         update = {**self._released(self.clock.now(), rescue_s), "worker.rescues": rescues + 1}
@@ -808,9 +858,9 @@ class JobStore:
 
     def _unchanged(self, document: Document) -> Document:
         same: Document = {"_id": document["_id"], "status": Status.PROCESSING}
-        worker = document.get("worker")
+        worker = bookkeeping(document)
         if not worker:
-            return {**same, "worker": None}
+            return {**same, "worker": document.get("worker")}
         # The values as they were read: a renewal or another sweeper's release in between makes this a miss.
         return same | {f"worker.{key}": worker.get(key) for key in ("owner", "lease_until", "rescue_at")}
 
@@ -834,7 +884,7 @@ class JobStore:
 
 STATUS_CHANNEL = "job_notifications"
 PROGRESS_CHANNEL = "job_progress"
-SPOOL_TTL_S = 86_400
+SPOOL_TTL_S = 3600
 PROGRESS_BATCH_S = 0.05
 PROGRESS_RECHECK_S = 1.0
 
@@ -844,6 +894,7 @@ class Notifier:
 
     def __init__(self, client: redis.Redis) -> None:
         self._redis = client
+        self._ask_again_at = 0.0
 
     def publish_status(self, document: Document, status: Status, sentence: str) -> bool:
         """Publishes a status that the document already has. False: Redis could not be reached."""
@@ -868,7 +919,11 @@ class Notifier:
             "sequence": sequence,
             "delta": delta,
         }
-        return bool(self._publish(PROGRESS_CHANNEL, message))
+        if time.monotonic() < self._ask_again_at:
+            return False
+        listeners = self._publish(PROGRESS_CHANNEL, message)
+        self._ask_again_at = 0.0 if listeners else time.monotonic() + PROGRESS_RECHECK_S
+        return bool(listeners)
 
     def _publish(self, channel: str, message: Document) -> int | None:
         try:
@@ -880,10 +935,12 @@ class Notifier:
     # A finished generation that MongoDB couldn't take waits here for the next attempt.
 
     def spool_result(self, job: Job, result: Result) -> bool:
-        media = result.media
-        encoded = media and [base64.b64encode(media.data).decode(), media.suffix, media.url_field]
+        media = result.media and [result.media.data, result.media.suffix, result.media.url_field]
         try:
-            self._redis.set(f"result:{job.id}", json.dumps([result.output, encoded]), ex=SPOOL_TTL_S)
+            kept = json_util.dumps([result.output, media])
+            self._redis.set(
+                f"result:{job.id}", kept, ex=SPOOL_TTL_S, nx=True
+            )  # nx: it expires, however often it's kept
         except redis.RedisError as error:
             logger.error("%s its result could not be kept: %s", job, type(error).__name__)
             return False
@@ -897,8 +954,8 @@ class Notifier:
             return None
         if not raw:
             return None
-        output, media = json.loads(raw)
-        return Result(output, media and Media(base64.b64decode(media[0]), media[1], media[2]))
+        output, media = json_util.loads(raw)
+        return Result(output, media and Media(*media))
 
     def forget_result(self, job_id: ObjectId) -> None:
         with contextlib.suppress(redis.RedisError):  # it expires by itself
@@ -959,6 +1016,12 @@ class Progress:
 # ── artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+CONTENT_TYPES = {  # slim images have no mime.types, and Python's own table lacks some
+    **{"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"},
+    **{"wav": "audio/wav", "mp3": "audio/mpeg", "opus": "audio/ogg", "flac": "audio/flac"},
+}
+
+
 def artifact_name(job_id: ObjectId, owner: str, suffix: str) -> str:
     """Named by job and owner, so that a late attempt never touches the winner's file."""
     return f"{job_id}-{owner}.{suffix}"
@@ -984,10 +1047,10 @@ class GridFSArtifacts:
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         with unknown_when_unreachable():
             try:
-                self._files.put(data, _id=name, filename=name, contentType=content_type)
+                self._files.put(data, _id=name, filename=name, metadata={"contentType": content_type})
             except gridfs.errors.FileExists:  # an earlier try at this put, perhaps only half of it
                 self._files.delete(name)
-                self._files.put(data, _id=name, filename=name, contentType=content_type)
+                self._files.put(data, _id=name, filename=name, metadata={"contentType": content_type})
         return None
 
     def names(self, prefix: str) -> list[str]:
@@ -1030,16 +1093,17 @@ class FsspecArtifacts:
                 "client_kwargs": region,
             }
         elif self._url.startswith("file://"):
-            options = {"auto_mkdir": True, "skip_instance_cache": True}  # a transaction belongs to its instance
+            options = {"auto_mkdir": True}
         return fsspec.core.url_to_fs(self._url, **options)  # type: ignore[no-any-return]
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         with unknown_when_files_fail():
             files, folder = self._open()
             if self._url.startswith("file://"):
-                with files.transaction, files.open(f"{folder}/{name}", "wb") as file:
-                    file.write(data)
-                os.chmod(f"{folder}/{name}", 0o644)  # the web server in front runs as another user
+                # fsspec's own transaction copies where the temporary folder is on another disk: half files would show.
+                files.pipe_file(f"{folder}/{name}.part", data)
+                os.chmod(f"{folder}/{name}.part", 0o644)  # the web server in front runs as another user
+                os.replace(f"{folder}/{name}.part", f"{folder}/{name}")
             else:
                 files.pipe_file(f"{folder}/{name}", data, **({"ContentType": content_type} if self._is_s3 else {}))
         return None
@@ -1089,7 +1153,8 @@ class Artifacts:
         return self.publish_file(artifact_name(job.id, job.owner, media.suffix), media.data)
 
     def publish_file(self, name: str, data: bytes) -> str:
-        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        suffix = name.rsplit(".", 1)[-1]
+        content_type = CONTENT_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
         return self._store.put(name, data, content_type) or f"{self._base_url}/{name}"
 
     def discard(self, job: Job) -> None:
@@ -1237,15 +1302,14 @@ class Breaker:
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[None]:
         await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
+        failures, self._failures = self._failures + 1, 0
         try:
             yield
         except RetryJob:
-            self._failures += 1
-            if self._failures >= FAILURES_BEFORE_PAUSE:
-                pause_s = min(LONGEST_PAUSE_S, 2.0 ** (self._failures - FAILURES_BEFORE_PAUSE))
-                self._resume_at = time.monotonic() + pause_s
+            self._failures = failures
+            if failures >= FAILURES_BEFORE_PAUSE:
+                self._resume_at = time.monotonic() + min(LONGEST_PAUSE_S, 2.0 ** (failures - FAILURES_BEFORE_PAUSE))
             raise
-        self._failures = 0
 
 
 async def public_address(host: str, port: int) -> str:
@@ -1379,7 +1443,6 @@ LONGEST_PICTURE_SIDE = 4096
 PICTURE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 GPT_IMAGE_SIZES = ("1024x1024", "1536x1024", "1024x1536")
 SOUND_MAGIC = {b"RIFF": "wav", b"OggS": "opus", b"fLaC": "flac", b"ID3": "mp3", b"\xff": "mp3"}
-UNKNOWN_WAV_SIZE = 0xFFFFFFFF
 
 
 def check_words(value: str) -> str:
@@ -1617,13 +1680,20 @@ class AudioInput(JobInput):
 
 def with_true_sizes(wav: bytes) -> bytes:
     """Streaming servers send WAV headers with unknown sizes, which read as 24 hours: writes the true ones."""
-    at = wav.find(b"data", 12)
-    if at < 0 or len(wav) < at + 8 or struct.unpack_from("<I", wav, at + 4)[0] <= len(wav) - at - 8:
-        return wav
-    fixed = bytearray(wav)
-    struct.pack_into("<I", fixed, 4, len(wav) - 8)
-    struct.pack_into("<I", fixed, at + 4, len(wav) - at - 8)
-    return bytes(fixed)
+    at = 12
+    while at + 8 <= len(wav):
+        name, size = struct.unpack_from("<4sI", wav, at)
+        if name == b"data":
+            true_size = min(size, len(wav) - at - 8)
+            return (
+                wav[:4]
+                + struct.pack("<I", len(wav) - 8)
+                + wav[8 : at + 4]
+                + struct.pack("<I", true_size)
+                + wav[at + 8 :]
+            )
+        at += 8 + size + size % 2
+    return wav
 
 
 def inspect_sound(data: bytes) -> tuple[bytes, float, str]:
@@ -1792,64 +1862,58 @@ class Sweeper:
         Raises:
             StoreUnavailable: MongoDB can't be reached.
         """
-        done = [line for document in self._store.find_stale() if (line := self._rescue(document))]
+        done: list[str] = []
+        try:
+            for document in self._store.find_stale():
+                done += self._rescue(document)
+        except broker_errors() as error:  # the rest waits for the next sweep, and what was released for its rescue
+            logger.warning("nothing can be put back into the queue: %s", type(error).__name__)
         overdue = self._store.find_unnotified(NOTICE_OVERDUE_S)
         sent = [document["_id"] for document in overdue if self._announce(document)]
         if sent:
             self._store.mark_notified(sent)
         return done + [f"job={job_id} its last notification was sent again" for job_id in sent]
 
-    def _rescue(self, document: Document) -> str | None:
+    def _rescue(self, document: Document) -> list[str]:
         job_id = document["_id"]
         if self._store.is_past_bounds(document) and not self._notifier.spooled_result(job_id):
             return self._fail(document, GAVE_UP)
-        if self._store.release_stale(document) and self._enqueue(document):
-            return f"job={job_id} nobody worked on it: put back into the queue"
-        return None
+        if not self._store.release_stale(document):
+            return []
+        self._enqueue(document)
+        return [f"job={job_id} nobody worked on it: put back into the queue"]
 
-    def _fail(self, document: Document, sentence: str) -> str | None:
+    def _fail(self, document: Document, sentence: str) -> list[str]:
         if not self._store.fail_stale(document, sentence):
-            return None
+            return []
         failed = {**document, "status": Status.FAILED, "error_message": sentence}
         if self._announce(failed):
             self._store.mark_notified([document["_id"]])
-        return f"job={document['_id']} failed: {sentence}"
+        return [f"job={document['_id']} failed: {sentence}"]
 
     def _announce(self, document: Document) -> bool:
         status = Status(document["status"])
         return self._notifier.publish_status(document, status, final_sentence(document))
 
-    def _enqueue(self, document: Document) -> bool:
+    def _enqueue(self, document: Document) -> None:
         """A fresh task id, since a revoked one would be thrown away; no prompt, since the document has it."""
         job_id = str(document["_id"])
-        hard_s, soft_s = (document.get("worker") or {}).get("limits") or (None, None)
-        try:
-            app.send_task(
-                TASK_NAME,
-                args=(job_id, {"job_id": job_id}),
-                queue=self._settings.celery_queue_name,
-                time_limit=hard_s,
-                soft_time_limit=soft_s,
-                retry=False,
-            )
-        except broker_errors() as error:
-            logger.warning("job=%s could not be put back into the queue: %s", job_id, type(error).__name__)
-            return False
-        return True
+        hard_s, soft_s = bookkeeping(document).get("limits") or (None, None)
+        options = {"queue": self._settings.celery_queue_name, "time_limit": hard_s, "soft_time_limit": soft_s}
+        # Nobody knows this task id, so nobody asks for its result; and preparing one would wait for Redis.
+        app.send_task(TASK_NAME, args=(job_id, {"job_id": job_id}), retry=False, ignore_result=True, **options)
 
     def release_dead_siblings(self) -> list[str]:
         """Lets go of the jobs of this node's dead processes: killed (try again), or over the hard limit (failed)."""
-        lines = []
+        lines: list[str] = []
         for document in self._store.find_siblings():
             if is_process_alive(document["worker"]["pid"]):
                 continue
             deadline = document["worker"]["deadline"].replace(tzinfo=UTC)
             if self._store.clock.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
-                line = self._fail(document, TOOK_TOO_LONG)
-            else:
-                released = self._store.release_stale(document)
-                line = f"job={document['_id']} its process died: released" if released else None
-            lines += [line] if line else []
+                lines += self._fail(document, TOOK_TOO_LONG)
+            elif self._store.release_stale(document):
+                lines.append(f"job={document['_id']} its process died: released")
         return lines
 
 
@@ -1922,9 +1986,8 @@ class Keeper:
             self._notified.append(job_id)
 
     def _run(self) -> None:
-        self._heartbeat.beat()
+        stopping = False
         while True:
-            stopping = self._stopping.wait(TICK_S)
             try:
                 self.tick()
             except StoreUnavailable as error:
@@ -1935,6 +1998,7 @@ class Keeper:
                 logger.exception("the keeper goes on after")
             if stopping:
                 return
+            stopping = self._stopping.wait(TICK_S)
 
     def tick(self) -> None:
         """One look at everything, most urgent first.
@@ -2107,6 +2171,19 @@ class JobTask(Task):  # type: ignore[type-arg]
     Request = JobRequest  # type: ignore[assignment]
     typing = False  # a message of the wrong shape gets an answer of ours
 
+    def start_strategy(self, app: Celery, consumer: Any, **options: Any) -> Callable[..., Any]:
+        """Celery's way to take a message, behind a check: a body of another shape would end its consumer."""
+        take: Callable[..., Any] = super().start_strategy(app, consumer, **options)
+
+        def check_and_take(message: Any, *rest: Any, **named: Any) -> Any:
+            body = message.payload
+            parts = [body.get("args"), body.get("kwargs"), None] if isinstance(body, dict) else body
+            if not isinstance(parts, list) or list(map(type, parts[:2])) != [list, dict] or len(parts) != 3:
+                raise InvalidTaskError("its body is not [args, kwargs, options]")
+            return take(message, *rest, **named)
+
+        return check_and_take
+
     @cached_property
     def runtime(self) -> Runtime:
         return Runtime(current_settings())
@@ -2209,7 +2286,7 @@ def answer_miss(task: JobTask, job_id: ObjectId, miss: Miss) -> Document:
             raise Ignore()
         case MissKind.WAITING:
             now = task.runtime.store.clock.now()
-            available_at = (miss.document.get("worker") or {}).get("available_at", now).replace(tzinfo=UTC)
+            available_at = bookkeeping(miss.document).get("available_at", now).replace(tzinfo=UTC)
             raise put_back(task, job_id, max(MOMENT_S, (available_at - now).total_seconds()))
         case MissKind.EXHAUSTED:
             raise fail_unowned(task, job_id, GAVE_UP)
@@ -2329,6 +2406,12 @@ def complete(runtime: Runtime, job: Job, result: Result) -> bool:
     return runtime.store.complete(job, {**result.output, result.media.url_field: url}, url)
 
 
+def discard(runtime: Runtime, job: Job) -> None:
+    """Takes away what an attempt stored that didn't win."""
+    with contextlib.suppress(StoreUnavailable):
+        runtime.artifacts.discard(job)
+
+
 def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     """The table from outcome to fenced write. DropJob: nothing was written, the job is no longer ours.
 
@@ -2341,6 +2424,7 @@ def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
             try:
                 done = complete(runtime, job, outcome)
             except FailJob as error:  # MongoDB can't hold it
+                discard(runtime, job)
                 return write_outcome(runtime, job, error)
         case RetryJob():
             done = store.release(job, now + timedelta(seconds=outcome.after_s or 0), counted=True)
@@ -2390,12 +2474,6 @@ def clean_up(runtime: Runtime, job: Job) -> None:
         runtime.notifier.forget_result(job.id)
         with contextlib.suppress(StoreUnavailable):
             runtime.artifacts.discard_others(job)
-
-
-def discard(runtime: Runtime, job: Job) -> None:
-    """Takes away what an attempt stored that didn't win."""
-    with contextlib.suppress(StoreUnavailable):
-        runtime.artifacts.discard(job)
 
 
 def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
@@ -2600,5 +2678,5 @@ def demo(output: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    # Imported by its name, so that handlers of your own register with the same module that Celery runs.
-    importlib.import_module("worker").main()
+    sys.modules["worker"] = sys.modules["__main__"]  # so that `import worker` elsewhere is this very module
+    main()
