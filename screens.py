@@ -66,7 +66,9 @@ def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
 
 
 def error_code(error: Exception) -> str:
-    code = getattr(error, "code", None) or getattr(error, "status_code", None) or getattr(error, "strerror", None)
+    if isinstance(error, httpx2.HTTPStatusError):
+        return f" ({error.response.status_code})"
+    code = getattr(error, "code", None) or getattr(error, "strerror", None)
     return f" ({code})" if isinstance(code, (int, str)) else ""
 
 
@@ -168,7 +170,8 @@ def models_seen(where: ProviderSettings, settings: Settings) -> str:
 
 
 async def list_models(where: ProviderSettings, settings: Settings) -> str:
-    async with asyncio.timeout(CHECK_TIMEOUT_S), OpenAIProvider(where, settings.max_answer_bytes).call() as client:
+    provider = OpenAIProvider(where, settings.max_answer_bytes)
+    async with asyncio.timeout(CHECK_TIMEOUT_S), provider.client, provider.call() as client:
         offered = [model.id async for model in client.models.list()]
     known = "offers it" if where.model in offered else f"does not list it among its {len(offered)} models"
     return f"{where.label}: {known}"

@@ -937,10 +937,8 @@ class Notifier:
     def spool_result(self, job: Job, result: Result) -> bool:
         media = result.media and [result.media.data, result.media.suffix, result.media.url_field]
         try:
-            kept = json_util.dumps([result.output, media])
-            self._redis.set(
-                f"result:{job.id}", kept, ex=SPOOL_TTL_S, nx=True
-            )  # nx: it expires, however often it's kept
+            # nx: it expires in the end, however often it is kept again
+            self._redis.set(f"result:{job.id}", json_util.dumps([result.output, media]), ex=SPOOL_TTL_S, nx=True)
         except redis.RedisError as error:
             logger.error("%s its result could not be kept: %s", job, type(error).__name__)
             return False
@@ -1684,14 +1682,8 @@ def with_true_sizes(wav: bytes) -> bytes:
     while at + 8 <= len(wav):
         name, size = struct.unpack_from("<4sI", wav, at)
         if name == b"data":
-            true_size = min(size, len(wav) - at - 8)
-            return (
-                wav[:4]
-                + struct.pack("<I", len(wav) - 8)
-                + wav[8 : at + 4]
-                + struct.pack("<I", true_size)
-                + wav[at + 8 :]
-            )
+            whole, data = struct.pack("<I", len(wav) - 8), struct.pack("<I", min(size, len(wav) - at - 8))
+            return wav[:4] + whole + wav[8 : at + 4] + data + wav[at + 8 :]
         at += 8 + size + size % 2
     return wav
 
@@ -1899,7 +1891,7 @@ class Sweeper:
         """A fresh task id, since a revoked one would be thrown away; no prompt, since the document has it."""
         job_id = str(document["_id"])
         hard_s, soft_s = bookkeeping(document).get("limits") or (None, None)
-        options = {"queue": self._settings.celery_queue_name, "time_limit": hard_s, "soft_time_limit": soft_s}
+        options: Document = {"queue": self._settings.celery_queue_name, "time_limit": hard_s, "soft_time_limit": soft_s}
         # Nobody knows this task id, so nobody asks for its result; and preparing one would wait for Redis.
         app.send_task(TASK_NAME, args=(job_id, {"job_id": job_id}), retry=False, ignore_result=True, **options)
 
@@ -1923,8 +1915,13 @@ class Heartbeat:
     STALE_S = 60.0
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or Path(tempfile.gettempdir()) / f"ai-backend-worker-{os.getuid()}"
+        self._given_folder = folder
         self._log = SeldomLog("the heartbeat file can't be written")
+
+    @property
+    def _folder(self) -> Path:
+        """Raises OSError where nothing can be written at all."""
+        return self._given_folder or Path(tempfile.gettempdir()) / f"ai-backend-worker-{os.getuid()}"
 
     def beat(self) -> None:
         try:
