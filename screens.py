@@ -39,6 +39,7 @@ from worker import (
 
 CHECK_TIMEOUT_S = 10
 PLAIN_WIDTH = 140
+NOT_LISTED = "does not list it among its"
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def check_providers(settings: Settings) -> Iterator[Finding]:
             yield Finding(f"provider, {kind}", where.label, "no model: set OPENAI_API_KEY or OPENAI_BASE_URL")
         else:
             advice = f"is the URL right ({kind.upper()}_BASE_URL or OPENAI_BASE_URL), and the key?"
-            yield probe(f"provider, {kind}", advice, partial(models_seen, where, settings))
+            finding = probe(f"provider, {kind}", advice, partial(models_seen, where, settings))
+            yield replace(finding, advice=f"is {kind.upper()}_MODEL right?") if NOT_LISTED in finding.seen else finding
 
 
 def models_seen(where: ProviderSettings, settings: Settings) -> str:
@@ -173,7 +175,7 @@ async def list_models(where: ProviderSettings, settings: Settings) -> str:
     provider = OpenAIProvider(where, settings.max_answer_bytes)
     async with asyncio.timeout(CHECK_TIMEOUT_S), provider.client, provider.call() as client:
         offered = [model.id async for model in client.models.list()]
-    known = "offers it" if where.model in offered else f"does not list it among its {len(offered)} models"
+    known = "offers it" if where.model in offered else f"{NOT_LISTED} {len(offered)} models"
     return f"{where.label}: {known}"
 
 

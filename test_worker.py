@@ -3288,3 +3288,24 @@ def test_a_thin_command_ends_with_what_its_module_returns(
 ) -> None:
     monkeypatch.setattr(f"demo.{name}", lambda *_: 7)
     assert command(name, *arguments)[0] == 7
+
+
+# ── README ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+README = Path(worker.__file__).with_name("README.md").read_text()
+
+
+def test_readmes_table_has_every_variable_with_its_default() -> None:
+    rows = dict(re.findall(r"(?m)^\| `([A-Z0-9_]+)` \| (?:`([^`]*)`)? ?\|", README))
+    for name, field in Settings.model_fields.items():
+        default: Any = field.get_default()
+        default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        assert rows[name.upper()] == (str(default).lower() if isinstance(default, bool) else str(default)), name
+
+
+def test_readmes_table_of_faults_names_tests_that_exist() -> None:
+    processes = Path(worker.__file__).with_name("test_processes.py").read_text()
+    named = re.findall(r"`(test_\w+)` \|", README)
+    assert len(named) > 10
+    assert [name for name in named if f"def {name}(" not in processes] == []
