@@ -37,7 +37,7 @@ from worker import (
     redact_url,
 )
 
-CHECK_TIMEOUT_S = 10
+CHECK_TIMEOUT_S = 5
 PLAIN_WIDTH = 140
 NOT_LISTED = "does not list it among its"
 
@@ -59,7 +59,8 @@ def console() -> Console:
 def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
     """Runs one look; whatever goes wrong becomes a row with advice, without URLs or keys."""
     try:
-        return Finding(what, look())
+        with pymongo.timeout(CHECK_TIMEOUT_S):
+            return Finding(what, look())
     except JobError as error:
         return Finding(what, error.detail, advice, is_fault=True)
     except Exception as error:  # the edge of the command: any library's error is an answer here
@@ -79,19 +80,20 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
         return f"reached, version {runtime.mongo.server_info()['version']}"
 
     def write() -> str:
-        with pymongo.timeout(CHECK_TIMEOUT_S):
-            concern = WriteConcern("majority", j=True)
-            probes = runtime.database.get_collection("worker_check", write_concern=concern)
-            written = probes.insert_one({"at": datetime.now(UTC)}).inserted_id
-            read = probes.find_one({"_id": written})
-            probes.delete_one({"_id": written})
+        probes = runtime.database.get_collection("worker_check", write_concern=WriteConcern("majority", j=True))
+        written = probes.insert_one({"at": datetime.now(UTC)}).inserted_id
+        read = probes.find_one({"_id": written})
+        probes.delete_one({"_id": written})
         return "written to the majority with journal, read, deleted" if read else "written, but not found again"
 
     def indexes() -> str:
         runtime.store.ensure_indexes()
         return "there"
 
-    yield probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version)
+    reached = probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version)
+    yield reached
+    if reached.is_fault:
+        return
     yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write)
     yield probe("MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes)
 

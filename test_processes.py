@@ -636,6 +636,7 @@ def test_the_job_of_a_killed_worker_is_rescued_by_another(
     assert api.notices(job) == ["processing", "processing", "completed"]
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_every_child_fails_in_the_end(site: Site) -> None:
     job = site.api.text("kills all [hang]")
     killed: set[int] = set()

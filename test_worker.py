@@ -3264,7 +3264,7 @@ def test_run_starts_celery_and_prints_what_it_is_connected_to(
     command: Command, monkeypatch: pytest.MonkeyPatch, options: list[str], pool: str
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(worker.app, "worker_main", started.append)
+    monkeypatch.setattr(worker, "start_celery", lambda arguments: started.append(arguments) or 0)
     _, output = command("run", *options, WORKER_POOL="prefork", REDIS_URL=f"redis://:{SECRET}@host")
     assert [option for option in started[0] if option.startswith("--pool")][-1] == pool
     assert "redis://***@host" in output
@@ -3276,7 +3276,7 @@ def test_without_a_command_the_worker_runs_and_an_offline_one_says_so(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(worker.app, "worker_main", started.append)
+    monkeypatch.setattr(worker, "start_celery", lambda arguments: started.append(arguments) or 0)
     _, output = command(OPENAI_BASE_URL="", OPENAI_API_KEY="")
     assert len(started) == 1
     assert "OFFLINE STAND-IN" in output

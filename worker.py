@@ -1413,7 +1413,7 @@ class Providers:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._made: dict[tuple[str, str], Provider] = {}
+        self._made: dict[tuple[asyncio.AbstractEventLoop, str, str], Provider] = {}
 
     def preload(self) -> None:
         """Imports the SDK (a third of a second) before the first job needs it."""
@@ -1427,7 +1427,7 @@ class Providers:
             import demo
 
             return demo.OfflineProvider()
-        key = (where.base_url, where.api_key)
+        key = (asyncio.get_running_loop(), where.base_url, where.api_key)  # connections belong to their loop
         if key not in self._made:
             self._made[key] = OpenAIProvider(where, self._settings.max_answer_bytes)
         return self._made[key]
@@ -2594,25 +2594,23 @@ def main(context: click.Context) -> None:
         context.invoke(cast(click.Group, context.command).commands["run"])
 
 
+def start_celery(arguments: list[str]) -> int:
+    """Runs Celery's own command line; unlike `app.worker_main` it gives the exit code: 1 when the worker broke down."""
+    celery_command: Any = importlib.import_module("celery.bin.celery").celery
+    celery_command.params[0].default = app
+    return int(celery_command.main(args=arguments, standalone_mode=False) or 0)
+
+
 @main.command("run", context_settings={"ignore_unknown_options": True})
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
 def run_command(celery_arguments: Sequence[str] = ()) -> None:
     """Run the worker (the default). CELERY_ARGUMENTS are passed to `celery worker`."""
     settings = current_settings()
     print_connections(settings)
-    app.worker_main(
-        [
-            "--quiet",  # Celery's banner would say it again
-            "worker",
-            f"--pool={settings.pool}",
-            f"--concurrency={settings.worker_concurrency}",
-            f"--hostname=worker-{NODE.rsplit('-', 1)[-1]}@%h",
-            "--loglevel=INFO",
-            "--without-gossip",
-            "--without-mingle",  # it would wait a second for other workers at start
-            *celery_arguments,
-        ]
-    )
+    options = [f"--pool={settings.pool}", f"--concurrency={settings.worker_concurrency}", "--loglevel=INFO"]
+    options += [f"--hostname=worker-{NODE.rsplit('-', 1)[-1]}@%h", "--without-gossip"]
+    options += ["--without-mingle"]  # it would wait a second for other workers at start
+    sys.exit(start_celery(["--quiet", "worker", *options, *celery_arguments]))  # its banner would say it again
 
 
 @main.command()
