@@ -154,8 +154,9 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
     elif urls and not urls[0].startswith("data:"):
         advice = "the API must serve this path (README.md has the route), or set ARTIFACT_BASE_URL"
         yield Finding("artifact URL", f"{runtime.settings.artifact_base_url}/…", advice)
-    with contextlib.suppress(StoreUnavailable):
-        runtime.artifacts.remove(name)
+    if urls:
+        with contextlib.suppress(StoreUnavailable):
+            runtime.artifacts.remove(name)
 
 
 def check_providers(settings: Settings) -> Iterator[Finding]:

@@ -1731,6 +1731,7 @@ async def audio_generation(call: Call) -> Result:
 
 TICK_S = 1.0
 KEEPER_PATIENCE_S = 5.0
+ANNOUNCED_WITHIN_S = 1.0
 LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
 NOTICE_OVERDUE_S = 30.0
@@ -1779,6 +1780,13 @@ class ShutdownTime:
     @property
     def is_due(self) -> bool:
         return time.monotonic() >= (self.due_at or math.inf)
+
+    def is_announced_soon(self) -> bool:
+        """Waits a moment: a signal to the whole process group may reach a child before its parent has announced it."""
+        give_up_at = time.monotonic() + ANNOUNCED_WITHIN_S
+        while not self.is_announced and time.monotonic() < give_up_at:
+            time.sleep(0.02)
+        return self.is_announced
 
 
 class Attempt:
@@ -2357,7 +2365,7 @@ def run(runtime: Runtime, attempt: Attempt) -> Outcome:
         return error
     except SystemExit:
         attempt.cancel(HandBack("this process was told to end"))
-        if SHUTDOWN.is_announced:
+        if SHUTDOWN.is_announced_soon():
             return HandBack("this process was told to end")
         raise
 
