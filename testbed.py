@@ -153,10 +153,7 @@ _spawner: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner"
 
 
 def spawn(
-    command: list[str],
-    output: Path,
-    environment: Mapping[str, str] | None = None,
-    directory: Path | None = None,
+    command: list[str], output: Path, environment: Mapping[str, str] | None = None, directory: Path | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a child in a session of its own, output appended to a file; on Linux it is killed when we end."""
     launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
