@@ -589,6 +589,12 @@ def test_the_messages_limit_may_be_longer_than_the_workers_own(site: Site) -> No
     assert site.api.status(job) == "completed"
 
 
+def test_limits_that_no_clock_can_hold_are_ignored(site: Site) -> None:
+    job = site.api.text("patient", time_limit=10**400, soft_time_limit=1e12)
+    assert site.api.wait(job)["status"] == "completed"
+    assert site.goes_on()
+
+
 @in_each_pool
 def test_a_handler_that_blocks_the_event_loop_fails_and_the_worker_goes_on(site: Site) -> None:
     assert site.goes_on()

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import importlib
 import io
+import ipaddress
 import json
 import logging
 import mimetypes
@@ -285,15 +286,15 @@ def test_lists_are_separated_by_commas(variables: pytest.MonkeyPatch) -> None:
     ("a result backend that isn't Redis", "CELERY_RESULT_BACKEND", "file:///x", "redis://"),
     ("a word for a number", "CELERY_SOFT_TIME_LIMIT", "ninety", "valid number"),
     ("no time at all", "CELERY_SOFT_TIME_LIMIT", "0", "greater than 0"),
-    ("not a number", "CELERY_TIME_LIMIT", "nan", "finite number"),
-    ("for ever", "CELERY_TIME_LIMIT", "inf", "finite number"),
+    ("not a number", "CELERY_TIME_LIMIT", "nan", "less than or equal to 86400"),
+    ("for ever", "CELERY_TIME_LIMIT", "inf", "less than or equal to 86400"),
     ("the hard limit is no later than the soft", "CELERY_TIME_LIMIT", "90", "CELERY_SOFT_TIME_LIMIT"),
     ("neither true nor false", "DEBUG", "maybe", "valid boolean"),
     ("a pool that can't run this", "WORKER_POOL", "gevent", "'prefork', 'threads' or 'solo'"),
     ("no slot", "WORKER_CONCURRENCY", "0", "greater than or equal to 1"),
     ("half a slot", "WORKER_CONCURRENCY", "1.5", "valid integer"),
     ("a lease that no keeper can renew in time", "LEASE_SECONDS", "1", "greater than or equal to 2"),
-    ("an endless grace", "SHUTDOWN_GRACE", "inf", "finite number"),
+    ("an endless grace", "SHUTDOWN_GRACE", "inf", "less than or equal to 86400"),
     ("one delay is none", "RETRY_DELAYS", "5,x", "valid number"),
     ("a delay before the failure", "RETRY_DELAYS", "-1", "greater than or equal to 0"),
     ("a module that isn't there", "HANDLER_MODULES", "no_such_module", "modules that can be imported"),
@@ -379,6 +380,8 @@ def test_the_settings_shown_whole_hold_no_secret() -> None:
     ("a long soft limit moves the hard one along", [None, 300], 300, 330),
     ("soft after hard comes before it", [100, 200], 90, 100),
     ("of the wrong length", [10], 90, 120),
+    ("a number that no clock can hold", [10**400, 10**400], 90, 120),
+    ("longer than a day", [1e12, 1e12], 90, 120),
     ("words", ["a", "b"], 90, 120),
     ("negative", [-5, -6], 90, 120),
     ("not finite", [float("inf"), float("nan")], 90, 120),
@@ -814,9 +817,9 @@ def test_a_job_that_nobody_works_on_is_stale(runtime: Runtime, fields: dict[str,
 @table(
     "fields",
     ("its lease is live", {}),
-    ("released a moment ago", {"worker__owner": None, "worker__rescue_at": ago(-10)}),
+    ("released a moment ago", {"worker__owner": None, "worker__rescue_at": ago(-3600)}),
     ("its end needs no lease", {"status": "completed", "worker__lease_until": ago(1)}),
-    ("an older worker may still work on it", {"worker": None, "started_at": ago(150)}),
+    ("an older worker may still work on it", {"worker": None, "started_at": ago(-1800)}),
     ("pending is another matter", {"status": "pending", "worker": None, "created_at": ago(3600)}),
 )
 def test_a_job_that_somebody_works_on_is_not_stale(runtime: Runtime, fields: dict[str, Any]) -> None:
@@ -1085,12 +1088,13 @@ def test_a_status_that_nobody_hears_was_published_all_the_same(light_runtime: Ru
     assert light_runtime.notifier.publish_status({"_id": ObjectId()}, Status.FAILED, "x")
 
 
-def test_a_redis_that_is_away_is_reported_and_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_redis_that_is_away_is_reported_and_only_a_look_raises(caplog: pytest.LogCaptureFixture) -> None:
     notifier = away()
     assert not notifier.publish_status({"_id": ObjectId()}, Status.FAILED, "x")
     assert not notifier.publish_progress(some_job(), 0, "x")
     assert not notifier.spool_result(some_job(), Result({}))
-    assert notifier.spooled_result(ObjectId()) is None
+    with pytest.raises(worker.SpoolUnavailable):
+        notifier.spooled_result(ObjectId())
     notifier.forget_result(ObjectId())
     assert "could not be published" in caplog.text
 
@@ -2272,7 +2276,20 @@ def test_a_notice_stays_in_the_outbox_while_redis_is_away(runtime: Runtime) -> N
     runtime.store.complete(overdue, {}, None)
     change(runtime, overdue.id, worker__unnotified=ago(31))
     worker.Sweeper(runtime.store, away(), runtime.settings).sweep()
-    assert {document["_id"] for document in runtime.store.find_unnotified(0)} == {failed.id, overdue.id}
+    assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [overdue.id]
+    assert read(runtime, failed.id)["status"] == "processing", "a result may have been kept: nobody can say now"
+
+
+def test_a_sweep_tries_a_hung_redis_once_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    notifier = away()
+    monkeypatch.setattr(notifier, "publish_status", lambda *notice: tried.append(notice))
+    for number in range(3):
+        job = claim(runtime, owner=f"owner-{number}")
+        runtime.store.complete(job, {}, None)
+        change(runtime, job.id, worker__unnotified=ago(31))
+    worker.Sweeper(runtime.store, notifier, runtime.settings).sweep()
+    assert len(tried) == 1
 
 
 def test_a_rescue_without_broker_is_made_up_for_by_a_later_sweep(
@@ -3288,6 +3305,53 @@ def test_a_thin_command_ends_with_what_its_module_returns(
 ) -> None:
     monkeypatch.setattr(f"demo.{name}", lambda *_: 7)
     assert command(name, *arguments)[0] == 7
+
+
+def test_a_message_whose_broker_is_away_goes_back_and_is_not_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_broker(**_: object) -> None:
+        raise worker.Reject("no broker", requeue=False)
+
+    monkeypatch.setattr(worker.process_job, "retry", no_broker)
+    back = worker.put_back(worker.process_job, ObjectId(), 1)
+    assert isinstance(back, worker.Reject)
+    assert back.requeue
+
+
+@table("status", ("a fifth one", "archived"), ("none", None))
+def test_a_document_of_another_status_is_no_job(runtime: Runtime, status: str | None) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, status=status, worker__owner=None)
+    missed = runtime.store.claim(job.id, "owner-2", runtime.settings.limits())
+    assert isinstance(missed, worker.Miss)
+    assert missed.kind is worker.MissKind.UNKNOWN
+
+
+def test_a_claim_that_waited_leaves_less_time_than_the_soft_limit(runtime: Runtime) -> None:
+    job = claim(runtime)
+    assert worker.Attempt(job, 30, time.monotonic()).time_left_s() == job.limits.soft_s
+    long_ago = time.monotonic() - 50
+    assert job.limits.soft_s - 50 < worker.Attempt(job, 30, long_ago).time_left_s() < job.limits.soft_s - 10
+
+
+@table("address", ("NAT64", "64:ff9b::a00:1"), ("6to4", "2002:7f00:1::"), ("multicast", "224.0.0.1"))
+def test_an_address_that_leads_elsewhere_is_not_public(address: str) -> None:
+    assert not worker.is_public(ipaddress.ip_address(address))
+    assert worker.is_public(ipaddress.ip_address("2606:4700::1111"))
+
+
+def test_the_breaker_counts_failures_that_overlap() -> None:
+    async def fail(breaker: worker.Breaker) -> None:
+        with contextlib.suppress(RetryJob):
+            async with breaker():
+                await asyncio.sleep(0)
+                raise RetryJob()
+
+    async def fail_together() -> float:
+        breaker = worker.Breaker()
+        await asyncio.gather(*(fail(breaker) for _ in range(worker.FAILURES_BEFORE_PAUSE)))
+        return breaker._resume_at
+
+    assert asyncio.run(fail_together()) > time.monotonic()
 
 
 # ── README ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -98,6 +98,7 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
+ACTIVE_STATUSES = frozenset({Status.PENDING, Status.PROCESSING})
 TERMINAL_STATUSES = frozenset({Status.COMPLETED, Status.FAILED})
 
 
@@ -190,6 +191,10 @@ class StoreUnavailable(Exception):
     """MongoDB or the artifact store can't be reached, or the outcome of a write is unknown: wait, then look again."""
 
 
+class SpoolUnavailable(StoreUnavailable):
+    """Redis can't say whether a result was kept there."""
+
+
 class JobFailed(Exception):
     """Ends the Celery task in FAILURE; its text is the sentence that the person reads."""
 
@@ -217,11 +222,13 @@ class Clock:
 ProviderKind = Literal["text", "image", "audio"]
 PROVIDER_KINDS: tuple[ProviderKind, ...] = ("text", "image", "audio")
 EXIT_BAD_SETTINGS = 2
+LONGEST_S = 86_400
 IMAGE_SIZE = r"[1-9]\d{1,3}x[1-9]\d{1,3}"
 
 
-def is_positive_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def is_duration(value: object) -> bool:
+    """Up to a day: an endless one, or a number that no clock can hold, is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= LONGEST_S
 
 
 def redact_url(url: str) -> str:
@@ -275,8 +282,8 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 ModuleName = Annotated[str, AfterValidator(check_module)]
 Modules = Annotated[tuple[ModuleName, ...], NoDecode, BeforeValidator(split_commas)]
 Sizes = Annotated[Names, matching(IMAGE_SIZE, "be sizes, comma-separated, like 1024x1024,1536x1024")]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-SomeSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST_S)]
+SomeSeconds = Annotated[float, Field(gt=0, le=LONGEST_S)]
 Delays = Annotated[tuple[Annotated[float, Field(ge=0, le=3600)], ...], NoDecode, BeforeValidator(split_commas)]
 HttpUrl = Annotated[str, matching(r"|https?://[^/\s]+\S*", "look like http://host:port/v1")]
 MongoUrl = Annotated[SecretStr, AfterValidator(check_mongodb_url)]
@@ -421,7 +428,7 @@ class Settings(BaseSettings):
         """The limits of a message (`[hard, soft]`, either may be null) where they make sense, else the worker's own."""
         is_pair = isinstance(timelimit, (list, tuple)) and len(timelimit) == 2
         asked: Any = timelimit if is_pair else (None, None)
-        hard_s, soft_s = (float(number) if is_positive_number(number) else None for number in asked)
+        hard_s, soft_s = (float(number) if is_duration(number) else None for number in asked)
         margin_s = self.celery_time_limit - self.celery_soft_time_limit
         if hard_s is None:
             hard_s = self.celery_time_limit if soft_s is None else max(self.celery_time_limit, soft_s + margin_s)
@@ -639,11 +646,14 @@ class JobStore:
         with unknown_when_unreachable():
             return self._jobs.find_one({"_id": job_id})
 
-    def claim(self, job_id: ObjectId, owner: str, limits: Limits, *, bounded: bool = True) -> Job | Miss:
+    def claim(
+        self, job_id: ObjectId, owner: str, limits: Limits, *, bounded: bool = True, waited_s: float = 0.0
+    ) -> Job | Miss:
         """Takes a job that is pending, or released and due. Never an expired lease: those the sweeper releases first.
 
         Call it with the same `owner` until it answers: a claim whose reply was lost is then recognised.
-        `bounded=False` ignores attempts and deadline, for a result that is already there.
+        `bounded=False` ignores attempts and deadline, for a result that is already there; `waited_s` is how long ago
+        the message was taken, which is when Celery's hard limit began.
         """
         if not self.clock.is_synchronised:
             self.synchronise_clock()
@@ -656,7 +666,7 @@ class JobStore:
             "worker.node": self._node,
             "worker.pid": os.getpid(),
             "worker.lease_until": now + timedelta(seconds=self._settings.lease_seconds),
-            "worker.deadline": now + timedelta(seconds=limits.hard_s),
+            "worker.deadline": now + timedelta(seconds=limits.hard_s - waited_s),
             "worker.limits": [limits.hard_s, limits.soft_s],
         }
         pending = {"_id": job_id, "status": Status.PENDING, **bounds}
@@ -671,13 +681,14 @@ class JobStore:
                 )
         except NoSubDocument:
             self._mend(job_id)
-            return self.claim(job_id, owner, limits, bounded=bounded)
+            return self.claim(job_id, owner, limits, bounded=bounded, waited_s=waited_s)
         return self._job(document) if document else self._judge_miss(job_id, owner)
 
     def _mend(self, job_id: ObjectId) -> None:
         with unknown_when_unreachable():
-            spoilt = {"_id": job_id, "worker": {"$not": {"$type": "object"}}}
-            self._jobs.update_one(spoilt, {"$set": {"worker": {}}})
+            # `$type: object` would match an array of objects, too.
+            spoilt = [{"worker": {"$not": {"$type": "object"}}}, {"worker": {"$type": "array"}}]
+            self._jobs.update_one({"_id": job_id, "$or": spoilt}, {"$set": {"worker": {}}})
 
     def _bounds(self, now: datetime, limits: Limits) -> Document:
         oldest_start = now - timedelta(seconds=max(self._settings.job_deadline, limits.hard_s))
@@ -690,12 +701,14 @@ class JobStore:
         document = self.read(job_id)
         if document is None:
             return Miss(MissKind.UNKNOWN)
-        worker = bookkeeping(document)
-        if document["status"] in TERMINAL_STATUSES:
+        worker, status = bookkeeping(document), document.get("status")
+        if status in TERMINAL_STATUSES:
             return Miss(MissKind.TERMINAL, document)
+        if status not in ACTIVE_STATUSES:
+            return Miss(MissKind.UNKNOWN, document)
         if worker.get("owner") == owner:
             return self._job(document)
-        if worker.get("owner") or (document["status"] == Status.PROCESSING and "available_at" not in worker):
+        if worker.get("owner") or (status == Status.PROCESSING and "available_at" not in worker):
             return Miss(MissKind.HELD, document)
         # Not by its absence alone: it may have been released since the claim.
         return Miss(MissKind.EXHAUSTED if self.is_past_bounds(document) else MissKind.WAITING, document)
@@ -945,11 +958,11 @@ class Notifier:
         return True
 
     def spooled_result(self, job_id: ObjectId) -> Result | None:
+        """The result that an earlier attempt kept. Raises SpoolUnavailable: it can't be looked up now."""
         try:
             raw = self._redis.get(f"result:{job_id}")
         except redis.RedisError as error:
-            logger.warning("job=%s a kept result could not be looked up: %s", job_id, type(error).__name__)
-            return None
+            raise SpoolUnavailable(f"Redis: {type(error).__name__}") from error
         if not raw:
             return None
         output, media = json_util.loads(raw)
@@ -1065,6 +1078,8 @@ def unknown_when_files_fail() -> Iterator[None]:
     """S3 clients raise their own exceptions as well as OSError: every one of them means that the file isn't there."""
     try:
         yield
+    except PermissionError as error:  # trying again would keep the person waiting for nothing
+        raise FailJob("the artifact store refuses: run `check`", CANT_BE_STORED) from error
     except Exception as error:
         raise StoreUnavailable(f"artifact store: {type(error).__name__}") from error
 
@@ -1300,14 +1315,26 @@ class Breaker:
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[None]:
         await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
-        failures, self._failures = self._failures + 1, 0
         try:
             yield
         except RetryJob:
-            self._failures = failures
-            if failures >= FAILURES_BEFORE_PAUSE:
-                self._resume_at = time.monotonic() + min(LONGEST_PAUSE_S, 2.0 ** (failures - FAILURES_BEFORE_PAUSE))
+            self._failures += 1
+            if self._failures >= FAILURES_BEFORE_PAUSE:
+                pause_s = 2.0 ** min(10, self._failures - FAILURES_BEFORE_PAUSE)
+                self._resume_at = time.monotonic() + min(LONGEST_PAUSE_S, pause_s)
             raise
+        except FailJob:  # it was reached
+            self._failures = 0
+            raise
+        self._failures = 0
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Global, and no IPv6 address that leads to an IPv4 one (6to4, Teredo, NAT64)."""
+    if isinstance(address, ipaddress.IPv6Address):
+        is_wrapped = address.sixtofour or address.teredo or address not in ipaddress.ip_network("2000::/3")
+        return address.is_global and not is_wrapped
+    return address.is_global and not address.is_multicast
 
 
 async def public_address(host: str, port: int) -> str:
@@ -1318,7 +1345,7 @@ async def public_address(host: str, port: int) -> str:
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(str(entry[4][0])) for entry in found]
-    if not addresses or not all(address.is_global for address in addresses):
+    if not addresses or not all(is_public(address) for address in addresses):
         raise FailJob("a picture's URL at an address that isn't public", UNUSABLE)
     return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
 
@@ -1735,6 +1762,7 @@ ANNOUNCED_WITHIN_S = 1.0
 LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
 NOTICE_OVERDUE_S = 30.0
+ENQUEUE_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}  # a hung broker must not hold the keeper up
 LOG_EVERY_S = 60.0
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
 GAVE_UP = "This could not be finished after several tries. Please try again."
@@ -1792,11 +1820,11 @@ class ShutdownTime:
 class Attempt:
     """One claimed run of a job, as task, event loop and keeper share it."""
 
-    def __init__(self, job: Job, lease_s: float) -> None:
+    def __init__(self, job: Job, lease_s: float, taken_at: float | None = None) -> None:
         self.job = job
-        self.started_at = time.monotonic()
+        self.started_at = time.monotonic() if taken_at is None else taken_at  # when Celery's timer began
         self.lease_s = lease_s
-        self.renewed_at = self.started_at
+        self.renewed_at = time.monotonic()
         self.reason: JobError | None = None
         self._stop: Callable[[], object] | None = None
         self._lock = threading.Lock()
@@ -1807,6 +1835,12 @@ class Attempt:
     def may_renew(self) -> bool:
         """No lease is immortal: none past the hard limit plus a margin."""
         return time.monotonic() < self.started_at + self.job.limits.hard_s + LIMIT_MARGIN_S
+
+    def time_left_s(self) -> float:
+        """The soft limit, or less where the claim had to wait so long that the hard limit would come first."""
+        limits = self.job.limits
+        latest = self.started_at + limits.hard_s - min(LIMIT_MARGIN_S, limits.hard_s - limits.soft_s)
+        return max(0.0, min(limits.soft_s, latest - time.monotonic()))
 
     def bind(self, stop: Callable[[], object]) -> None:
         """Says how to stop the running handler; at once, if a cancel came before."""
@@ -1855,6 +1889,7 @@ class Sweeper:
 
     def __init__(self, store: JobStore, notifier: Notifier, settings: Settings) -> None:
         self._store, self._notifier, self._settings = store, notifier, settings
+        self._mute_until = 0.0
 
     def sweep(self) -> list[str]:
         """One round; returns a line for each thing done.
@@ -1863,10 +1898,11 @@ class Sweeper:
             StoreUnavailable: MongoDB can't be reached.
         """
         done: list[str] = []
+        no_use: tuple[type[BaseException], ...] = (SpoolUnavailable, *broker_errors())
         try:
             for document in self._store.find_stale():
                 done += self._rescue(document)
-        except broker_errors() as error:  # the rest waits for the next sweep, and what was released for its rescue
+        except no_use as error:  # the rest waits for the next sweep
             logger.warning("nothing can be put back into the queue: %s", type(error).__name__)
         overdue = self._store.find_unnotified(NOTICE_OVERDUE_S)
         sent = [document["_id"] for document in overdue if self._announce(document)]
@@ -1892,16 +1928,29 @@ class Sweeper:
         return [f"job={document['_id']} failed: {sentence}"]
 
     def _announce(self, document: Document) -> bool:
-        status = Status(document["status"])
-        return self._notifier.publish_status(document, status, final_sentence(document))
+        """After a failure none is tried for a while: each would wait for Redis, and leases have to be renewed."""
+        if time.monotonic() < self._mute_until:
+            return False
+        sent = self._notifier.publish_status(document, Status(document["status"]), final_sentence(document))
+        self._mute_until = 0.0 if sent else time.monotonic() + NOTICE_OVERDUE_S
+        return sent
 
     def _enqueue(self, document: Document) -> None:
         """A fresh task id, since a revoked one would be thrown away; no prompt, since the document has it."""
         job_id = str(document["_id"])
         hard_s, soft_s = bookkeeping(document).get("limits") or (None, None)
         options: Document = {"queue": self._settings.celery_queue_name, "time_limit": hard_s, "soft_time_limit": soft_s}
-        # Nobody knows this task id, so nobody asks for its result; and preparing one would wait for Redis.
-        app.send_task(TASK_NAME, args=(job_id, {"job_id": job_id}), retry=False, ignore_result=True, **options)
+        with app.connection_for_write() as connection:
+            connection.transport_options = {**(connection.transport_options or {}), **ENQUEUE_TIMEOUTS}
+            # Nobody knows this task id, so nobody asks for its result; and preparing one would wait for Redis.
+            app.send_task(
+                TASK_NAME,
+                args=(job_id, {"job_id": job_id}),
+                connection=connection,
+                retry=False,
+                ignore_result=True,
+                **options,
+            )
 
     def release_dead_siblings(self) -> list[str]:
         """Lets go of the jobs of this node's dead processes: killed (try again), or over the hard limit (failed)."""
@@ -2081,6 +2130,7 @@ STUCK_LOOP_S = 5.0  # how long after its deadline a handler may take to end
 STORE_PATIENCE_S = 60.0
 PUT_BACK_S = 10.0
 POLL_STORE_S = 1.0
+SETTLE_TRY_S = 5.0
 MOMENT_S = 0.2
 DAMAGED = "Your request reached us damaged. Please send it again."
 SHUTDOWN = ShutdownTime()  # made before the fork, so that children share it
@@ -2196,9 +2246,11 @@ class JobTask(Task):  # type: ignore[type-arg]
 
 def put_back(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
     """What to raise to see the message again later, under the same task id and limits, without its prompt."""
-    return task.retry(
-        args=(str(job_id), {"job_id": str(job_id)}), kwargs={}, countdown=wait_s, max_retries=None, throw=False
-    )
+    arguments: Document = {"args": (str(job_id), {"job_id": str(job_id)}), "kwargs": {}}
+    try:
+        return task.retry(**arguments, countdown=wait_s, max_retries=None, throw=False)
+    except Reject:  # the broker is away: Celery's own reject would throw the message away
+        return Reject("the broker is away", requeue=True)
 
 
 def message_limits(task: JobTask) -> Limits:
@@ -2258,18 +2310,23 @@ def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return ObjectId(job_id)
 
 
-def claim(task: JobTask, job_id: ObjectId) -> Job | Miss:
+def claim(task: JobTask, job_id: ObjectId, taken_at: float) -> Job | Miss:
     """The claimed job, or why there is none. A lease whose process has died here doesn't count."""
     runtime, limits, owner = task.runtime, message_limits(task), secrets.token_hex(8)
 
     def attempt_claim(*, bounded: bool = True) -> Job | Miss:
-        return wait_for_store(task, job_id, lambda: runtime.store.claim(job_id, owner, limits, bounded=bounded))
+        def try_claim() -> Job | Miss:
+            waited_s = time.monotonic() - taken_at
+            return runtime.store.claim(job_id, owner, limits, bounded=bounded, waited_s=waited_s)
+
+        return wait_for_store(task, job_id, try_claim)
 
     claimed = attempt_claim()
     is_held = isinstance(claimed, Miss) and claimed.kind is MissKind.HELD
     if is_held and wait_for_store(task, job_id, runtime.sweeper.release_dead_siblings):
         claimed = attempt_claim()
-    if isinstance(claimed, Miss) and claimed.kind is MissKind.EXHAUSTED and runtime.notifier.spooled_result(job_id):
+    is_exhausted = isinstance(claimed, Miss) and claimed.kind is MissKind.EXHAUSTED
+    if is_exhausted and wait_for_store(task, job_id, lambda: runtime.notifier.spooled_result(job_id)):
         claimed = attempt_claim(bounded=False)
     return claimed
 
@@ -2312,18 +2369,21 @@ def place_of(error: BaseException) -> str:
     return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
 
 
-async def run_handler(runtime: Runtime, attempt: Attempt, handler: Handler, checked: BaseModel) -> Result:
+async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
     """The handler under its deadline, on the event loop. Every end but a Result is a JobError."""
     running, loop = asyncio.current_task(), asyncio.get_running_loop()
     attempt.bind(lambda: running and loop.call_soon_threadsafe(running.cancel))
     settings, job = runtime.settings, attempt.job
     progress = Progress(job, runtime.notifier, attempt.is_lease_fresh)
-    provider, defaults = runtime.providers.get(handler.provider), settings.provider(handler.provider)
     try:
-        async with asyncio.timeout(job.limits.soft_s) as deadline:
+        handler = find_handler(job.job_type)
+        checked = check_input(handler, job.input_data)
+        provider, defaults = runtime.providers.get(handler.provider), settings.provider(handler.provider)
+        async with asyncio.timeout(attempt.time_left_s()) as deadline:
             result = await handler.run(Call(job, checked, settings, provider, defaults, progress))
+        with contextlib.suppress(asyncio.CancelledError):  # the result is there: settle finds out whose the job is
             await progress.finish()
-            return result
+        return result
     except TimeoutError:
         if deadline.expired():
             raise FailJob(f"the limit of {job.limits.soft_s:g} s", TOOK_TOO_LONG) from None
@@ -2338,6 +2398,13 @@ async def run_handler(runtime: Runtime, attempt: Attempt, handler: Handler, chec
         progress.stop()
 
 
+def find_kept(runtime: Runtime, job: Job) -> Result | None:
+    """A result that an earlier attempt could not write down; where Redis can't say, it is generated again."""
+    with contextlib.suppress(SpoolUnavailable):
+        return runtime.notifier.spooled_result(job.id)
+    return None
+
+
 def run(runtime: Runtime, attempt: Attempt) -> Outcome:
     """Runs the job's handler on the event loop, within its deadline. Nothing is written here.
 
@@ -2348,14 +2415,12 @@ def run(runtime: Runtime, attempt: Attempt) -> Outcome:
     logger.info("%s started", job)
     again = f" (try {job.attempt} of {runtime.settings.most_attempts})" if job.attempt > 1 else ""
     announce_job(runtime, job, Status.PROCESSING, f"Your job has started{again}.")
-    kept = runtime.notifier.spooled_result(job.id) if job.attempt > 1 else None
-    if kept:
-        return kept
     try:
-        handler = find_handler(job.job_type)
-        future, loop = runtime.loop.submit(run_handler(runtime, attempt, handler, check_input(handler, job.input_data)))
+        if job.attempt > 1 and (kept := find_kept(runtime, job)):
+            return kept
+        future, loop = runtime.loop.submit(run_handler(runtime, attempt))
         try:
-            return future.result(job.limits.soft_s + STUCK_LOOP_S)
+            return future.result(attempt.time_left_s() + STUCK_LOOP_S)
         except TimeoutError:
             runtime.loop.abandon(loop)
             stuck = FailJob("the handler blocks the event loop", TOOK_TOO_LONG)
@@ -2451,7 +2516,9 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
     give_up_at = attempt.started_at + max(attempt.job.limits.hard_s - LIMIT_MARGIN_S, attempt.job.limits.soft_s)
     while True:
         try:
-            return write_outcome(runtime, attempt.job, outcome)
+            # A hung MongoDB must neither outlast the hard limit nor the grace of a shutdown.
+            with pymongo.timeout(max(POLL_STORE_S, min(SETTLE_TRY_S, give_up_at - time.monotonic()))):
+                return write_outcome(runtime, attempt.job, outcome)
         except StoreUnavailable as error:
             log.fault(error)
         if signals_arrived or SHUTDOWN.is_due or time.monotonic() + POLL_STORE_S >= give_up_at:
@@ -2474,7 +2541,7 @@ def settle(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
 
 
 def clean_up(runtime: Runtime, job: Job) -> None:
-    """Takes away what earlier attempts at an ended job left; what can't be reached now, retention deletes."""
+    """Takes away what earlier attempts at an ended job left; what can't be reached now, stays."""
     if job.attempt > 1:
         runtime.notifier.forget_result(job.id)
         with contextlib.suppress(StoreUnavailable):
@@ -2524,11 +2591,12 @@ def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
         JobFailed: the job has failed; the text is the person's sentence.
         Ignore: another attempt has the job; Retry: later; Reject: back into the queue.
     """
+    taken_at = time.monotonic()
     job_id = read_message(task, args, kwargs)
-    claimed = claim(task, job_id)
+    claimed = claim(task, job_id, taken_at)
     if isinstance(claimed, Miss):
         return answer_miss(task, job_id, claimed)
-    attempt = Attempt(claimed, task.runtime.settings.lease_seconds)
+    attempt = Attempt(claimed, task.runtime.settings.lease_seconds, taken_at)
     task.runtime.keeper.register(attempt)
     try:
         outcome = settle(task.runtime, attempt, run(task.runtime, attempt))
