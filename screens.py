@@ -33,7 +33,7 @@ from worker import (
     Runtime,
     Settings,
     StoreUnavailable,
-    app,
+    queue_length,
     redact_url,
 )
 
@@ -120,17 +120,6 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
 def redis_setting(client: redis.Redis, name: str) -> str:
     value: Any = client.config_get(name)
     return str(value.get(name, "unknown"))
-
-
-def queue_length(settings: Settings) -> int:
-    """Messages that no worker holds yet. A queue that isn't there is empty: Redis keeps no empty lists."""
-    with app.connection_for_read() as connection:
-        connection.ensure_connection(max_retries=1, timeout=CHECK_TIMEOUT_S)
-        channel: Any = connection.default_channel
-        try:
-            return int(channel.queue_declare(settings.celery_queue_name, passive=True).message_count)
-        except connection.channel_errors:
-            return 0
 
 
 def check_artifacts(runtime: Runtime) -> Iterator[Finding]:

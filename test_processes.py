@@ -774,6 +774,13 @@ def test_a_job_with_an_expired_lease_is_rescued(site: Site) -> None:
     assert site.api.document(job)["worker"]["attempt"] == 2
 
 
+def test_a_pending_job_whose_message_was_lost_is_put_into_the_queue_again(site: Site) -> None:
+    long_ago = datetime.now(UTC) - timedelta(minutes=2)
+    job = site.api.insert("text_generation", {"prompt": "lost before it started"}, created_at=long_ago)
+    assert site.api.wait(job, timeout_s=15)["status"] == "completed"
+    assert site.api.notices(job)[0] == "processing"
+
+
 def test_a_live_lease_of_another_worker_is_never_touched(site: Site) -> None:
     held = abandoned(site.api, "held elsewhere", worker=lease())
     before = site.api.document(held)

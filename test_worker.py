@@ -2280,6 +2280,48 @@ def test_a_notice_stays_in_the_outbox_while_redis_is_away(runtime: Runtime) -> N
     assert read(runtime, failed.id)["status"] == "processing", "a result may have been kept: nobody can say now"
 
 
+def pending(runtime: Runtime, age_s: float, **fields: Any) -> ObjectId:
+    """Inserts a job that waits for so long, without any message."""
+    document = {"status": "pending", "job_type": TEXT, "input_data": {}, "user_id": "u", "created_at": ago(age_s)}
+    inserted: ObjectId = runtime.database["jobs"].insert_one({**document, **fields}).inserted_id
+    return inserted
+
+
+@table(
+    "age_s, queued, started_age_s, is_forgotten",
+    ("nothing is queued", 120, 0, None, True),
+    ("behind a backlog", 120, 5, None, False),
+    ("overtaken by one a minute younger", 120, 5, 30, True),
+    ("overtaken by one hardly younger", 120, 5, 100, False),
+    ("young", 30, 0, None, False),
+)
+def test_a_pending_job_is_forgotten_only_if_its_message_is_lost(
+    runtime: Runtime, age_s: float, queued: int, started_age_s: float | None, is_forgotten: bool
+) -> None:
+    job_id = pending(runtime, age_s)
+    if started_age_s is not None:
+        pending(runtime, started_age_s, status="completed", started_at=ago(1))
+    found = runtime.store.find_forgotten_pending(lambda: queued)
+    assert [document["_id"] for document in found] == [job_id] * is_forgotten
+
+
+@table("bookkeeping", ("none", {}), ("null", {"worker": None}), ("handed on before", {"worker": {"rescues": 2}}))
+def test_a_forgotten_job_is_put_into_the_queue_once_by_many_sweepers(
+    runtime: Runtime, bookkeeping: dict[str, Any]
+) -> None:
+    job_id = pending(runtime, 120, **bookkeeping)
+    done = [worker.Sweeper(runtime.store, runtime.notifier, runtime.settings).sweep() for _ in range(3)]
+    assert [len(lines) for lines in done] == [1, 0, 0]
+    assert worker.queue_length(runtime.settings) == 1
+    assert runtime.store.claim(job_id, "owner", runtime.settings.limits())
+
+
+def test_of_two_sweepers_one_takes_a_forgotten_job_upon_itself(runtime: Runtime) -> None:
+    pending(runtime, 120)
+    [document] = runtime.store.find_forgotten_pending(lambda: 0)
+    assert [runtime.store.postpone_rescue(document) for _ in range(2)] == [True, False]
+
+
 def test_a_sweep_tries_a_hung_redis_once_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[object] = []
     notifier = away()

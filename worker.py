@@ -41,7 +41,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
@@ -558,6 +558,7 @@ RESCUE_FIRST_S, RESCUE_LONGEST_S = 30.0, 600.0
 
 
 STALE_BATCH = 100
+PENDING_OVERDUE_S = 60.0
 PATH_NOT_VIABLE = 28  # MongoDB's code for a sub-document that is something else
 TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
 CANT_BE_STORED = "The result is too large or can't be stored."
@@ -834,6 +835,24 @@ class JobStore:
             older = self._jobs.find(unkept).limit(STALE_BATCH)
             return stale + [document for document in older if self._is_orphan(document, now)]
 
+    def find_forgotten_pending(self, count_queued: Callable[[], int]) -> list[Document]:
+        """Jobs that have waited for over a minute though nothing is queued, or though one a minute younger has started.
+
+        Only then has the broker lost their message: behind a mere backlog a copy would help nobody.
+        """
+        now, minute = self.clock.now(), timedelta(seconds=PENDING_OVERDUE_S)
+        overdue = {"created_at": {"$lt": now - minute}, "worker.rescue_at": {"$not": {"$gt": now}}}
+        with unknown_when_unreachable():
+            oldest = self._jobs.find({"status": Status.PENDING, **overdue}).sort("created_at", 1).limit(STALE_BATCH)
+            if not (waiting := list(oldest)) or count_queued() == 0:
+                return waiting
+            youngest_started = [
+                self._jobs.find_one({"status": status, "started_at": {"$ne": None}}, sort=[("created_at", -1)])
+                for status in (Status.PROCESSING, *TERMINAL_STATUSES)
+            ]
+        overtaken = max((document["created_at"] - minute for document in youngest_started if document), default=None)
+        return [document for document in waiting if overtaken and document["created_at"] < overtaken]
+
     def _is_orphan(self, document: Document, now: datetime) -> bool:
         age_s = self._settings.orphan_after or self._settings.celery_time_limit + 60
         times = [t for t in map(document.get, ("started_at", "updated_at", "created_at")) if isinstance(t, datetime)]
@@ -854,14 +873,28 @@ class JobStore:
         Each time the next rescue is twice as far, so that a long queue isn't flooded with copies.
         """
         worker = bookkeeping(document)
-        rescues = worker.get("rescues", 0)
-        rescue_s = min(RESCUE_FIRST_S * 2**rescues, RESCUE_LONGEST_S)
-        update = {**self._released(self.clock.now(), rescue_s), "worker.rescues": rescues + 1}
+        rescue_s, rescues = self._next_rescue(worker)
+        update = {**self._released(self.clock.now(), rescue_s), "worker.rescues": rescues}
         if not worker:  # an older worker's job, whose `worker` may be null: MongoDB sets no field below that
             fields = {key.removeprefix("worker."): update.pop(key) for key in list(update) if key.startswith("worker.")}
             update["worker"] = fields
         with unknown_when_unreachable():
             return self._jobs.update_one(self._unchanged(document), {"$set": update}).matched_count == 1
+
+    @staticmethod
+    def _next_rescue(worker: Document) -> tuple[float, int]:
+        """Seconds until the rescue after this one, and how many there have been then."""
+        rescues = worker.get("rescues", 0)
+        return min(RESCUE_FIRST_S * 2 ** min(rescues, 10), RESCUE_LONGEST_S), rescues + 1
+
+    def postpone_rescue(self, document: Document) -> bool:
+        """Takes the rescue of a pending job upon this sweeper. False: somebody was quicker, or the job has started."""
+        worker = bookkeeping(document)
+        rescue_s, rescues = self._next_rescue(worker)
+        update = {"rescue_at": self.clock.now() + timedelta(seconds=rescue_s), "rescues": rescues}
+        with unknown_when_unreachable():
+            same = {"_id": document["_id"], "status": Status.PENDING, "worker": document.get("worker")}
+            return self._jobs.update_one(same, {"$set": {"worker": {**worker, **update}}}).matched_count == 1
 
     def fail_stale(self, document: Document, sentence: str) -> bool:
         """Ends a stale job. False: somebody was quicker."""
@@ -1762,7 +1795,7 @@ ANNOUNCED_WITHIN_S = 1.0
 LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
 NOTICE_OVERDUE_S = 30.0
-ENQUEUE_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}  # a hung broker must not hold the keeper up
+BROKER_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}
 LOG_EVERY_S = 60.0
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
 GAVE_UP = "This could not be finished after several tries. Please try again."
@@ -1881,6 +1914,23 @@ def is_process_alive(pid: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def broker_connection() -> Iterator[Any]:
+    """A connection that gives up soon: a hung broker must not hold the keeper up."""
+    with app.connection_for_write() as connection:
+        connection.transport_options = {**(connection.transport_options or {}), **BROKER_TIMEOUTS}
+        yield connection
+
+
+def queue_length(settings: Settings) -> int:
+    """Messages that no worker holds yet. A queue that isn't there is empty: Redis keeps no empty lists."""
+    with broker_connection() as connection:
+        try:
+            return int(connection.default_channel.queue_declare(settings.celery_queue_name, passive=True).message_count)
+        except connection.channel_errors:
+            return 0
+
+
 class Sweeper:
     """Finds jobs that nobody works on and gets them going again, or ends them at their bounds.
 
@@ -1902,6 +1952,10 @@ class Sweeper:
         try:
             for document in self._store.find_stale():
                 done += self._rescue(document)
+            for document in self._store.find_forgotten_pending(partial(queue_length, self._settings)):
+                if self._store.postpone_rescue(document):
+                    self._enqueue(document)
+                    done.append(f"job={document['_id']} its message was lost: put into the queue again")
         except no_use as error:  # the rest waits for the next sweep
             logger.warning("nothing can be put back into the queue: %s", type(error).__name__)
         overdue = self._store.find_unnotified(NOTICE_OVERDUE_S)
@@ -1940,8 +1994,7 @@ class Sweeper:
         job_id = str(document["_id"])
         hard_s, soft_s = bookkeeping(document).get("limits") or (None, None)
         options: Document = {"queue": self._settings.celery_queue_name, "time_limit": hard_s, "soft_time_limit": soft_s}
-        with app.connection_for_write() as connection:
-            connection.transport_options = {**(connection.transport_options or {}), **ENQUEUE_TIMEOUTS}
+        with broker_connection() as connection:
             # Nobody knows this task id, so nobody asks for its result; and preparing one would wait for Redis.
             app.send_task(
                 TASK_NAME,
