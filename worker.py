@@ -660,16 +660,7 @@ class JobStore:
             self.synchronise_clock()
         now = self.clock.now()
         bounds = self._bounds(now, limits) if bounded else {}
-        lease = {
-            "status": Status.PROCESSING,
-            "updated_at": now,
-            "worker.owner": owner,
-            "worker.node": self._node,
-            "worker.pid": os.getpid(),
-            "worker.lease_until": now + timedelta(seconds=self._settings.lease_seconds),
-            "worker.deadline": now + timedelta(seconds=limits.hard_s - waited_s),
-            "worker.limits": [limits.hard_s, limits.soft_s],
-        }
+        lease = self._lease(now, owner, limits, waited_s)
         pending = {"_id": job_id, "status": Status.PENDING, **bounds}
         released = {"_id": job_id, "status": Status.PROCESSING, "worker.owner": None, **bounds}
         first = {"$inc": {"worker.attempt": 1}, "$min": {"worker.first_started_at": now}}
@@ -684,6 +675,18 @@ class JobStore:
             self._mend(job_id)
             return self.claim(job_id, owner, limits, bounded=bounded, waited_s=waited_s)
         return self._job(document) if document else self._judge_miss(job_id, owner)
+
+    def _lease(self, now: datetime, owner: str, limits: Limits, waited_s: float) -> Document:
+        return {
+            "status": Status.PROCESSING,
+            "updated_at": now,
+            "worker.owner": owner,
+            "worker.node": self._node,
+            "worker.pid": os.getpid(),
+            "worker.lease_until": now + timedelta(seconds=self._settings.lease_seconds),
+            "worker.deadline": now + timedelta(seconds=limits.hard_s - waited_s),
+            "worker.limits": [limits.hard_s, limits.soft_s],
+        }
 
     def _mend(self, job_id: ObjectId) -> None:
         with unknown_when_unreachable():
@@ -1326,8 +1329,7 @@ def capped_client(most_bytes: int) -> httpx2.AsyncClient:
     async def cap(response: httpx2.Response) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise FailJob("a compressed answer, which was not asked for", UNUSABLE)
-        assert isinstance(response.stream, httpx2.AsyncByteStream)
-        response.stream = CappedStream(response.stream)
+        response.stream = CappedStream(cast(httpx2.AsyncByteStream, response.stream))
 
     return httpx2.AsyncClient(
         follow_redirects=False,
