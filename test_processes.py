@@ -781,6 +781,26 @@ def test_a_pending_job_whose_message_was_lost_is_put_into_the_queue_again(site: 
     assert site.api.notices(job)[0] == "processing"
 
 
+def test_a_revoked_task_that_runs_fails_its_job_and_the_worker_goes_on(site: Site) -> None:
+    job = site.api.insert("text_generation", {"prompt": "revoked while it runs [hang]"})
+    task = site.api.enqueue(job)
+    site.wait_call("revoked while it runs")
+    site.api.celery.control.revoke(task.id, terminate=True)
+    assert site.api.wait(job, timeout_s=20)["error_message"] == "This was stopped by the operator."
+    site.api.wait_notice(job, "failed")
+    assert site.goes_on()
+
+
+def test_a_task_that_is_revoked_before_it_runs_fails_its_job(site: Site) -> None:
+    first = site.api.text("keeps the slot [delay 2]")
+    site.wait_call("keeps the slot")
+    job = site.api.insert("text_generation", {"prompt": "revoked in the queue"})
+    site.api.celery.control.revoke(site.api.enqueue(job).id)
+    assert site.api.wait(job, timeout_s=20)["error_message"] == "This was stopped by the operator."
+    assert site.api.wait(first)["status"] == "completed"
+    assert not site.provider.calls_for("revoked in the queue")
+
+
 def test_a_live_lease_of_another_worker_is_never_touched(site: Site) -> None:
     held = abandoned(site.api, "held elsewhere", worker=lease())
     before = site.api.document(held)

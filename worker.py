@@ -750,6 +750,13 @@ class JobStore:
             released = self._jobs.update_one(self._fence(job), update).matched_count == 1
             return released or self._jobs.find_one(mine_already, {"_id": 1}) is not None
 
+    def fail_active(self, job_id: ObjectId, sentence: str) -> Document | None:
+        """Ends a job whoever runs it (that attempt then loses it). None: it had ended already."""
+        update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
+        active = {"_id": job_id, "status": {"$in": list(ACTIVE_STATUSES)}}
+        with unknown_when_unreachable():
+            return self._jobs.find_one_and_update(active, update, return_document=True)
+
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> bool:
         """Ends a job that nobody runs: pending, or released. False: it was not so, and nothing was written."""
         unowned: Document = {"_id": job_id, "worker.owner": None}
@@ -934,6 +941,7 @@ class JobStore:
 STATUS_CHANNEL = "job_notifications"
 PROGRESS_CHANNEL = "job_progress"
 SPOOL_TTL_S = 3600
+REVOKED_KEY = "revoked_jobs"
 PROGRESS_BATCH_S = 0.05
 PROGRESS_RECHECK_S = 1.0
 
@@ -1007,6 +1015,24 @@ class Notifier:
     def forget_result(self, job_id: ObjectId) -> None:
         with contextlib.suppress(redis.RedisError):  # it expires by itself
             self._redis.delete(f"result:{job_id}")
+
+    # Jobs whose task an operator revoked, until a sweep has failed them.
+
+    def note_revoked(self, job_id: str) -> None:
+        try:
+            self._redis.sadd(REVOKED_KEY, job_id)
+        except redis.RedisError as error:
+            logger.warning("job=%s was revoked, but Redis can't be told: %s", job_id, type(error).__name__)
+
+    def revoked(self) -> list[str]:
+        try:
+            return [str(job_id, "ascii") for job_id in self._redis.smembers(REVOKED_KEY) if isinstance(job_id, bytes)]
+        except redis.RedisError as error:
+            raise SpoolUnavailable(f"Redis: {type(error).__name__}") from error
+
+    def forget_revoked(self, job_id: str) -> None:
+        with contextlib.suppress(redis.RedisError):  # failing it once more does nothing
+            self._redis.srem(REVOKED_KEY, job_id)
 
 
 class Progress:
@@ -1800,6 +1826,7 @@ NOTICE_OVERDUE_S = 30.0
 BROKER_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}
 LOG_EVERY_S = 60.0
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
+STOPPED = "This was stopped by the operator."
 GAVE_UP = "This could not be finished after several tries. Please try again."
 
 
@@ -1952,6 +1979,8 @@ class Sweeper:
         done: list[str] = []
         no_use: tuple[type[BaseException], ...] = (SpoolUnavailable, *broker_errors())
         try:
+            for job_id in self._notifier.revoked():
+                done += self._fail_revoked(job_id)
             for document in self._store.find_stale():
                 done += self._rescue(document)
             for document in self._store.find_forgotten_pending(partial(queue_length, self._settings)):
@@ -1965,6 +1994,13 @@ class Sweeper:
         if sent:
             self._store.mark_notified(sent)
         return done + [f"job={job_id} its last notification was sent again" for job_id in sent]
+
+    def _fail_revoked(self, job_id: str) -> list[str]:
+        failed = self._store.fail_active(ObjectId(job_id), STOPPED)
+        self._notifier.forget_revoked(job_id)
+        if failed and self._announce(failed):
+            self._store.mark_notified([failed["_id"]])
+        return [f"job={job_id} failed: its task was revoked"] if failed else []
 
     def _rescue(self, document: Document) -> list[str]:
         job_id = document["_id"]
@@ -2347,17 +2383,23 @@ def fail_unowned(task: JobTask, job_id: ObjectId, sentence: str) -> JobFailed:
     return JobFailed(sentence)
 
 
+def job_named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, Document]:
+    """The job id in a message's arguments, and these by name. Raises JobFailed: there is none."""
+    arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
+    job_id = arguments.get("job_id")
+    if not isinstance(job_id, str) or not re.fullmatch(r"[0-9a-fA-F]{24}", job_id):
+        logger.error("dropped a message without a job id (24 hex digits)")
+        raise JobFailed("The message names no job.")
+    return job_id, arguments
+
+
 def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ObjectId:
     """The job's id. A message of another shape fails the document that it names, if there is one.
 
     Raises:
         JobFailed: it is no message of the contract.
     """
-    arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
-    job_id = arguments.get("job_id")
-    if not isinstance(job_id, str) or not re.fullmatch(r"[0-9a-fA-F]{24}", job_id):
-        logger.error("dropped a message without a job id (24 hex digits)")
-        raise JobFailed("The message names no job.")
+    job_id, arguments = job_named(args, kwargs)
     fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
     if not fits:
         logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
@@ -2664,6 +2706,14 @@ def start_keeper() -> None:
     runtime = process_job.runtime
     runtime.keeper.start()
     threading.Thread(target=runtime.providers.preload, name="preload", daemon=True).start()
+
+
+@signals.task_revoked.connect
+def note_revoked(request: Any = None, **_: Any) -> None:
+    """In the parent, for a task that Celery threw away or killed: the next sweep fails its job."""
+    with contextlib.suppress(JobFailed):
+        job_id, _arguments = job_named(request.args or (), request.kwargs or {})
+        process_job.runtime.notifier.note_revoked(job_id)
 
 
 @signals.worker_process_init.connect
