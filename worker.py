@@ -941,7 +941,6 @@ class JobStore:
 STATUS_CHANNEL = "job_notifications"
 PROGRESS_CHANNEL = "job_progress"
 SPOOL_TTL_S = 3600
-REVOKED_KEY = "revoked_jobs"
 PROGRESS_BATCH_S = 0.05
 PROGRESS_RECHECK_S = 1.0
 
@@ -949,8 +948,9 @@ PROGRESS_RECHECK_S = 1.0
 class Notifier:
     """Tells the API over Redis pub/sub (contract, section 3). A failure is logged and reported, never raised."""
 
-    def __init__(self, client: redis.Redis) -> None:
+    def __init__(self, client: redis.Redis, database_name: str = "") -> None:
         self._redis = client
+        self._revoked_key = f"revoked_jobs:{database_name}"  # a Redis may serve more than one database
         self._ask_again_at = 0.0
 
     def publish_status(self, document: Document, status: Status, sentence: str) -> bool:
@@ -1020,19 +1020,21 @@ class Notifier:
 
     def note_revoked(self, job_id: str) -> None:
         try:
-            self._redis.sadd(REVOKED_KEY, job_id)
+            self._redis.sadd(self._revoked_key, job_id)
         except redis.RedisError as error:
             logger.warning("job=%s was revoked, but Redis can't be told: %s", job_id, type(error).__name__)
 
     def revoked(self) -> list[str]:
         try:
-            return [str(job_id, "ascii") for job_id in self._redis.smembers(REVOKED_KEY) if isinstance(job_id, bytes)]
+            return [
+                str(job_id, "ascii") for job_id in self._redis.smembers(self._revoked_key) if isinstance(job_id, bytes)
+            ]
         except redis.RedisError as error:
             raise SpoolUnavailable(f"Redis: {type(error).__name__}") from error
 
     def forget_revoked(self, job_id: str) -> None:
         with contextlib.suppress(redis.RedisError):  # failing it once more does nothing
-            self._redis.srem(REVOKED_KEY, job_id)
+            self._redis.srem(self._revoked_key, job_id)
 
 
 class Progress:
@@ -2279,7 +2281,8 @@ class Runtime:
             "socket_keepalive": True,
             "health_check_interval": 25,
         }
-        return Notifier(redis.Redis.from_url(self.settings.redis_url.get_secret_value(), **options))
+        client = redis.Redis.from_url(self.settings.redis_url.get_secret_value(), **options)
+        return Notifier(client, self.settings.database_name)
 
     @cached_property
     def artifacts(self) -> Artifacts:
