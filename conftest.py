@@ -174,7 +174,7 @@ def runtime(
         runtime.database[collection].delete_many({})
     runtime.mongo.close()
     with Redis.from_url(redis_server.url) as client:
-        client.delete(settings.celery_queue_name)
+        client.delete(settings.celery_queue_name, f"artifact_sweep:{settings.database_name}")
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
         yield Finding("artifact URL", f"{runtime.settings.artifact_base_url}/…", advice)
     if urls:
         with contextlib.suppress(StoreUnavailable):
-            runtime.artifacts.remove(name)
+            runtime.artifacts.delete(name)
 
 
 def check_providers(settings: Settings) -> Iterator[Finding]:

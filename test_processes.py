@@ -756,6 +756,12 @@ def test_a_worker_that_breaks_down_tells_so_by_its_exit_code(api: Api, start_wor
 # ── recovery ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_pool_in_which_no_lease_would_be_kept_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
+    ended = run_worker(environment, tmp_path, "run", "--pool=gevent")
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+    assert "isn't supported: use prefork, threads or solo" in ended.stderr
+
+
 def lease(**other: object) -> dict[str, Any]:
     """The bookkeeping of a job that a worker elsewhere holds, with some of it replaced."""
     now = datetime.now(UTC)
@@ -799,6 +805,13 @@ def test_a_task_that_is_revoked_before_it_runs_fails_its_job(site: Site) -> None
     assert site.api.wait(job, timeout_s=20)["error_message"] == "This was stopped by the operator."
     assert site.api.wait(first)["status"] == "completed"
     assert not site.provider.calls_for("revoked in the queue")
+
+
+def test_a_file_that_a_dead_attempt_left_is_deleted(api: Api, start_worker: StartWorker) -> None:
+    failed = api.insert("image_generation", {"prompt": "x"}, status="failed", error_message="Cancelled.")
+    artifacts(api).put(b"x", _id=f"{failed}-0123456789abcdef.png", filename=f"{failed}-0123456789abcdef.png")
+    start_worker(LEASE_SECONDS="2")
+    poll(lambda: not artifacts(api).list(), 20)
 
 
 def test_a_live_lease_of_another_worker_is_never_touched(site: Site) -> None:

@@ -1247,7 +1247,7 @@ def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> worker.Artifact
 
 
 def names(artifacts: worker.Artifacts, job: Job) -> list[str]:
-    return sorted(artifacts._store.names(f"{job.id}-"))
+    return sorted(artifacts.names(f"{job.id}-"))
 
 
 def test_a_file_is_named_by_job_and_owner_under_the_base_url(artifacts: worker.Artifacts) -> None:
@@ -1281,7 +1281,7 @@ def test_the_winner_deletes_those_of_the_others_and_of_no_other_job(artifacts: w
 
 
 def test_a_file_that_is_gone_can_be_removed(artifacts: worker.Artifacts) -> None:
-    artifacts.remove(f"{ObjectId()}-owner-1.png")
+    artifacts.delete(f"{ObjectId()}-owner-1.png")
 
 
 def test_a_half_stored_file_in_gridfs_is_replaced(runtime: Runtime) -> None:
@@ -1340,7 +1340,7 @@ def test_a_file_has_its_content_type_where_the_system_has_no_table(
     monkeypatch.setattr(mimetypes, "knownfiles", [])  # as in a slim image
     monkeypatch.setattr(mimetypes, "_db", None)
     monkeypatch.setattr(mimetypes, "inited", False)
-    url = worker.Artifacts(worker.InlineArtifacts(), "").publish(some_job(), Media(b"x", suffix, "image_url"))
+    url = worker.InlineArtifacts("").publish(some_job(), Media(b"x", suffix, "image_url"))
     assert url.removeprefix("data:").split(";")[0] in types
 
 
@@ -1350,7 +1350,7 @@ def test_an_inline_artifact_is_its_own_url() -> None:
     head, encoded = url.split(",")
     assert (head, base64.b64decode(encoded)) == ("data:image/png;base64", PNG)
     artifacts.discard(some_job())
-    artifacts.remove("x")
+    artifacts.delete("x")
 
 
 @table(
@@ -2270,12 +2270,16 @@ def test_a_notice_that_is_on_its_way_is_not_sent_twice(runtime: Runtime) -> None
     assert runtime.sweeper.sweep() == []
 
 
+def sweeper(runtime: Runtime, notifier: worker.Notifier) -> worker.Sweeper:
+    return worker.Sweeper(runtime.store, notifier, lambda: runtime.artifacts, runtime.settings)
+
+
 def test_a_notice_stays_in_the_outbox_while_redis_is_away(runtime: Runtime) -> None:
     failed, overdue = claim(runtime), claim(runtime, owner="owner-2")
     change(runtime, failed.id, worker__lease_until=ago(1), worker__attempt=4)
     runtime.store.complete(overdue, {}, None)
     change(runtime, overdue.id, worker__unnotified=ago(31))
-    worker.Sweeper(runtime.store, away(), runtime.settings).sweep()
+    sweeper(runtime, away()).sweep()
     assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [overdue.id]
     assert read(runtime, failed.id)["status"] == "processing", "a result may have been kept: nobody can say now"
 
@@ -2310,7 +2314,7 @@ def test_a_forgotten_job_is_put_into_the_queue_once_by_many_sweepers(
     runtime: Runtime, bookkeeping: dict[str, Any]
 ) -> None:
     job_id = pending(runtime, 120, **bookkeeping)
-    done = [worker.Sweeper(runtime.store, runtime.notifier, runtime.settings).sweep() for _ in range(3)]
+    done = [sweeper(runtime, runtime.notifier).sweep() for _ in range(3)]
     assert [len(lines) for lines in done] == [1, 0, 0]
     assert worker.queue_length(runtime.settings) == 1
     assert runtime.store.claim(job_id, "owner", runtime.settings.limits())
@@ -2330,7 +2334,7 @@ def test_a_sweep_tries_a_hung_redis_once_only(runtime: Runtime, monkeypatch: pyt
         job = claim(runtime, owner=f"owner-{number}")
         runtime.store.complete(job, {}, None)
         change(runtime, job.id, worker__unnotified=ago(31))
-    worker.Sweeper(runtime.store, notifier, runtime.settings).sweep()
+    sweeper(runtime, notifier).sweep()
     assert len(tried) == 1
 
 
@@ -2496,7 +2500,7 @@ def test_the_first_tick_makes_the_indexes_and_frees_what_dead_processes_held(run
     job = claim(runtime)
     change(runtime, job.id, worker__pid=gone_pid())
     runtime.keeper.tick()
-    assert "worker_status" in runtime.database["jobs"].index_information()
+    poll(lambda: "worker_unnotified" in runtime.database["jobs"].index_information(), 10)
     assert read(runtime, job.id)["worker"]["owner"] is None
 
 
@@ -2510,6 +2514,22 @@ def test_a_keeper_that_just_began_rests_one_lease_before_it_sweeps(runtime: Runt
     assert queued(runtime) == []
     at[0] += runtime.settings.lease_seconds
     keeper.tick()
+    assert len(queued(runtime)) == 1
+
+
+def test_after_a_change_of_the_primary_the_keeper_rests_one_lease_before_it_sweeps(
+    runtime: Runtime, at: list[float]
+) -> None:
+    runtime.keeper.tick()
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1))
+    runtime.keeper._sweep_at = 0.0
+    runtime.store.primary = ObjectId()  # as if another server had answered until now
+    at[0] += runtime.settings.lease_seconds
+    runtime.keeper.tick()
+    assert queued(runtime) == []
+    at[0] += runtime.settings.lease_seconds
+    runtime.keeper.tick()
     assert len(queued(runtime)) == 1
 
 
@@ -2531,7 +2551,80 @@ def test_a_keeper_without_the_right_to_make_indexes_goes_on(
     monkeypatch.setattr(runtime.store, "ensure_indexes", refuse)
     runtime.keeper.tick()
     runtime.keeper.tick()
+    poll(lambda: "indexes could not be made" in caplog.text, 10)
     assert caplog.text.count("indexes could not be made (OperationFailure 13)") == 1
+
+
+def file_of(runtime: Runtime, job: Job, suffix: str = "png") -> str:
+    """Stores a file of this attempt and returns its name."""
+    return runtime.artifacts.publish(job, Media(PNG, suffix, "image_url")).rsplit("/", 1)[-1]
+
+
+def files(runtime: Runtime) -> set[str]:
+    return set(runtime.artifacts.names())
+
+
+def test_the_file_of_an_attempt_that_died_is_deleted_when_the_job_has_ended(runtime: Runtime) -> None:
+    won, failed = claim(runtime), claim(runtime, owner="owner-2")
+    lost = some_job(id=won.id, owner="dead")
+    kept = [file_of(runtime, won), file_of(runtime, lost), file_of(runtime, failed)][0]
+    runtime.store.complete(won, {}, f"/artifacts/{kept}")
+    runtime.store.fail(failed, "No.")
+    assert runtime.sweeper.sweep_artifacts() == ["2 file(s) deleted that no job names, or that are past their time"]
+    assert files(runtime) == {kept}
+
+
+def test_files_of_a_job_that_may_still_win_and_of_no_job_at_all_are_kept(runtime: Runtime) -> None:
+    kept = {file_of(runtime, claim(runtime)), file_of(runtime, some_job())}
+    runtime.artifacts.publish_file("somebody-elses.png", PNG)
+    assert runtime.sweeper.sweep_artifacts(all_of_them=True) == []
+    assert files(runtime) == {*kept, "somebody-elses.png"}
+
+
+@table("all_of_them, left", ("in passing", False, 1), ("asked for by `recover`", True, 0))
+def test_files_of_days_ago_are_looked_at_when_asked_for(runtime: Runtime, all_of_them: bool, left: int) -> None:
+    job = some_job(id=ObjectId.from_datetime(ago(3 * 86_400)))
+    runtime.database["jobs"].insert_one({"_id": job.id, "status": "failed"})
+    file_of(runtime, job)
+    runtime.sweeper.sweep_artifacts(all_of_them=all_of_them)
+    assert len(files(runtime)) == left
+
+
+@table("days, left", ("for ever", 0, 2), ("past its time", 2, 1))
+def test_a_file_is_kept_as_long_as_the_setting_says(runtime: Runtime, days: float, left: int) -> None:
+    runtime.settings.artifact_retention_days = days
+    for age_s in (3 * 86_400, 86_400):
+        job = some_job(id=ObjectId.from_datetime(ago(age_s)))
+        name = file_of(runtime, job)
+        runtime.database["jobs"].insert_one({"_id": job.id, "status": "completed", "artifact_url": f"/a/{name}"})
+    runtime.sweeper.sweep_artifacts()
+    assert len(files(runtime)) == left
+
+
+def test_one_process_of_all_looks_for_files_in_an_hour(runtime: Runtime) -> None:
+    turns = [sweeper(runtime, runtime.notifier).is_time_for_artifacts() for _ in range(3)]
+    assert turns == [True, False, False]
+
+
+def test_the_keeper_deletes_files_without_holding_leases_up(runtime: Runtime) -> None:
+    failed = claim(runtime)
+    file_of(runtime, failed)
+    runtime.store.fail(failed, "No.")
+    runtime.keeper._sweep_at = 0.0
+    runtime.store.synchronise_clock()
+    runtime.keeper.tick()
+    poll(lambda: not files(runtime), 10)
+
+
+def test_an_artifact_store_that_cant_be_reached_leaves_a_line(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: object) -> list[str]:
+        raise StoreUnavailable("artifact store: OSError")
+
+    monkeypatch.setattr(runtime.sweeper, "sweep_artifacts", refuse)
+    runtime.keeper._sweep_artifacts()
+    assert "looked for again in an hour: artifact store: OSError" in caplog.text
 
 
 class Troubled:
@@ -3211,7 +3304,7 @@ def test_check_finds_all_well_and_shows_no_key(runtime: Runtime, command: Comman
 
 def test_check_leaves_no_file_behind(runtime: Runtime, command: Command) -> None:
     command("check")
-    assert runtime.artifacts._store.names("check-") == []
+    assert list(runtime.artifacts.names("check-")) == []
 
 
 @table(

@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -36,7 +37,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -377,6 +378,7 @@ class Settings(BaseSettings):
 
     artifact_url: ArtifactUrl = "gridfs"  # where files go: gridfs, data:, file:///folder, s3://bucket/folder
     artifact_base_url: str = "/artifacts"  # public address in front of a file's name
+    artifact_retention_days: float = Field(0, ge=0, le=36_500)  # days after which files are deleted; 0: never
     aws_access_key_id: SecretStr = NO_SECRET  # S3 key
     aws_secret_access_key: SecretStr = NO_SECRET  # S3 secret
     s3_bucket_name: str = ""  # bucket where ARTIFACT_URL is s3:// alone
@@ -559,6 +561,7 @@ RESCUE_FIRST_S, RESCUE_LONGEST_S = 30.0, 600.0
 
 STALE_BATCH = 100
 PENDING_OVERDUE_S = 60.0
+OBJECT_ID_DIGITS = 24
 PATH_NOT_VIABLE = 28  # MongoDB's code for a sub-document that is something else
 TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
 CANT_BE_STORED = "The result is too large or can't be stored."
@@ -622,6 +625,7 @@ class JobStore:
         self._node = node
         self._settings = settings
         self.clock = clock
+        self.primary: ObjectId | None = None
         # Whatever the URL says: a write that a new primary could roll back is none.
         self._jobs: Collection[Document] = database.get_collection(
             "jobs",
@@ -631,12 +635,14 @@ class JobStore:
         )
 
     def synchronise_clock(self) -> None:
+        """Reads the database's time, and which server process is the primary now (null behind a mongos)."""
         with unknown_when_unreachable():
             try:
-                server_time = self._database.command("hello")["localTime"]
+                hello = self._database.command("hello")
             except NotImplementedError:  # mongomock has no `hello`: the host's clock serves
-                server_time = datetime.now(UTC)
-        self.clock.synchronise(server_time.replace(tzinfo=UTC))
+                hello = {"localTime": datetime.now(UTC)}
+        self.primary = None if hello.get("msg") == "isdbgrid" else hello.get("topologyVersion", {}).get("processId")
+        self.clock.synchronise(hello["localTime"].replace(tzinfo=UTC))
 
     def ensure_indexes(self) -> None:
         with unknown_when_unreachable():
@@ -920,6 +926,14 @@ class JobStore:
         # The values as they were read: a renewal or another sweeper's release in between makes this a miss.
         return same | {f"worker.{key}": worker.get(key) for key in ("owner", "lease_until", "rescue_at")}
 
+    def find_unnamed(self, names: Sequence[str]) -> list[str]:
+        """Those of these files (named by job and owner) whose job has ended and names another file, or none."""
+        ids = [ObjectId(name[:OBJECT_ID_DIGITS]) for name in names]
+        ended = {"_id": {"$in": ids}, "status": {"$in": list(TERMINAL_STATUSES)}}
+        with unknown_when_unreachable():
+            urls = {str(d["_id"]): str(d.get("artifact_url")) for d in self._jobs.find(ended, {"artifact_url": 1})}
+        return [name for name in names if name not in urls.get(name[:OBJECT_ID_DIGITS], name)]
+
     def overview(self) -> Document:
         """What `status` shows: counts, the oldest pending job, leases that ran out, the last errors."""
         with unknown_when_unreachable():
@@ -950,7 +964,8 @@ class Notifier:
 
     def __init__(self, client: redis.Redis, database_name: str = "") -> None:
         self._redis = client
-        self._revoked_key = f"revoked_jobs:{database_name}"  # a Redis may serve more than one database
+        self._database_name = database_name  # a Redis may serve more than one database
+        self._revoked_key = f"revoked_jobs:{database_name}"
         self._ask_again_at = 0.0
 
     def publish_status(self, document: Document, status: Status, sentence: str) -> bool:
@@ -1015,6 +1030,13 @@ class Notifier:
     def forget_result(self, job_id: ObjectId) -> None:
         with contextlib.suppress(redis.RedisError):  # it expires by itself
             self._redis.delete(f"result:{job_id}")
+
+    def take_turn(self, chore: str, every_s: float) -> bool:
+        """Whether this process is the one to do a chore now, of all that share the database."""
+        try:
+            return bool(self._redis.set(f"{chore}:{self._database_name}", "taken", ex=int(every_s), nx=True))
+        except redis.RedisError:  # it can wait
+            return False
 
     # Jobs whose task an operator revoked, until a sweep has failed them.
 
@@ -1102,39 +1124,73 @@ def artifact_name(job_id: ObjectId, owner: str, suffix: str) -> str:
     return f"{job_id}-{owner}.{suffix}"
 
 
-class ArtifactStore(Protocol):
-    """Keeps files by name. Each method raises StoreUnavailable."""
+class Artifacts:
+    """Puts a result's file where `ARTIFACT_URL` says, and takes away those of attempts that lost.
+
+    Each kind of store has its own `put`, `names` and `delete`; all methods raise StoreUnavailable.
+    """
+
+    def __init__(self, base_url: str) -> None:
+        self._base_url = base_url.rstrip("/")
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         """Stores a file whole or not at all; returns its URL, or None for `base URL + name`."""
+        raise NotImplementedError
 
-    def names(self, prefix: str) -> list[str]: ...
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """The names of stored files that begin so."""
+        raise NotImplementedError
 
-    def delete(self, name: str) -> None: ...
+    def delete(self, name: str) -> None:
+        """Takes a file away; one that is gone is no fault."""
+        raise NotImplementedError
+
+    def publish(self, job: Job, media: Media) -> str:
+        """Stores the file and returns its public URL. Safe to repeat: the name is the attempt's own."""
+        return self.publish_file(artifact_name(job.id, job.owner, media.suffix), media.data)
+
+    def publish_file(self, name: str, data: bytes) -> str:
+        suffix = name.rsplit(".", 1)[-1]
+        content_type = CONTENT_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return self.put(name, data, content_type) or f"{self._base_url}/{name}"
+
+    def discard(self, job: Job) -> None:
+        """Deletes what this attempt stored."""
+        for name in list(self.names(f"{job.id}-{job.owner}")):
+            self.delete(name)
+
+    def discard_others(self, job: Job) -> None:
+        """Deletes what other attempts at this job stored."""
+        for name in list(self.names(f"{job.id}-")):
+            if not name.startswith(f"{job.id}-{job.owner}"):
+                self.delete(name)
 
 
-class GridFSArtifacts:
+class GridFSArtifacts(Artifacts):
     """Files beside the jobs, in GridFS (collections `artifacts.files` and `artifacts.chunks`)."""
 
-    def __init__(self, database: Database[Document]) -> None:
-        self._files = gridfs.GridFS(database, collection="artifacts")
+    def __init__(self, database: Database[Document], base_url: str) -> None:
+        super().__init__(base_url)
+        self._bucket = gridfs.GridFS(database, collection="artifacts")
+        self._index = database["artifacts.files"]
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         with unknown_when_unreachable():
             try:
-                self._files.put(data, _id=name, filename=name, metadata={"contentType": content_type})
+                self._bucket.put(data, _id=name, filename=name, metadata={"contentType": content_type})
             except gridfs.errors.FileExists:  # an earlier try at this put, perhaps only half of it
-                self._files.delete(name)
-                self._files.put(data, _id=name, filename=name, metadata={"contentType": content_type})
+                self._bucket.delete(name)
+                self._bucket.put(data, _id=name, filename=name, metadata={"contentType": content_type})
         return None
 
-    def names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str = "") -> Iterator[str]:
         with unknown_when_unreachable():
-            return [file.filename for file in self._files.find({"filename": {"$regex": f"^{re.escape(prefix)}"}})]
+            for file in self._index.find({"_id": {"$regex": f"^{re.escape(prefix)}"}}, {"_id": 1}):
+                yield file["_id"]
 
     def delete(self, name: str) -> None:
         with unknown_when_unreachable():
-            self._files.delete(name)
+            self._bucket.delete(name)
 
 
 @contextlib.contextmanager
@@ -1148,51 +1204,68 @@ def unknown_when_files_fail() -> Iterator[None]:
         raise StoreUnavailable(f"artifact store: {type(error).__name__}") from error
 
 
-class FsspecArtifacts:
-    """Files in any fsspec file system: `file://`, `s3://` and others, with the S3 names of the contract."""
+class FolderArtifacts(Artifacts):
+    """Files in a folder (`file://`), each written under another name first, so that nobody ever sees half of one."""
+
+    def __init__(self, folder: Path, base_url: str) -> None:
+        super().__init__(base_url)
+        self._folder = folder
+
+    def put(self, name: str, data: bytes, content_type: str) -> str | None:
+        part = self._folder / f"{name}.part"
+        with unknown_when_files_fail():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # the document that names it outlives a power cut, too
+            part.chmod(0o644)  # the web server in front runs as another user
+            part.replace(self._folder / name)
+        return None
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        with unknown_when_files_fail(), contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as files:
+            yield from (file.name for file in files if file.name.startswith(prefix))
+
+    def delete(self, name: str) -> None:
+        with unknown_when_files_fail():
+            (self._folder / name).unlink(missing_ok=True)
+
+
+class FsspecArtifacts(Artifacts):
+    """Files in any other file system that fsspec knows; `s3://` with the S3 names of the contract."""
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.artifact_base_url)
         self._settings = settings
         bare = settings.artifact_url == "s3://"
         self._url = f"s3://{settings.s3_bucket_name}" if bare else settings.artifact_url.rstrip("/")
+        self._is_s3 = self._url.startswith("s3://")
 
     def _open(self) -> tuple[AbstractFileSystem, str]:
         import fsspec
 
-        settings = self._settings
-        options: Document = {}
-        if self._url.startswith("s3://"):
-            region = {"region_name": settings.s3_region} if settings.s3_region else {}
+        settings, options = self._settings, Document()
+        if self._is_s3:
             options = {
                 "key": settings.aws_access_key_id.get_secret_value() or None,
                 "secret": settings.aws_secret_access_key.get_secret_value() or None,
                 "endpoint_url": settings.s3_endpoint_url or None,
-                "client_kwargs": region,
+                "client_kwargs": {"region_name": settings.s3_region} if settings.s3_region else {},
             }
-        elif self._url.startswith("file://"):
-            options = {"auto_mkdir": True}
         return fsspec.core.url_to_fs(self._url, **options)  # type: ignore[no-any-return]
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         with unknown_when_files_fail():
             files, folder = self._open()
-            if self._url.startswith("file://"):
-                # fsspec's own transaction copies where the temporary folder is on another disk: half files would show.
-                files.pipe_file(f"{folder}/{name}.part", data)
-                os.chmod(f"{folder}/{name}.part", 0o644)  # the web server in front runs as another user
-                os.replace(f"{folder}/{name}.part", f"{folder}/{name}")
-            else:
-                files.pipe_file(f"{folder}/{name}", data, **({"ContentType": content_type} if self._is_s3 else {}))
+            files.pipe_file(f"{folder}/{name}", data, **({"ContentType": content_type} if self._is_s3 else {}))
         return None
 
-    @property
-    def _is_s3(self) -> bool:
-        return self._url.startswith("s3://")
-
-    def names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str = "") -> Iterator[str]:
         with unknown_when_files_fail():
             files, folder = self._open()
-            return [found.rsplit("/", 1)[-1] for found in files.glob(f"{folder}/{prefix}*")]
+            for path in files.glob(f"{folder}/{prefix}*"):
+                yield path.rsplit("/", 1)[-1]
 
     def delete(self, name: str) -> None:
         with unknown_when_files_fail():
@@ -1201,62 +1274,28 @@ class FsspecArtifacts:
                 files.rm_file(f"{folder}/{name}")
 
 
-class InlineArtifacts:
+class InlineArtifacts(Artifacts):
     """No files: the URL is the data itself, for small set-ups without anything that serves files."""
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
 
-    def names(self, prefix: str) -> list[str]:
-        return []
+    def names(self, prefix: str = "") -> Iterator[str]:
+        return iter(())
 
     def delete(self, name: str) -> None:
         return None
 
 
-class Artifacts:
-    """Puts a result's file where `ARTIFACT_URL` says, and takes away those of attempts that lost."""
-
-    def __init__(self, store: ArtifactStore, base_url: str) -> None:
-        self._store = store
-        self._base_url = base_url.rstrip("/")
-
-    def publish(self, job: Job, media: Media) -> str:
-        """Stores the file and returns its public URL. Safe to repeat: the name is the attempt's own.
-
-        Raises:
-            StoreUnavailable: the store can't be reached.
-        """
-        return self.publish_file(artifact_name(job.id, job.owner, media.suffix), media.data)
-
-    def publish_file(self, name: str, data: bytes) -> str:
-        suffix = name.rsplit(".", 1)[-1]
-        content_type = CONTENT_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return self._store.put(name, data, content_type) or f"{self._base_url}/{name}"
-
-    def discard(self, job: Job) -> None:
-        """Deletes what this attempt stored."""
-        self._delete(name for name in self._store.names(f"{job.id}-{job.owner}"))
-
-    def discard_others(self, job: Job) -> None:
-        """Deletes what other attempts at this job stored."""
-        mine = f"{job.id}-{job.owner}"
-        self._delete(name for name in self._store.names(f"{job.id}-") if not name.startswith(mine))
-
-    def remove(self, name: str) -> None:
-        self._store.delete(name)
-
-    def _delete(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._store.delete(name)
-
-
 def open_artifacts(settings: Settings, database: Callable[[], Database[Document]]) -> Artifacts:
-    if settings.artifact_url == "gridfs":
-        return Artifacts(GridFSArtifacts(database()), settings.artifact_base_url)
-    if settings.artifact_url == "data:":
-        return Artifacts(InlineArtifacts(), settings.artifact_base_url)
-    return Artifacts(FsspecArtifacts(settings), settings.artifact_base_url)
+    url, base_url = settings.artifact_url, settings.artifact_base_url
+    if url == "gridfs":
+        return GridFSArtifacts(database(), base_url)
+    if url == "data:":
+        return InlineArtifacts(base_url)
+    if url.startswith("file://"):
+        return FolderArtifacts(Path(url.removeprefix("file://")), base_url)
+    return FsspecArtifacts(settings)
 
 
 # ── provider ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1825,6 +1864,9 @@ ANNOUNCED_WITHIN_S = 1.0
 LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
 NOTICE_OVERDUE_S = 30.0
+ARTIFACT_SWEEP_S = 3600.0
+ARTIFACT_NAME = re.compile(r"[0-9a-f]{24}-")
+INDEX_PATIENCE_S = 3600.0
 BROKER_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}
 LOG_EVERY_S = 60.0
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
@@ -1968,9 +2010,12 @@ class Sweeper:
     Safe in any number of processes: each step is a compare-and-set.
     """
 
-    def __init__(self, store: JobStore, notifier: Notifier, settings: Settings) -> None:
-        self._store, self._notifier, self._settings = store, notifier, settings
+    def __init__(
+        self, store: JobStore, notifier: Notifier, artifacts: Callable[[], Artifacts], settings: Settings
+    ) -> None:
+        self._store, self._notifier, self._artifacts, self._settings = store, notifier, artifacts, settings
         self._mute_until = 0.0
+        self._artifacts_at = 0.0
 
     def sweep(self) -> list[str]:
         """One round; returns a line for each thing done.
@@ -1996,6 +2041,34 @@ class Sweeper:
         if sent:
             self._store.mark_notified(sent)
         return done + [f"job={job_id} its last notification was sent again" for job_id in sent]
+
+    def is_time_for_artifacts(self) -> bool:
+        """Once an hour, for one process of all."""
+        if time.monotonic() < self._artifacts_at:
+            return False
+        self._artifacts_at = time.monotonic() + ARTIFACT_SWEEP_S
+        return self._notifier.take_turn("artifact_sweep", ARTIFACT_SWEEP_S)
+
+    def sweep_artifacts(self, *, all_of_them: bool = False) -> list[str]:
+        """Deletes files that attempts which died left behind, and files past `ARTIFACT_RETENTION_DAYS`.
+
+        Names begin with the time of their job, so that without retention only those of the last day are looked at.
+
+        Raises:
+            StoreUnavailable, FailJob: MongoDB or the artifact store can't be reached, or refuses.
+        """
+        artifacts, now = self._artifacts(), self._store.clock.now()
+        kept_days = self._settings.artifact_retention_days
+        oldest = ObjectId.from_datetime(now - timedelta(days=kept_days)) if kept_days else ObjectId("0" * 24)
+        period = int(now.timestamp()) >> 16  # the first four of the 24 digits change every 18 hours
+        prefixes = [""] if all_of_them or kept_days else [f"{period - 1:04x}", f"{period:04x}"]
+        ours = (name for prefix in prefixes for name in artifacts.names(prefix) if ARTIFACT_NAME.match(name))
+        deleted = 0
+        while batch := list(itertools.islice(ours, STALE_BATCH)):
+            for name in {*self._store.find_unnamed(batch), *(name for name in batch if name < str(oldest))}:
+                artifacts.delete(name)
+                deleted += 1
+        return [f"{deleted} file(s) deleted that no job names, or that are past their time"] if deleted else []
 
     def _fail_revoked(self, job_id: str) -> list[str]:
         failed = self._store.fail_active(ObjectId(job_id), STOPPED)
@@ -2171,8 +2244,10 @@ class Keeper:
     def _renew(self, attempts: list[Attempt]) -> None:
         if time.monotonic() < self._renew_at:
             return
-        at = time.monotonic()
+        at, primary_before = time.monotonic(), self._store.primary
         self._store.synchronise_clock()
+        if primary_before != self._store.primary:  # owners that it cut off may be about to renew
+            self._sweep_at = max(self._sweep_at, at + self._settings.lease_seconds)
         kept = [attempt for attempt in attempts if attempt.may_renew()]
         if kept:
             self._store.renew_leases([attempt.job for attempt in kept])
@@ -2206,8 +2281,13 @@ class Keeper:
         for line in self._sweeper.release_dead_siblings():
             logger.warning(line)
         self._is_prepared = True
+        threading.Thread(target=self._ensure_indexes, name="indexes", daemon=True).start()
+
+    def _ensure_indexes(self) -> None:
+        """In a thread of its own: on a large collection it takes longer than leases can wait."""
         try:
-            self._store.ensure_indexes()
+            with pymongo.timeout(INDEX_PATIENCE_S):
+                self._store.ensure_indexes()
         except StoreUnavailable as error:
             logger.warning("indexes could not be made (%s): the worker runs without, more slowly", error)
 
@@ -2215,6 +2295,16 @@ class Keeper:
         self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
         for line in self._sweeper.release_dead_siblings() + self._sweeper.sweep():
             logger.warning(line)
+        if self._sweeper.is_time_for_artifacts():
+            threading.Thread(target=self._sweep_artifacts, name="artifacts", daemon=True).start()
+
+    def _sweep_artifacts(self) -> None:
+        """In a thread of its own: a slow store of files must not cost leases."""
+        try:
+            for line in self._sweeper.sweep_artifacts():
+                logger.info(line)
+        except (StoreUnavailable, FailJob) as error:
+            logger.warning("files of lost attempts are looked for again in an hour: %s", error)
 
 
 # ── task ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2298,7 +2388,7 @@ class Runtime:
 
     @cached_property
     def sweeper(self) -> Sweeper:
-        return Sweeper(self.store, self.notifier, self.settings)
+        return Sweeper(self.store, self.notifier, lambda: self.artifacts, self.settings)
 
     @cached_property
     def keeper(self) -> Keeper:
@@ -2719,6 +2809,15 @@ def note_revoked(request: Any = None, **_: Any) -> None:
         process_job.runtime.notifier.note_revoked(job_id)
 
 
+@signals.worker_init.connect
+def refuse_other_pools(sender: Any, **_: Any) -> None:
+    """No keeper would run in them, so that every job would be taken away from them."""
+    pool = str(getattr(sender.pool_cls, "__module__", sender.pool_cls))
+    if not pool.removesuffix("s").endswith(("prefork", "thread", "solo")):
+        print(f"The pool {pool} isn't supported: use prefork, threads or solo (WORKER_POOL).", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_SETTINGS)
+
+
 @signals.worker_process_init.connect
 def start_in_child(**_: Any) -> None:
     """After the fork, and in the solo pool: the keeper's thread begins. Nothing of ours runs in the parent."""
@@ -2826,11 +2925,14 @@ def health() -> None:
 
 @main.command()
 def recover() -> None:
-    """Look once for jobs that nobody works on, and get them going again (from cron, where no worker runs all day)."""
+    """Look once for lost jobs and for files that no job names (from cron, where no worker runs all day)."""
+    sweeper, where = Runtime(current_settings()).sweeper, "MongoDB"
     try:
-        lines = Runtime(current_settings()).sweeper.sweep()
-    except StoreUnavailable as error:
-        raise click.ClickException(f"MongoDB can't be reached ({error}); try `check`") from None
+        lines = sweeper.sweep()
+        where = "the artifact store"
+        lines += sweeper.sweep_artifacts(all_of_them=True)
+    except (StoreUnavailable, FailJob) as error:
+        raise click.ClickException(f"{where} can't be reached ({error}); try `check`") from None
     print(*lines or ["nothing to recover"], sep="\n")
 
 
