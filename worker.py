@@ -1478,20 +1478,23 @@ class OpenAIProvider:
                 yield self.client
 
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
+        from openai import AsyncStream
+
         parts: list[str] = []
         model, tokens, finish_reason, chunk = request["model"], 0, None, None
         async with self.call() as client:
-            usage = {"include_usage": True}
-            stream = await client.chat.completions.create(stream=True, stream_options=usage, **request)  # type: ignore[call-overload]
-            async with stream:  # leaving it closes the connection, which stops the generation
-                async for chunk in stream:
-                    model = chunk.model or model
-                    tokens = chunk.usage.total_tokens if chunk.usage else tokens
-                    for choice in chunk.choices[:1]:
-                        finish_reason = choice.finish_reason or finish_reason
-                        if choice.delta.content:
-                            parts.append(choice.delta.content)
-                            on_delta(choice.delta.content)
+            body = {**request, "stream": True, "stream_options": {"include_usage": True}}
+            # As plain dicts: the SDK's objects, one for each chunk, cost a quarter of a job's time.
+            path, kind = "/chat/completions", AsyncStream[Document]
+            async with await client.post(path, cast_to=dict, body=body, stream=True, stream_cls=kind) as stream:
+                async for chunk in stream:  # leaving the stream closes the connection, which stops the generation
+                    model = str(chunk.get("model") or model)
+                    tokens = (chunk.get("usage") or {}).get("total_tokens") or tokens
+                    for choice in chunk["choices"][:1]:
+                        finish_reason = choice.get("finish_reason") or finish_reason
+                        if delta := (choice.get("delta") or {}).get("content"):
+                            parts.append(delta)
+                            on_delta(delta)
             self._check_end(chunk, finish_reason, parts)
         return TextAnswer(whole_text(parts), model, tokens or len(parts))
 
