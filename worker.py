@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import importlib.util
 import io
 import ipaddress
@@ -2819,6 +2820,14 @@ def refuse_other_pools(sender: Any, **_: Any) -> None:
     if not pool.removesuffix("s").endswith(("prefork", "thread", "solo")):
         print(f"The pool {pool} isn't supported: use prefork, threads or solo (WORKER_POOL).", file=sys.stderr)
         raise SystemExit(EXIT_BAD_SETTINGS)
+
+
+@signals.worker_before_create_process.connect
+def share_memory(**_: Any) -> None:
+    """In the parent, before each fork: what a child needs is imported once, and no collection unshares its pages."""
+    process_job.runtime.providers.preload()
+    gc.collect()
+    gc.freeze()
 
 
 @signals.worker_process_init.connect
