@@ -972,6 +972,14 @@ def test_the_clock_takes_the_databases_time(runtime: Runtime) -> None:
     assert abs(runtime.store.clock.now() - datetime.now(UTC)) < timedelta(minutes=1)
 
 
+def test_a_process_asks_for_the_databases_time_before_it_judges_a_lease(runtime: Runtime) -> None:
+    claim(runtime)
+    ahead = worker.Clock()
+    ahead.synchronise(ago(-3600))
+    ahead.is_synchronised = False
+    assert worker.JobStore(runtime.database, "another-node", ahead, runtime.settings).find_stale() == []
+
+
 def test_a_database_without_a_time_of_its_own_leaves_the_hosts(light_runtime: Runtime) -> None:
     light_runtime.store.synchronise_clock()
     assert abs(light_runtime.store.clock.now() - datetime.now(UTC)) < timedelta(minutes=1)

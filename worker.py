@@ -645,6 +645,12 @@ class JobStore:
         self.primary = None if hello.get("msg") == "isdbgrid" else hello.get("topologyVersion", {}).get("processId")
         self.clock.synchronise(hello["localTime"].replace(tzinfo=UTC))
 
+    def now(self) -> datetime:
+        """The database's time: asked before its first use, since a host's own clock may be minutes off."""
+        if not self.clock.is_synchronised:
+            self.synchronise_clock()
+        return self.clock.now()
+
     def ensure_indexes(self) -> None:
         with unknown_when_unreachable():
             self._jobs.create_index([("status", 1), ("created_at", 1)], name="worker_status")
@@ -663,9 +669,7 @@ class JobStore:
         `bounded=False` ignores attempts and deadline, for a result that is already there; `waited_s` is how long ago
         the message was taken, which is when Celery's hard limit began.
         """
-        if not self.clock.is_synchronised:
-            self.synchronise_clock()
-        now = self.clock.now()
+        now = self.now()
         bounds = self._bounds(now, limits) if bounded else {}
         lease = self._lease(now, owner, limits, waited_s)
         pending = {"_id": job_id, "status": Status.PENDING, **bounds}
@@ -783,12 +787,12 @@ class JobStore:
         return {"_id": job.id, "status": Status.PROCESSING, "worker.owner": job.owner}
 
     def _ended(self, status: Status, **fields: Any) -> Document:
-        now = self.clock.now()
+        now = self.now()
         return {"status": status, "updated_at": now, "completed_at": now, "worker.unnotified": now, **fields}
 
     def _released(self, available_at: datetime, rescue_s: float) -> Document:
         return {
-            "updated_at": self.clock.now(),
+            "updated_at": self.now(),
             "worker.owner": None,
             "worker.available_at": available_at,
             "worker.rescue_at": available_at + timedelta(seconds=rescue_s),
@@ -809,7 +813,7 @@ class JobStore:
 
     def renew_leases(self, jobs: Sequence[Job]) -> None:
         """One more lease for all of these that are still owned, in one operation; `updated_at` stays."""
-        until = self.clock.now() + timedelta(seconds=self._settings.lease_seconds)
+        until = self.now() + timedelta(seconds=self._settings.lease_seconds)
         held = {
             "_id": {"$in": [job.id for job in jobs]},
             "status": Status.PROCESSING,
@@ -831,7 +835,7 @@ class JobStore:
 
     def find_unnotified(self, older_than_s: float) -> list[Document]:
         """Terminal jobs whose notice was not confirmed as published."""
-        since = self.clock.now() - timedelta(seconds=older_than_s)
+        since = self.now() - timedelta(seconds=older_than_s)
         with unknown_when_unreachable():
             return list(self._jobs.find({"worker.unnotified": {"$lte": since}}).limit(STALE_BATCH))
 
@@ -843,7 +847,7 @@ class JobStore:
 
     def find_stale(self) -> list[Document]:
         """Jobs nobody works on: lease run out, released and forgotten, or left by an older worker without leases."""
-        now = self.clock.now()
+        now = self.now()
         expired = {"worker.lease_until": {"$lte": now}, "worker.owner": {"$ne": None}}
         forgotten = {"worker.owner": None, "worker.rescue_at": {"$lte": now}}
         with unknown_when_unreachable():
@@ -857,7 +861,7 @@ class JobStore:
 
         Only then has the broker lost their message: behind a mere backlog a copy would help nobody.
         """
-        now, minute = self.clock.now(), timedelta(seconds=PENDING_OVERDUE_S)
+        now, minute = self.now(), timedelta(seconds=PENDING_OVERDUE_S)
         overdue = {"created_at": {"$lt": now - minute}, "worker.rescue_at": {"$not": {"$gt": now}}}
         with unknown_when_unreachable():
             oldest = self._jobs.find({"status": Status.PENDING, **overdue}).sort("created_at", 1).limit(STALE_BATCH)
@@ -879,7 +883,7 @@ class JobStore:
         """Whether a job has used up its attempts, or the time since its first start."""
         worker = bookkeeping(document)
         limits = self._settings.limits(worker.get("limits"))
-        oldest_start = self._bounds(self.clock.now(), limits)["worker.first_started_at"]["$not"]["$lte"]
+        oldest_start = self._bounds(self.now(), limits)["worker.first_started_at"]["$not"]["$lte"]
         started_at = worker.get("first_started_at")
         too_old = started_at is not None and started_at.replace(tzinfo=UTC) <= oldest_start
         return bool(too_old) or worker.get("attempt", 0) >= self._settings.most_attempts
@@ -891,7 +895,7 @@ class JobStore:
         """
         worker = bookkeeping(document)
         rescue_s, rescues = self._next_rescue(worker)
-        update = {**self._released(self.clock.now(), rescue_s), "worker.rescues": rescues}
+        update = {**self._released(self.now(), rescue_s), "worker.rescues": rescues}
         if not worker:  # an older worker's job, whose `worker` may be null: MongoDB sets no field below that
             fields = {key.removeprefix("worker."): update.pop(key) for key in list(update) if key.startswith("worker.")}
             update["worker"] = fields
@@ -908,7 +912,7 @@ class JobStore:
         """Takes the rescue of a pending job upon this sweeper. False: somebody was quicker, or the job has started."""
         worker = bookkeeping(document)
         rescue_s, rescues = self._next_rescue(worker)
-        update = {"rescue_at": self.clock.now() + timedelta(seconds=rescue_s), "rescues": rescues}
+        update = {"rescue_at": self.now() + timedelta(seconds=rescue_s), "rescues": rescues}
         with unknown_when_unreachable():
             same = {"_id": document["_id"], "status": Status.PENDING, "worker": document.get("worker")}
             return self._jobs.update_one(same, {"$set": {"worker": {**worker, **update}}}).matched_count == 1
@@ -939,7 +943,7 @@ class JobStore:
         """What `status` shows: counts, the oldest pending job, leases that ran out, the last errors."""
         with unknown_when_unreachable():
             count = self._jobs.count_documents
-            lease_over = {"worker.owner": {"$ne": None}, "worker.lease_until": {"$lte": self.clock.now()}}
+            lease_over = {"worker.owner": {"$ne": None}, "worker.lease_until": {"$lte": self.now()}}
             oldest = self._jobs.find_one({"status": Status.PENDING}, {"created_at": 1}, sort=[("created_at", 1)])
             errors = self._jobs.find({"status": Status.FAILED}, {"error_message": 1, "completed_at": 1, "job_type": 1})
             return {
@@ -2129,7 +2133,7 @@ class Sweeper:
             if is_process_alive(document["worker"]["pid"]):
                 continue
             deadline = document["worker"]["deadline"].replace(tzinfo=UTC)
-            if self._store.clock.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
+            if self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
                 lines += self._fail(document, TOOK_TOO_LONG)
             elif self._store.release_stale(document):
                 lines.append(f"job={document['_id']} its process died: released")
@@ -2541,7 +2545,7 @@ def answer_miss(task: JobTask, job_id: ObjectId, miss: Miss) -> Document:
         case MissKind.HELD:
             raise Ignore()
         case MissKind.WAITING:
-            now = task.runtime.store.clock.now()
+            now = task.runtime.store.now()
             available_at = bookkeeping(miss.document).get("available_at", now).replace(tzinfo=UTC)
             raise put_back(task, job_id, max(MOMENT_S, (available_at - now).total_seconds()))
         case MissKind.EXHAUSTED:
@@ -2656,7 +2660,7 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
         delay_s = settings.retry_delays[job.attempt - 1] * random.uniform(0.5, 1.0)
         wait_s = delay_s if outcome.after_s is None else min(outcome.after_s, settings.retry_after_max)
         ends_at = job.first_started_at + timedelta(seconds=max(settings.job_deadline, job.limits.hard_s))
-        if runtime.store.clock.now() + timedelta(seconds=wait_s) < ends_at:
+        if runtime.store.now() + timedelta(seconds=wait_s) < ends_at:
             return RetryJob(outcome.detail, outcome.sentence, wait_s)
     tries = f"{job.attempt} tries" if job.attempt > 1 else "one try"
     return FailJob(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
@@ -2682,7 +2686,7 @@ def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     Raises:
         StoreUnavailable: try again, the write may have happened.
     """
-    store, now = runtime.store, runtime.store.clock.now()
+    store, now = runtime.store, runtime.store.now()
     match outcome:
         case Result():
             try:
