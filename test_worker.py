@@ -820,6 +820,7 @@ def test_a_job_that_nobody_works_on_is_stale(runtime: Runtime, fields: dict[str,
     ("released a moment ago", {"worker__owner": None, "worker__rescue_at": ago(-3600)}),
     ("its end needs no lease", {"status": "completed", "worker__lease_until": ago(1)}),
     ("an older worker may still work on it", {"worker": None, "started_at": ago(-1800)}),
+    ("the same, rescued while it was pending", {"worker": {"rescue_at": ago(1)}, "started_at": ago(-1800)}),
     ("pending is another matter", {"status": "pending", "worker": None, "created_at": ago(3600)}),
 )
 def test_a_job_that_somebody_works_on_is_not_stale(runtime: Runtime, fields: dict[str, Any]) -> None:

@@ -849,7 +849,8 @@ class JobStore:
         """Jobs nobody works on: lease run out, released and forgotten, or left by an older worker without leases."""
         now = self.now()
         expired = {"worker.lease_until": {"$lte": now}, "worker.owner": {"$ne": None}}
-        forgotten = {"worker.owner": None, "worker.rescue_at": {"$lte": now}}
+        # A job rescued while it was pending has `rescue_at`, too: once an older worker runs it, only its age counts.
+        forgotten = {"worker.owner": {"$exists": True, "$eq": None}, "worker.rescue_at": {"$lte": now}}
         with unknown_when_unreachable():
             stale = list(self._jobs.find({"status": Status.PROCESSING, "$or": [expired, forgotten]}).limit(STALE_BATCH))
             unkept = {"status": Status.PROCESSING, "worker.owner": {"$exists": False}}
