@@ -566,6 +566,7 @@ OBJECT_ID_DIGITS = 24
 PATH_NOT_VIABLE = 28  # MongoDB's code for a sub-document that is something else
 TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
 CANT_BE_STORED = "The result is too large or can't be stored."
+Written = TypeVar("Written")
 
 
 class MissKind(Enum):
@@ -675,16 +676,14 @@ class JobStore:
         pending = {"_id": job_id, "status": Status.PENDING, **bounds}
         released = {"_id": job_id, "status": Status.PROCESSING, "worker.owner": None, **bounds}
         first = {"$inc": {"worker.attempt": 1}, "$min": {"worker.first_started_at": now}}
-        try:
-            with unknown_when_unreachable():
-                document = self._jobs.find_one_and_update(
-                    pending, {"$set": {**lease, "started_at": now}, **first}, return_document=True
-                ) or self._jobs.find_one_and_update(
-                    {**released, "worker.available_at": {"$lte": now}}, {"$set": lease, **first}, return_document=True
-                )
-        except NoSubDocument:
-            self._mend(job_id)
-            return self.claim(job_id, owner, limits, bounded=bounded, waited_s=waited_s)
+        due = {**released, "worker.available_at": {"$lte": now}}
+        take = partial(self._jobs.find_one_and_update, return_document=True)
+        document = self._mending(
+            job_id,
+            lambda: (
+                take(pending, {"$set": {**lease, "started_at": now}, **first}) or take(due, {"$set": lease, **first})
+            ),
+        )
         return self._job(document) if document else self._judge_miss(job_id, owner)
 
     def _lease(self, now: datetime, owner: str, limits: Limits, waited_s: float) -> Document:
@@ -699,11 +698,17 @@ class JobStore:
             "worker.limits": [limits.hard_s, limits.soft_s],
         }
 
-    def _mend(self, job_id: ObjectId) -> None:
-        with unknown_when_unreachable():
+    def _mending(self, job_id: ObjectId, write: Callable[[], Written]) -> Written:
+        """Does a write below `worker`; where that is no sub-document, it is replaced first."""
+        try:
+            with unknown_when_unreachable():
+                return write()
+        except NoSubDocument:
             # `$type: object` would match an array of objects, too.
             spoilt = [{"worker": {"$not": {"$type": "object"}}}, {"worker": {"$type": "array"}}]
+        with unknown_when_unreachable():
             self._jobs.update_one({"_id": job_id, "$or": spoilt}, {"$set": {"worker": {}}})
+            return write()
 
     def _bounds(self, now: datetime, limits: Limits) -> Document:
         oldest_start = now - timedelta(seconds=max(self._settings.job_deadline, limits.hard_s))
@@ -765,8 +770,7 @@ class JobStore:
         """Ends a job whoever runs it (that attempt then loses it). None: it had ended already."""
         update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
         active = {"_id": job_id, "status": {"$in": list(ACTIVE_STATUSES)}}
-        with unknown_when_unreachable():
-            return self._jobs.find_one_and_update(active, update, return_document=True)
+        return self._mending(job_id, lambda: self._jobs.find_one_and_update(active, update, return_document=True))
 
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> bool:
         """Ends a job that nobody runs: pending, or released. False: it was not so, and nothing was written."""
@@ -776,12 +780,7 @@ class JobStore:
             {"status": Status.PROCESSING, "worker.available_at": {"$ne": None}},
         ]
         update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
-        try:
-            with unknown_when_unreachable():
-                return self._jobs.update_one(unowned, update).matched_count == 1
-        except NoSubDocument:
-            self._mend(job_id)
-            return self.fail_unowned(job_id, sentence)
+        return self._mending(job_id, lambda: self._jobs.update_one(unowned, update).matched_count == 1)
 
     def _fence(self, job: Job) -> Document:
         return {"_id": job.id, "status": Status.PROCESSING, "worker.owner": job.owner}
