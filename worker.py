@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 
 import click
 import gridfs
+import kombu.transport.redis
 import pymongo
 import redis
 from bson import ObjectId, json_util
@@ -523,6 +524,22 @@ def celery_configuration(settings: Settings) -> Document:
         "worker_task_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
     }
 
+
+class ClosableChannel(kombu.transport.redis.Channel):
+    """A channel to Redis that can be closed when Redis is gone.
+
+    kombu (5.7) gives up when the answer that it waits for fails, comes back later without the connection's address, and
+    the AttributeError then ends the worker: whenever Redis dies while a job runs and a slot is free.
+    """
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except (redis.RedisError, OSError):
+            super().close()  # nothing is waited for any more; does nothing where the failure came later
+
+
+kombu.transport.redis.Transport.Channel = ClosableChannel
 
 app = Celery("ai_backend_worker")
 
