@@ -49,15 +49,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 
 import click
 import gridfs
-import kombu.transport.redis
 import pymongo
 import redis
 from bson import ObjectId, json_util
 from bson.errors import BSONError
 from celery import Celery, Task, signals
+from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError
+from kombu.transport.redis import Channel as RedisChannel
+from kombu.transport.redis import QoS as KombuQoS
+from kombu.transport.virtual import QoS as VirtualQoS
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -75,6 +78,8 @@ from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 if TYPE_CHECKING:
     import httpx2
@@ -218,6 +223,27 @@ class Clock:
         server_time, at = self._pair
         now = server_time + timedelta(seconds=time.monotonic() - at)
         return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+LOG_EVERY_S = 60.0
+
+
+class SeldomLog:
+    """One line a minute for a fault that goes on, and one when it is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._next_at = 0.0
+
+    def fault(self, detail: object) -> None:
+        if time.monotonic() >= self._next_at:
+            logger.warning("%s: %s (said once a minute while it lasts)", self._what, detail)
+            self._next_at = time.monotonic() + LOG_EVERY_S
+
+    def fine(self) -> None:
+        if self._next_at:
+            logger.info("%s: over", self._what)
+            self._next_at = 0.0
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -472,7 +498,7 @@ current_settings = cache(load_settings)
 
 TASK_NAME = "src.infrastructure.queue.tasks.process_job"
 NODE = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # minted before the fork, so that siblings know each other
-SOCKET_TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 30, "health_check_interval": 25}
+SOCKET_TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 10, "health_check_interval": 25}
 CHATTY_LOGGERS = [
     "celery",
     "kombu",
@@ -489,6 +515,10 @@ CHATTY_LOGGERS = [
 
 
 CELERY_CONSUMER = "celery.worker.consumer.consumer"
+BROKER_LOGGERS = [
+    *(CELERY_CONSUMER, "celery.worker.consumer.connection", "celery.worker.request"),
+    *("kombu.asynchronous.hub", "kombu.transport.redis"),
+]
 URL_LOGGERS = ["httpx", "httpx2", "httpcore", "httpcore2"]  # their lines hold whole URLs
 
 
@@ -497,7 +527,7 @@ def celery_configuration(settings: Settings) -> Document:
     redis_options = SOCKET_TIMEOUTS if settings.broker_url.startswith("redis") else {}
     return {
         "broker_url": settings.broker_url,
-        "result_backend": settings.result_backend,
+        "result_backend": f"{__name__}.ResultBackend+{settings.result_backend}",
         "imports": settings.handler_modules,
         "task_default_queue": settings.celery_queue_name,
         "accept_content": ["json"],
@@ -515,9 +545,10 @@ def celery_configuration(settings: Settings) -> Document:
         "result_expires": 86_400,
         "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}},
         "redis_socket_connect_timeout": 5,
-        "redis_socket_timeout": 30,
+        "redis_socket_timeout": 5,  # a result is a copy: no job waits long for it
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        "broker_channel_error_retry": True,  # a full or read-only Redis must not end the worker
         # Long, since a job beyond it would run twice at a time; the lease's sweeper is what rescues.
         "broker_transport_options": {"visibility_timeout": max(3600, 2 * settings.celery_time_limit), **redis_options},
         "worker_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
@@ -525,26 +556,106 @@ def celery_configuration(settings: Settings) -> Document:
     }
 
 
-class ClosableChannel(kombu.transport.redis.Channel):
-    """A channel to Redis that can be closed when Redis is gone.
+class LenientQoS(KombuQoS):
+    """The broker's notes of unacknowledged messages, in a Redis that is full, read-only or hung.
 
-    kombu (5.7) gives up when the answer that it waits for fails, comes back later without the connection's address, and
-    the AttributeError then ends the worker: whenever Redis dies while a job runs and a slot is free.
+    Kombu's own would end the worker, or never free the message's slot. What can't be noted there is found again by
+    its document.
     """
 
-    def close(self) -> None:
+    log = SeldomLog("Redis takes no note of messages")
+
+    def append(self, message: Any, delivery_tag: str) -> None:
         try:
-            super().close()
-        except (redis.RedisError, OSError):
-            super().close()  # nothing is waited for any more; does nothing where the failure came later
+            super().append(message, delivery_tag)
+        except redis.ResponseError as error:  # taken out of the queue already: now it is nowhere but here
+            self.log.fault(type(error).__name__)
+            VirtualQoS.append(self, message, delivery_tag)
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            super().ack(delivery_tag)
+        except redis.RedisError as error:
+            self.log.fault(type(error).__name__)
+            VirtualQoS.ack(self, delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        try:
+            super().reject(delivery_tag, requeue=requeue)
+        except redis.RedisError as error:
+            self.log.fault(type(error).__name__)
+            VirtualQoS.ack(self, delivery_tag)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.suppress(redis.ResponseError):
+            super().restore_visible(*args, **kwargs)
 
 
-kombu.transport.redis.Transport.Channel = ClosableChannel
+class ResultBackend(RedisBackend):
+    """Celery's results in Redis. One that can't be stored is let go, since the document is the truth.
 
+    An error here would leave the message unacknowledged and its slot lost, or fail a job that is completed.
+    """
+
+    log = SeldomLog("Celery's results can't be stored")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.connparams: Document
+        self.connparams["retry"] = Retry(NoBackoff(), 0)
+
+    def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            stored = super().store_result(task_id, result, state, *args, **kwargs)
+        except (redis.RedisError, OSError) as error:
+            self.log.fault(type(error).__name__)
+            return result
+        self.log.fine()
+        return stored
+
+
+def close_without_redis(channel: RedisChannel, close: Callable[[RedisChannel], None] = RedisChannel.close) -> None:
+    """Closes a channel whose Redis is gone.
+
+    Kombu (5.7) gives up when the answer that it waits for fails, comes back later without the connection's address, and
+    the AttributeError then ends the worker: whenever Redis dies while a job runs and a slot is free.
+    """
+    try:
+        close(channel)
+    except (redis.RedisError, OSError):
+        close(channel)  # nothing is waited for any more; does nothing where the failure came later
+
+
+# In the base class, so that Sentinel's channels have them, too.
+RedisChannel.QoS = LenientQoS
+RedisChannel.close = close_without_redis  # type: ignore[method-assign, assignment]
 app = Celery("ai_backend_worker")
 
 
 app.add_defaults(lambda: celery_configuration(current_settings()))
+
+
+class OnceAMinute(logging.Filter):
+    """Lets what Celery and kombu repeat while the broker is away pass once a minute each, as one line."""
+
+    kinds = (
+        *("Connected to", "consumer: ", "%s (%r)", "Frequent restarts", "Skipping prefetch", "Temporarily reducing"),
+        *("Couldn't ", "Error in timer", "Redis ", "maybe_refresh_binding_expiry"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_at: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith(self.kinds):
+            return True
+        kind, now = str(record.msg), time.monotonic()
+        if now < self._next_at.get(kind, 0.0):
+            return False
+        self._next_at[kind] = now + LOG_EVERY_S
+        record.msg, record.args, record.exc_info = " ".join(record.getMessage().split()), None, None
+        return True
 
 
 def without_bodies(record: logging.LogRecord) -> bool:
@@ -566,6 +677,10 @@ def quieten_libraries(**_: Any) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in (CELERY_CONSUMER, "celery.app.trace"):
         logging.getLogger(name).addFilter(without_bodies)
+    once_a_minute = OnceAMinute()
+    for name in BROKER_LOGGERS:
+        logging.getLogger(name).addFilter(once_a_minute)
+    logging.getLogger("py.warnings").addFilter(lambda record: "CPendingDeprecation" not in record.getMessage())
     logger.setLevel(logging.DEBUG if current_settings().debug else logging.INFO)
 
 
@@ -925,6 +1040,17 @@ class JobStore:
         rescues = worker.get("rescues", 0)
         return min(RESCUE_FIRST_S * 2 ** min(rescues, 10), RESCUE_LONGEST_S), rescues + 1
 
+    def rescue_soon(self, document: Document) -> None:
+        """Takes back a rescue whose message couldn't be sent, so that its next one doesn't wait twice as long."""
+        unsent = {
+            "_id": document["_id"],
+            "worker.owner": None,
+            "worker.rescues": self._next_rescue(bookkeeping(document))[1],
+        }
+        due_at = self.now() + timedelta(seconds=self._settings.sweep_interval)
+        with unknown_when_unreachable():
+            self._jobs.update_one(unsent, {"$inc": {"worker.rescues": -1}, "$set": {"worker.rescue_at": due_at}})
+
     def postpone_rescue(self, document: Document) -> bool:
         """Takes the rescue of a pending job upon this sweeper. False: somebody was quicker, or the job has started."""
         worker = bookkeeping(document)
@@ -988,6 +1114,7 @@ class Notifier:
         self._redis = client
         self._database_name = database_name  # a Redis may serve more than one database
         self._revoked_key = f"revoked_jobs:{database_name}"
+        self._log = SeldomLog("notifications can't be published")
         self._ask_again_at = 0.0
 
     def publish_status(self, document: Document, status: Status, sentence: str) -> bool:
@@ -1021,10 +1148,12 @@ class Notifier:
 
     def _publish(self, channel: str, message: Document) -> int | None:
         try:
-            return int(self._redis.publish(channel, json.dumps(message, default=str)))
+            listeners = int(self._redis.publish(channel, json.dumps(message, default=str)))
         except redis.RedisError as error:
-            logger.warning("job=%s could not be published: %s", message["job_id"], type(error).__name__)
+            self._log.fault(type(error).__name__)
             return None
+        self._log.fine()
+        return listeners
 
     # A finished generation that MongoDB couldn't take waits here for the next attempt.
 
@@ -1892,29 +2021,11 @@ NOTICE_OVERDUE_S = 30.0
 ARTIFACT_SWEEP_S = 3600.0
 ARTIFACT_NAME = re.compile(r"[0-9a-f]{24}-")
 INDEX_PATIENCE_S = 3600.0
+QUEUE_REST_S = 5.0
 BROKER_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}
-LOG_EVERY_S = 60.0
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
 STOPPED = "This was stopped by the operator."
 GAVE_UP = "This could not be finished after several tries. Please try again."
-
-
-class SeldomLog:
-    """One line a minute for a fault that goes on, and one when it is over."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._next_at = 0.0
-
-    def fault(self, detail: object) -> None:
-        if time.monotonic() >= self._next_at:
-            logger.warning("%s: %s (said once a minute while it lasts)", self._what, detail)
-            self._next_at = time.monotonic() + LOG_EVERY_S
-
-    def fine(self) -> None:
-        if self._next_at:
-            logger.info("%s: over", self._what)
-            self._next_at = 0.0
 
 
 class ShutdownTime:
@@ -2041,6 +2152,8 @@ class Sweeper:
         self._store, self._notifier, self._artifacts, self._settings = store, notifier, artifacts, settings
         self._mute_until = 0.0
         self._artifacts_at = 0.0
+        self._queue_log = SeldomLog("nothing can be put back into the queue")
+        self._queue_away_until = 0.0
 
     def sweep(self) -> list[str]:
         """One round; returns a line for each thing done.
@@ -2051,21 +2164,28 @@ class Sweeper:
         done: list[str] = []
         no_use: tuple[type[BaseException], ...] = (SpoolUnavailable, *broker_errors())
         try:
-            for job_id in self._notifier.revoked():
-                done += self._fail_revoked(job_id)
-            for document in self._store.find_stale():
-                done += self._rescue(document)
-            for document in self._store.find_forgotten_pending(partial(queue_length, self._settings)):
-                if self._store.postpone_rescue(document):
-                    self._enqueue(document)
-                    done.append(f"job={document['_id']} its message was lost: put into the queue again")
-        except no_use as error:  # the rest waits for the next sweep
-            logger.warning("nothing can be put back into the queue: %s", type(error).__name__)
+            if time.monotonic() >= self._queue_away_until:
+                self._recover_jobs(done)
+                self._queue_log.fine()
+        except no_use as error:  # the rest waits, and costs the keeper no time: leases have to be renewed
+            self._queue_log.fault(type(error).__name__)
+            self._queue_away_until = time.monotonic() + QUEUE_REST_S
         overdue = self._store.find_unnotified(NOTICE_OVERDUE_S)
         sent = [document["_id"] for document in overdue if self._announce(document)]
         if sent:
             self._store.mark_notified(sent)
         return done + [f"job={job_id} its last notification was sent again" for job_id in sent]
+
+    def _recover_jobs(self, done: list[str]) -> None:
+        """Adds a line for each job that goes on, or ends. Raises SpoolUnavailable, or what the broker's client does."""
+        for job_id in self._notifier.revoked():
+            done += self._fail_revoked(job_id)
+        for document in self._store.find_stale():
+            done += self._rescue(document)
+        for document in self._store.find_forgotten_pending(partial(queue_length, self._settings)):
+            if self._store.postpone_rescue(document):
+                self._enqueue(document)
+                done.append(f"job={document['_id']} its message was lost: put into the queue again")
 
     def is_time_for_artifacts(self) -> bool:
         """Once an hour, for one process of all."""
@@ -2082,7 +2202,7 @@ class Sweeper:
         Raises:
             StoreUnavailable, FailJob: MongoDB or the artifact store can't be reached, or refuses.
         """
-        artifacts, now = self._artifacts(), self._store.clock.now()
+        artifacts, now = self._artifacts(), self._store.now()
         kept_days = self._settings.artifact_retention_days
         oldest = ObjectId.from_datetime(now - timedelta(days=kept_days)) if kept_days else ObjectId("0" * 24)
         period = int(now.timestamp()) >> 16  # the first four of the 24 digits change every 18 hours
@@ -2132,16 +2252,20 @@ class Sweeper:
         job_id = str(document["_id"])
         hard_s, soft_s = bookkeeping(document).get("limits") or (None, None)
         options: Document = {"queue": self._settings.celery_queue_name, "time_limit": hard_s, "soft_time_limit": soft_s}
-        with broker_connection() as connection:
-            # Nobody knows this task id, so nobody asks for its result; and preparing one would wait for Redis.
-            app.send_task(
-                TASK_NAME,
-                args=(job_id, {"job_id": job_id}),
-                connection=connection,
-                retry=False,
-                ignore_result=True,
-                **options,
-            )
+        try:
+            with broker_connection() as connection:
+                # Nobody knows this task id, so nobody asks for its result; and preparing one would wait for Redis.
+                app.send_task(
+                    TASK_NAME,
+                    args=(job_id, {"job_id": job_id}),
+                    connection=connection,
+                    retry=False,
+                    ignore_result=True,
+                    **options,
+                )
+        except broker_errors():
+            self._store.rescue_soon(document)
+            raise
 
     def release_dead_siblings(self) -> list[str]:
         """Lets go of the jobs of this node's dead processes: killed (try again), or over the hard limit (failed)."""
