@@ -297,6 +297,9 @@ DEFAULT_SIZE = (1024, 1024)
 class OfflineProvider:
     """Answers where no provider is set: shows the whole path, and signs what it makes."""
 
+    async def ready(self, patience_s: float) -> None:
+        return None
+
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
         asked = [message.get("content") for message in request["messages"] if message.get("role") == "user"]
         subject = textwrap.shorten(str(asked[-1] if asked else "nothing")[:1000], 160, placeholder=" …")

@@ -1708,15 +1708,20 @@ def test_halves_of_a_character_come_together(parts: list[str], whole: str) -> No
 
 async def refused(breaker: worker.Breaker) -> None:
     with pytest.raises(RetryJob):
-        async with breaker():
+        with breaker.watch():
             raise RetryJob
 
 
+async def succeeded(breaker: worker.Breaker) -> None:
+    with breaker.watch():
+        pass
+
+
 async def is_open(breaker: worker.Breaker) -> bool:
-    """Whether a call goes through soon."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.3), breaker():
-            return True
+    """Whether a job may try, and soon."""
+    with contextlib.suppress(RetryJob):
+        await breaker.wait(0.3)
+        return True
     return False
 
 
@@ -1743,6 +1748,7 @@ def test_a_success_in_between_starts_the_count_anew(monkeypatch: pytest.MonkeyPa
         for _ in range(3):
             await refused(breaker)
             assert await is_open(breaker)
+            await succeeded(breaker)
         return True
 
     assert asyncio.run(fail_in_turns())
@@ -1755,10 +1761,39 @@ def test_a_pause_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     async def wait() -> float:
         breaker, begun = worker.Breaker(), time.monotonic()
         await refused(breaker)
-        async with breaker():
-            return time.monotonic() - begun
+        await breaker.wait(5)
+        return time.monotonic() - begun
 
     assert asyncio.run(wait()) >= 0.2
+
+
+def test_after_a_pause_one_job_tries_and_its_success_lets_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "FAILURES_BEFORE_PAUSE", 1)
+
+    async def try_in_turn() -> list[bool]:
+        breaker = worker.Breaker()
+        await refused(breaker)
+        await breaker.wait(5)
+        others_before = await is_open(breaker)
+        await succeeded(breaker)
+        return [others_before, await is_open(breaker)]
+
+    assert asyncio.run(try_in_turn()) == [False, True]
+
+
+def test_a_job_that_waited_in_vain_for_the_provider_comes_back_uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "FAILURES_BEFORE_PAUSE", 1)
+
+    async def wait_in_vain() -> None:
+        breaker = worker.Breaker()
+        await refused(breaker)
+        await breaker.wait(0.1)
+
+    with pytest.raises(RetryJob) as caught:
+        asyncio.run(wait_in_vain())
+    assert not caught.value.is_counted
+    assert caught.value.after_s is not None
+    assert 0 < caught.value.after_s <= 1
 
 
 def test_each_type_has_its_own_server_and_those_alike_share_one() -> None:
@@ -3065,6 +3100,7 @@ def test_the_place_of_an_error_is_file_and_line() -> None:
     ("as the provider asks", some_job(attempt=3), RetryJob(after_s=7), 7, 7),
     ("at once, if it says so", some_job(attempt=1), RetryJob(after_s=0), 0, 0),
     ("no longer than the cap", some_job(attempt=1), RetryJob(after_s=3600), 120, 120),
+    ("uncounted, whatever the tries", some_job(attempt=4), RetryJob(after_s=7, is_counted=False), 7, 7),
 )
 def test_a_retry_gets_its_wait(
     light_runtime: Runtime, job: Job, error: RetryJob, least_s: float, most_s: float
@@ -3494,19 +3530,24 @@ def test_an_address_that_leads_elsewhere_is_not_public(address: str) -> None:
     assert worker.is_public(ipaddress.ip_address("2606:4700::1111"))
 
 
-def test_the_breaker_counts_failures_that_overlap() -> None:
+@table(
+    "failures, pause_s",
+    ("too few", worker.FAILURES_BEFORE_PAUSE - 1, 0.0),
+    ("enough", worker.FAILURES_BEFORE_PAUSE, 1.0),
+    ("many of one outage", 20 * worker.FAILURES_BEFORE_PAUSE, 1.0),
+)
+def test_failures_that_overlap_make_one_pause(failures: int, pause_s: float) -> None:
     async def fail(breaker: worker.Breaker) -> None:
-        with contextlib.suppress(RetryJob):
-            async with breaker():
-                await asyncio.sleep(0)
-                raise RetryJob()
+        with contextlib.suppress(RetryJob), breaker.watch():
+            await asyncio.sleep(0)
+            raise RetryJob()
 
     async def fail_together() -> float:
         breaker = worker.Breaker()
-        await asyncio.gather(*(fail(breaker) for _ in range(worker.FAILURES_BEFORE_PAUSE)))
-        return breaker._resume_at
+        await asyncio.gather(*(fail(breaker) for _ in range(failures)))
+        return max(0.0, breaker._resume_at - time.monotonic())
 
-    assert asyncio.run(fail_together()) > time.monotonic()
+    assert asyncio.run(fail_together()) == pytest.approx(pause_s, abs=0.5)
 
 
 # ── README ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -172,9 +172,11 @@ class RetryJob(JobError):
 
     default_sentence = "The provider is busy"
 
-    def __init__(self, detail: str = "", sentence: str = "", after_s: float | None = None) -> None:
+    def __init__(
+        self, detail: str = "", sentence: str = "", after_s: float | None = None, *, is_counted: bool = True
+    ) -> None:
         super().__init__(detail, sentence)
-        self.after_s = after_s
+        self.after_s, self.is_counted = after_s, is_counted
 
 
 class FailJob(JobError):
@@ -1455,7 +1457,8 @@ RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 REFUSED_KEY_STATUSES = frozenset({401, 403})
 
 
-FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S = 3, 30.0
+FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S, POLL_PROVIDER_S = 3, 30.0, 0.5
+UNREACHABLE = "The provider can't be reached"
 
 
 MODEL_OFFLINE = "offline-stand-in"
@@ -1471,6 +1474,9 @@ class TextAnswer:
 
 class Provider(Protocol):
     """Makes text, pictures and speech. Requests are the OpenAI API's. Each method raises RetryJob or FailJob."""
+
+    async def ready(self, patience_s: float) -> None:
+        """Waits for a provider that is away, so long at most. Raises RetryJob: it is still away."""
 
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer: ...
 
@@ -1520,7 +1526,7 @@ def provider_errors() -> Iterator[None]:
     except (openai.APIError, httpx2.HTTPError, OSError) as error:
         if isinstance(error.__cause__, JobError):  # from our own cap, inside the SDK's request
             raise error.__cause__ from None
-        raise RetryJob(type(error.__cause__ or error).__name__, "The provider can't be reached") from None
+        raise RetryJob(type(error.__cause__ or error).__name__, UNREACHABLE) from None
     except (openai.OpenAIError, httpx2.InvalidURL, AttributeError, TypeError, LookupError, ValueError) as error:
         raise FailJob(type(error).__name__, UNUSABLE) from None
 
@@ -1559,27 +1565,47 @@ def capped_client(most_bytes: int) -> httpx2.AsyncClient:
 
 
 class Breaker:
-    """After some failures in a row, waits before the next call instead of burning every job's tries on it."""
+    """After some failures in a row only one job at a time tries whether the provider is back; the others wait."""
 
     def __init__(self) -> None:
         self._failures = 0
+        self._paused_at = 0.0
         self._resume_at = 0.0
 
-    @contextlib.asynccontextmanager
-    async def __call__(self) -> AsyncIterator[None]:
-        await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
+    async def wait(self, patience_s: float) -> None:
+        """Waits while the provider is away.
+
+        Raises:
+            RetryJob: that took too long; it doesn't count as a try.
+        """
+        give_up_at = time.monotonic() + patience_s
+        while (pause_s := self._resume_at - time.monotonic()) > 0:
+            if time.monotonic() >= give_up_at:
+                raise RetryJob("the provider is away", UNREACHABLE, pause_s, is_counted=False)
+            await asyncio.sleep(min(pause_s, patience_s, POLL_PROVIDER_S))
+        self._pause()  # the others wait for what comes of this job's try
+
+    def _pause(self) -> None:
+        if self._failures >= FAILURES_BEFORE_PAUSE:
+            self._paused_at = time.monotonic()
+            pause_s = 2.0 ** min(10, self._failures - FAILURES_BEFORE_PAUSE)
+            self._resume_at = self._paused_at + min(LONGEST_PAUSE_S, pause_s)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Learns from how a call ends. Those that began before the pause tell nothing new by their failure."""
+        began_at = time.monotonic()
         try:
             yield
         except RetryJob:
-            self._failures += 1
-            if self._failures >= FAILURES_BEFORE_PAUSE:
-                pause_s = 2.0 ** min(10, self._failures - FAILURES_BEFORE_PAUSE)
-                self._resume_at = time.monotonic() + min(LONGEST_PAUSE_S, pause_s)
+            if began_at >= self._paused_at:
+                self._failures += 1
+                self._pause()
             raise
         except FailJob:  # it was reached
-            self._failures = 0
+            self._failures, self._resume_at = 0, 0.0
             raise
-        self._failures = 0
+        self._failures, self._resume_at = 0, 0.0
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -1624,9 +1650,11 @@ class OpenAIProvider:
     @contextlib.asynccontextmanager
     async def call(self) -> AsyncIterator[AsyncOpenAI]:
         """The SDK's client, for calls that the methods here don't make; errors are translated."""
-        async with self._breaker():
-            with provider_errors():
-                yield self.client
+        with self._breaker.watch(), provider_errors():
+            yield self.client
+
+    async def ready(self, patience_s: float) -> None:
+        await self._breaker.wait(patience_s)
 
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
         from openai import AsyncStream
@@ -2718,7 +2746,9 @@ async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
         handler = find_handler(job.job_type)
         checked = check_input(handler, job.input_data)
         provider, defaults = runtime.providers.get(handler.provider), settings.provider(handler.provider)
-        async with asyncio.timeout(attempt.time_left_s()) as deadline:
+        ends_at = loop.time() + attempt.time_left_s()
+        await provider.ready(attempt.time_left_s() / 4)  # most of the limit is left for the answer
+        async with asyncio.timeout_at(ends_at) as deadline:
             result = await handler.run(Call(job, checked, settings, provider, defaults, progress))
         with contextlib.suppress(asyncio.CancelledError):  # the result is there: settle finds out whose the job is
             await progress.finish()
@@ -2797,12 +2827,14 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     if not isinstance(outcome, RetryJob):
         return outcome
     settings = runtime.settings
-    if job.attempt < settings.most_attempts:
-        delay_s = settings.retry_delays[job.attempt - 1] * random.uniform(0.5, 1.0)
-        wait_s = delay_s if outcome.after_s is None else min(outcome.after_s, settings.retry_after_max)
+    if job.attempt < settings.most_attempts or not outcome.is_counted:
+        if outcome.after_s is None:
+            wait_s = settings.retry_delays[job.attempt - 1] * random.uniform(0.5, 1.0)
+        else:
+            wait_s = min(outcome.after_s, settings.retry_after_max)
         ends_at = job.first_started_at + timedelta(seconds=max(settings.job_deadline, job.limits.hard_s))
         if runtime.store.now() + timedelta(seconds=wait_s) < ends_at:
-            return RetryJob(outcome.detail, outcome.sentence, wait_s)
+            return RetryJob(outcome.detail, outcome.sentence, wait_s, is_counted=outcome.is_counted)
     tries = f"{job.attempt} tries" if job.attempt > 1 else "one try"
     return FailJob(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
 
@@ -2836,7 +2868,8 @@ def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
                 discard(runtime, job)
                 return write_outcome(runtime, job, error)
         case RetryJob():
-            done = store.release(job, now + timedelta(seconds=outcome.after_s or 0), counted=True)
+            available_at = now + timedelta(seconds=outcome.after_s or 0)
+            done = store.release(job, available_at, counted=outcome.is_counted)
         case HandBack():
             done = store.release(job, now, counted=False)
         case FailJob():
@@ -2904,7 +2937,8 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
         case RetryJob():
             wait_s = outcome.after_s or 0.0
             logger.warning("%s tried again in %.1f s: %s", job, wait_s, outcome.detail)
-            next_try = f"trying again in {math.ceil(wait_s)} s ({job.attempt + 1} of {runtime.settings.most_attempts})"
+            number = job.attempt + outcome.is_counted
+            next_try = f"trying again in {math.ceil(wait_s)} s ({number} of {runtime.settings.most_attempts})"
             announce_job(runtime, job, Status.PROCESSING, f"{outcome.sentence}; {next_try}.")
             raise put_back(task, job.id, wait_s)
         case HandBack():
