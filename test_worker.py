@@ -949,14 +949,28 @@ def test_a_pending_job_whose_bookkeeping_is_no_sub_document_is_claimed_or_fails(
         assert isinstance(runtime.store.claim(insert(runtime, worker=bookkeeping), "owner-1", LIMITS), Job)
 
 
-@table(
-    "bookkeeping", ("null, as in an older document", None), ("of another program", "text"), ("a list", [{"owner": "x"}])
+spoilt_bookkeeping = table(
+    "bookkeeping",
+    ("null, as in an older document", None),
+    ("of another program", "text"),
+    ("a list", ["text"]),
+    ("a list of sub-documents", [{"owner": "x"}]),
 )
-def test_a_job_can_be_stopped_whatever_its_bookkeeping_is(runtime: Runtime, bookkeeping: object) -> None:
-    for status in ("pending", "processing"):
-        failed = runtime.store.fail_active(insert(runtime, status=status, worker=bookkeeping), "Stopped.")
-        assert failed is not None
-        assert (failed["status"], set(failed["worker"])) == ("failed", {"unnotified"})
+
+
+@spoilt_bookkeeping
+@pytest.mark.parametrize("status", ["pending", "processing"])
+def test_a_job_can_be_stopped_whatever_its_bookkeeping_is(runtime: Runtime, bookkeeping: object, status: str) -> None:
+    failed = runtime.store.fail_active(insert(runtime, status=status, worker=bookkeeping), "Stopped.")
+    assert failed is not None
+    assert (failed["status"], set(failed["worker"])) == ("failed", {"unnotified"})
+
+
+@spoilt_bookkeeping
+def test_a_pending_job_can_be_failed_whatever_its_bookkeeping_is(runtime: Runtime, bookkeeping: object) -> None:
+    job_id = insert(runtime, worker=bookkeeping)
+    assert runtime.store.fail_unowned(job_id, "Damaged.")
+    assert read(runtime, job_id)["status"] == "failed"
 
 
 def test_the_indexes_are_made_and_made_again_without_harm(runtime: Runtime) -> None:

@@ -908,11 +908,8 @@ class JobStore:
 
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> bool:
         """Ends a job that nobody runs: pending, or released. False: it was not so, and nothing was written."""
-        unowned: Document = {"_id": job_id, "worker.owner": None}
-        unowned["$or"] = [
-            {"status": Status.PENDING},
-            {"status": Status.PROCESSING, "worker.available_at": {"$ne": None}},
-        ]
+        released = {"status": Status.PROCESSING, "worker.owner": None, "worker.available_at": {"$ne": None}}
+        unowned = {"_id": job_id, "$or": [{"status": Status.PENDING}, released]}
         update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
         return self._mending(job_id, lambda: self._jobs.update_one(unowned, update).matched_count == 1)
 
