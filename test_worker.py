@@ -769,6 +769,14 @@ def test_a_renewal_moves_the_lease_and_not_updated_at(runtime: Runtime) -> None:
     assert after["updated_at"] == before["updated_at"]
 
 
+def test_a_renewal_that_comes_late_does_not_shorten_the_lease(runtime: Runtime) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(-3600))
+    before = read(runtime, job.id)
+    runtime.store.renew_leases([job])
+    assert read(runtime, job.id) == before
+
+
 @table(
     "fields",
     ("another attempt's lease", {"worker__owner": "owner-2"}),

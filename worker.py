@@ -950,7 +950,8 @@ class JobStore:
             "worker.owner": {"$in": [job.owner for job in jobs]},
         }
         with unknown_when_unreachable():
-            self._jobs.update_many(held, {"$set": {"worker.lease_until": until}})
+            # A renewal that a frozen MongoDB does late, after a younger one, must not shorten the lease.
+            self._jobs.update_many(held, {"$max": {"worker.lease_until": until}})
 
     def find_lost(self, jobs: Sequence[Job]) -> list[Job]:
         """Those of these jobs that were cancelled or taken: no longer processing, or with another owner."""
