@@ -717,6 +717,19 @@ def test_an_end_whose_reply_was_lost_is_recognised_as_our_own(
     assert read(runtime, job.id) == before
 
 
+def test_a_release_whose_reply_was_lost_is_recognised_as_our_own(runtime: Runtime) -> None:
+    job = claim(runtime)
+    assert end_by_release(runtime, job)
+    assert end_by_release(runtime, job)
+
+
+def test_a_release_whose_reply_was_lost_is_none_once_the_job_was_cancelled(runtime: Runtime) -> None:
+    job = claim(runtime)
+    assert end_by_release(runtime, job)
+    change(runtime, job.id, status="failed")
+    assert not end_by_release(runtime, job)
+
+
 @table("status, attempt", ("a try that counts", True, 1), ("a hand-back doesn't count", False, 0))
 def test_release_lets_go_of_the_job(runtime: Runtime, status: bool, attempt: int) -> None:
     job, due = claim(runtime), ago(-20).replace(microsecond=0)

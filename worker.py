@@ -891,12 +891,15 @@ class JobStore:
         return self._end(job, Status.FAILED, error_message=sentence)
 
     def release(self, job: Job, available_at: datetime, *, counted: bool) -> bool:
-        """Lets go of the job until `available_at`. False: it is no longer ours, and nothing was written."""
+        """Lets go of the job until `available_at`. False: it is no longer ours, and nothing is written.
+
+        So it is, too, where the reply to an earlier try was lost and the job was taken or ended since.
+        """
         update: Document = {"$set": {**self._released(available_at, RESCUE_FIRST_S), "worker.released_by": job.owner}}
         if not counted:
             update["$inc"] = {"worker.attempt": -1}
         with unknown_when_unreachable():
-            mine_already = {"_id": job.id, "worker.owner": None, "worker.released_by": job.owner}
+            mine_already = {**self._fence(job), "worker.owner": None, "worker.released_by": job.owner}
             released = self._jobs.update_one(self._fence(job), update).matched_count == 1
             return released or self._jobs.find_one(mine_already, {"_id": 1}) is not None
 
