@@ -2358,6 +2358,7 @@ class Keeper:
         self._store_log = SeldomLog("MongoDB can't be reached")
         self._is_prepared = False
         self._renew_at = 0.0
+        self._answered_at = time.monotonic()
         self._sweep_at = time.monotonic() + settings.lease_seconds  # rest one lease: its owners may be about to renew
 
     def start(self) -> None:
@@ -2417,15 +2418,18 @@ class Keeper:
             self._prepare_store()
             if time.monotonic() >= self._sweep_at and not self._shutdown.is_announced:
                 self._sweep()
+        self._answered_at = time.monotonic()
         self._store_log.fine()
 
     def _renew(self, attempts: list[Attempt]) -> None:
-        if time.monotonic() < self._renew_at:
+        if time.monotonic() < min(self._renew_at, self._sweep_at):
             return
         at, primary_before = time.monotonic(), self._store.primary
         self._store.synchronise_clock()
-        if primary_before != self._store.primary:  # owners that it cut off may be about to renew
-            self._sweep_at = max(self._sweep_at, at + self._settings.lease_seconds)
+        silent_s = time.monotonic() - self._answered_at  # MongoDB hung, or this process was frozen
+        if primary_before != self._store.primary or silent_s > max(self._settings.lease_seconds / 2, 2 * TICK_S):
+            # Owners whose leases ran out meanwhile may be about to renew.
+            self._sweep_at = max(self._sweep_at, time.monotonic() + self._settings.lease_seconds)
         kept = [attempt for attempt in attempts if attempt.may_renew()]
         if kept:
             self._store.renew_leases([attempt.job for attempt in kept])
