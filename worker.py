@@ -1326,20 +1326,24 @@ class GridFSArtifacts(Artifacts):
     def __init__(self, database: Database[Document], base_url: str) -> None:
         super().__init__(base_url)
         self._bucket = gridfs.GridFS(database, collection="artifacts")
-        self._index = database["artifacts.files"]
+        self._index, self._chunks = database["artifacts.files"], database["artifacts.chunks"]
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         with unknown_when_unreachable():
             try:
                 self._bucket.put(data, _id=name, filename=name, metadata={"contentType": content_type})
-            except gridfs.errors.FileExists:  # an earlier try at this put, perhaps only half of it
+            except gridfs.errors.FileExists:  # an earlier try at this put
+                if self._index.find_one({"_id": name}, {"_id": 1}):  # written last, so all of it
+                    return None  # not deleted, to be put again: the document may name it already
                 self._bucket.delete(name)
                 self._bucket.put(data, _id=name, filename=name, metadata={"contentType": content_type})
         return None
 
     def names(self, prefix: str = "") -> Iterator[str]:
+        """By their chunks, since of a file whose process died in mid-put or mid-delete nothing else may be there."""
+        ours = {"$match": {"files_id": {"$regex": f"^{re.escape(prefix)}"}}}
         with unknown_when_unreachable():
-            for file in self._index.find({"_id": {"$regex": f"^{re.escape(prefix)}"}}, {"_id": 1}):
+            for file in self._chunks.aggregate([ours, {"$sort": {"files_id": 1}}, {"$group": {"_id": "$files_id"}}]):
                 yield file["_id"]
 
     def delete(self, name: str) -> None:
