@@ -1736,10 +1736,12 @@ def test_neither_key_nor_prompt_nor_the_providers_words_reach_an_error(
     ("whole characters", ["Да", "!"], "Да!"),
     ("a character cut in two", ["a\ud83d", "\ude00b"], "a😀b"),
     ("half a character alone", ["a\ud83d", "b"], "a\ufffdb"),
-    ("nothing", [], ""),
 )
 def test_halves_of_a_character_come_together(parts: list[str], whole: str) -> None:
-    assert worker.whole_text(parts) == whole
+    completion = worker.Completion("model")
+    for part in parts:
+        completion.add({"choices": [{"delta": {"content": part}, "finish_reason": "stop"}]})
+    assert completion.whole().text == whole
 
 
 async def refused(breaker: worker.Breaker) -> None:

@@ -1467,6 +1467,9 @@ UNREACHABLE = "The provider can't be reached"
 
 
 MODEL_OFFLINE = "offline-stand-in"
+TOO_LARGE = "The provider's answer is too large."
+LONGEST_MODEL_NAME, MOST_TOKENS = 200, 2**31
+MOST_TEXT_CHARACTERS = 4_000_000  # at up to four bytes each a document can hold them
 UNUSABLE = "The provider's answer could not be used."
 
 
@@ -1509,6 +1512,9 @@ def status_error(status: int, detail: str, headers: Mapping[str, str]) -> JobErr
     return FailJob(detail, "The provider refused this request. Change the input and try again.")
 
 
+WRONG_SHAPE_ERRORS = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
+
+
 @contextlib.contextmanager
 def provider_errors() -> Iterator[None]:
     """Turns whatever a provider or its SDK can raise into RetryJob or FailJob.
@@ -1532,7 +1538,7 @@ def provider_errors() -> Iterator[None]:
         if isinstance(error.__cause__, JobError):  # from our own cap, inside the SDK's request
             raise error.__cause__ from None
         raise RetryJob(type(error.__cause__ or error).__name__, UNREACHABLE) from None
-    except (openai.OpenAIError, httpx2.InvalidURL, AttributeError, TypeError, LookupError, ValueError) as error:
+    except (openai.OpenAIError, httpx2.InvalidURL, *WRONG_SHAPE_ERRORS) as error:
         raise FailJob(type(error).__name__, UNUSABLE) from None
 
 
@@ -1549,7 +1555,7 @@ def capped_client(most_bytes: int) -> httpx2.AsyncClient:
             async for chunk in self._stream:
                 count += len(chunk)
                 if count > most_bytes:
-                    raise FailJob(f"an answer of over {most_bytes} bytes", "The provider's answer is too large.")
+                    raise FailJob(f"an answer of over {most_bytes} bytes", TOO_LARGE)
                 yield chunk
 
         async def aclose(self) -> None:
@@ -1634,9 +1640,48 @@ async def public_address(host: str, port: int) -> str:
     return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
 
 
-def whole_text(parts: Sequence[str]) -> str:
-    """The pieces joined; halves of a character that a server cut between two pieces come together again."""
-    return "".join(parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+class Completion:
+    """A text answer as it comes in. Nothing makes a server keep to the types that the interface names."""
+
+    def __init__(self, model: str) -> None:
+        self._model, self._tokens = model, 0
+        self._parts: list[str] = []
+        self._length = 0
+        self._has_begun, self._finish_reason = False, None
+
+    def add(self, chunk: Document) -> str:
+        """Takes one event; returns its piece of the text. Raises FailJob, or TypeError and the like on wrong shapes."""
+        self._has_begun, piece = True, ""
+        model, tokens = chunk.get("model"), (chunk.get("usage") or {}).get("total_tokens")
+        if isinstance(model, str) and 0 < len(model) <= LONGEST_MODEL_NAME and model.isprintable():
+            self._model = model
+        if isinstance(tokens, int) and 0 < tokens < MOST_TOKENS:
+            self._tokens = tokens
+        for choice in chunk["choices"][:1]:
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+            piece = (choice.get("delta") or {}).get("content") or ""
+        self._length += len(piece)
+        if not isinstance(piece, str):
+            raise TypeError("a piece of text that is none")
+        if self._length > MOST_TEXT_CHARACTERS:
+            raise FailJob(f"a text of over {MOST_TEXT_CHARACTERS} characters", TOO_LARGE)
+        if piece:
+            self._parts.append(piece)
+        return piece
+
+    def whole(self) -> TextAnswer:
+        """The answer, if it came to its end. Raises RetryJob: half of it; FailJob: nothing usable."""
+        if not self._has_begun:
+            raise FailJob("an answer without any chunk", UNUSABLE)
+        if self._finish_reason is None:
+            raise RetryJob("the stream ended without a finish_reason: half a text", "The provider broke off")
+        if self._finish_reason == "content_filter":
+            raise FailJob("finish_reason content_filter", "The provider's content rules forbid this text.")
+        if not self._parts:
+            raise FailJob("an empty text", "The provider returned an empty text.")
+        # Halves of a character that a server cut between two pieces come together again.
+        text = "".join(self._parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return TextAnswer(text, self._model, self._tokens or len(self._parts))
 
 
 class OpenAIProvider:
@@ -1664,34 +1709,16 @@ class OpenAIProvider:
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
         from openai import AsyncStream
 
-        parts: list[str] = []
-        model, tokens, finish_reason, chunk = request["model"], 0, None, None
+        completion = Completion(request["model"])
+        body = {**request, "stream": True, "stream_options": {"include_usage": True}}
         async with self.call() as client:
-            body = {**request, "stream": True, "stream_options": {"include_usage": True}}
             # As plain dicts: the SDK's objects, one for each chunk, cost a quarter of a job's time.
             path, kind = "/chat/completions", AsyncStream[Document]
             async with await client.post(path, cast_to=dict, body=body, stream=True, stream_cls=kind) as stream:
                 async for chunk in stream:  # leaving the stream closes the connection, which stops the generation
-                    model = str(chunk.get("model") or model)
-                    tokens = (chunk.get("usage") or {}).get("total_tokens") or tokens
-                    for choice in chunk["choices"][:1]:
-                        finish_reason = choice.get("finish_reason") or finish_reason
-                        if delta := (choice.get("delta") or {}).get("content"):
-                            parts.append(delta)
-                            on_delta(delta)
-            self._check_end(chunk, finish_reason, parts)
-        return TextAnswer(whole_text(parts), model, tokens or len(parts))
-
-    @staticmethod
-    def _check_end(last_chunk: object, finish_reason: str | None, parts: list[str]) -> None:
-        if last_chunk is None:
-            raise FailJob("an answer without any chunk", UNUSABLE)
-        if finish_reason is None:
-            raise RetryJob("the stream ended without a finish_reason: half a text", "The provider broke off")
-        if finish_reason == "content_filter":
-            raise FailJob("finish_reason content_filter", "The provider's content rules forbid this text.")
-        if not parts:
-            raise FailJob("an empty text", "The provider returned an empty text.")
+                    if piece := completion.add(chunk):
+                        on_delta(piece)
+            return completion.whole()
 
     async def image(self, request: Document) -> tuple[bytes, str]:
         async with self.call() as client:
@@ -1752,8 +1779,8 @@ class Providers:
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MOST_PROMPT_CHARACTERS = 100_000
-MOST_PICTURE_PIXELS = 50_000_000
 LONGEST_PICTURE_SIDE = 4096
+MOST_PICTURE_PIXELS = LONGEST_PICTURE_SIDE**2
 PICTURE_SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 GPT_IMAGE_SIZES = ("1024x1024", "1536x1024", "1024x1536")
 SOUND_MAGIC = {b"RIFF": "wav", b"OggS": "opus", b"fLaC": "flac", b"ID3": "mp3", b"\xff": "mp3"}
