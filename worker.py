@@ -2664,7 +2664,9 @@ def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Answer]
     log = SeldomLog(f"job={job_id} waits for MongoDB")
     while True:
         try:
-            return action()
+            # A call that hangs must not reach the hard limit, which would kill the process and lose the message.
+            with pymongo.timeout(min(MONGODB_TIMEOUT_MS / 1000, max(POLL_STORE_S, give_up_at - time.monotonic()))):
+                return action()
         except StoreUnavailable as error:
             log.fault(error)
         if SHUTDOWN.is_announced:
