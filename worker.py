@@ -2595,6 +2595,16 @@ class Runtime:
     def providers(self) -> Providers:
         return Providers(self.settings)
 
+    # One for all jobs of the process: an outage is one fault, however many meet it.
+
+    @cached_property
+    def waiting_log(self) -> SeldomLog:
+        return SeldomLog("jobs wait for MongoDB")
+
+    @cached_property
+    def unwritten_log(self) -> SeldomLog:
+        return SeldomLog("what jobs came to can't be written down yet")
+
     @cached_property
     def loop(self) -> EventLoopThread:
         return EventLoopThread()
@@ -2661,14 +2671,16 @@ def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Answer]
         Retry: it took too long, the message comes again; Reject: the worker is shutting down.
     """
     give_up_at = time.monotonic() + min(STORE_PATIENCE_S, message_limits(task).soft_s / 2)
-    log = SeldomLog(f"job={job_id} waits for MongoDB")
+    log = task.runtime.waiting_log
     while True:
         try:
             # A call that hangs must not reach the hard limit, which would kill the process and lose the message.
             with pymongo.timeout(min(MONGODB_TIMEOUT_MS / 1000, max(POLL_STORE_S, give_up_at - time.monotonic()))):
-                return action()
+                answer = action()
+            log.fine()
+            return answer
         except StoreUnavailable as error:
-            log.fault(error)
+            log.fault(f"job={job_id} {error}")
         if SHUTDOWN.is_announced:
             raise Reject("shutting down", requeue=True)
         if time.monotonic() > give_up_at:
@@ -2922,15 +2934,17 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
 
     A result that can't be written is then kept in Redis.
     """
-    log = SeldomLog(f"{attempt.job} can't be written down yet")
+    log = runtime.unwritten_log
     give_up_at = attempt.started_at + max(attempt.job.limits.hard_s - LIMIT_MARGIN_S, attempt.job.limits.soft_s)
     while True:
         try:
             # A hung MongoDB must neither outlast the hard limit nor the grace of a shutdown.
             with pymongo.timeout(max(POLL_STORE_S, min(SETTLE_TRY_S, give_up_at - time.monotonic()))):
-                return write_outcome(runtime, attempt.job, outcome)
+                written = write_outcome(runtime, attempt.job, outcome)
+            log.fine()
+            return written
         except StoreUnavailable as error:
-            log.fault(error)
+            log.fault(f"{attempt.job} {error}")
         if signals_arrived or SHUTDOWN.is_due or time.monotonic() + POLL_STORE_S >= give_up_at:
             break
         time.sleep(POLL_STORE_S)
