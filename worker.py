@@ -2972,6 +2972,17 @@ def clean_up(runtime: Runtime, job: Job) -> None:
             runtime.artifacts.discard_others(job)
 
 
+def tell_again(runtime: Runtime, job: Job) -> None:
+    """After an attempt that slept: another may have ended the job before this one said that it has started.
+
+    A cancel by the API, which is told by nobody, writes no `completed_at`.
+    """
+    with contextlib.suppress(StoreUnavailable):
+        document = runtime.store.read(job.id) or {}
+        if document.get("status") in TERMINAL_STATUSES and document.get("completed_at"):
+            announce(runtime, document, Status(document["status"]), final_sentence(document))
+
+
 def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
     """Tells the person and Celery what the document says now.
 
@@ -3005,6 +3016,7 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             logger.warning("%s left after %.1f s: %s", job, took_s, outcome)
             if not isinstance(outcome, LeaveJob):
                 discard(runtime, job)
+                tell_again(runtime, job)
             raise Ignore()
 
 
