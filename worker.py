@@ -131,6 +131,7 @@ class Job:
     attempt: int
     limits: Limits
     first_started_at: datetime
+    leased_at: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
     def __str__(self) -> str:
         return f"job={self.id} attempt={self.attempt} type={self.job_type!r}"
@@ -870,6 +871,7 @@ class JobStore:
     def _job(self, document: Document) -> Job:
         worker = document["worker"]
         hard_s, soft_s = worker["limits"]
+        left_s = (worker["lease_until"].replace(tzinfo=UTC) - self.now()).total_seconds()
         return Job(
             id=document["_id"],
             job_type=str(document.get("job_type")),
@@ -880,6 +882,7 @@ class JobStore:
             attempt=worker["attempt"],
             limits=Limits(soft_s, hard_s),
             first_started_at=worker["first_started_at"].replace(tzinfo=UTC),
+            leased_at=time.monotonic() - (self._settings.lease_seconds - left_s),
         )
 
     def complete(self, job: Job, output: Document, artifact_url: str | None) -> bool:
@@ -2126,7 +2129,7 @@ class Attempt:
         self.job = job
         self.started_at = time.monotonic() if taken_at is None else taken_at  # when Celery's timer began
         self.lease_s = lease_s
-        self.renewed_at = time.monotonic()
+        self.renewed_at = job.leased_at
         self.reason: JobError | None = None
         self._stop: Callable[[], object] | None = None
         self._lock = threading.Lock()
@@ -2831,6 +2834,8 @@ def run(runtime: Runtime, attempt: Attempt) -> Outcome:
         SystemExit: this process was told to end without a shutdown (a revoke): the lease runs out.
     """
     job = attempt.job
+    if not attempt.is_lease_fresh():  # this process slept, or MongoDB's answer was long on its way
+        return HandBack("its lease ran out before it began")
     logger.info("%s started", job)
     again = f" (try {job.attempt} of {runtime.settings.most_attempts})" if job.attempt > 1 else ""
     announce_job(runtime, job, Status.PROCESSING, f"Your job has started{again}.")
