@@ -2340,6 +2340,8 @@ class Sweeper:
             if self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
                 lines += self._fail(document, TOOK_TOO_LONG)
             elif self._store.release_stale(document):
+                with contextlib.suppress(*broker_errors()):  # then the next rescue does it
+                    self._enqueue(document)  # another worker may have dropped Celery's own, while the lease was alive
                 lines.append(f"job={document['_id']} its process died: released")
         return lines
 
