@@ -504,7 +504,7 @@ def test_importing_the_worker_reads_no_settings_and_configures_nothing(tmp_path:
 )
 def test_libraries_stay_quiet_whatever_debug_says(fresh_settings: pytest.MonkeyPatch, debug: bool, level: int) -> None:
     fresh_settings.setenv("DEBUG", str(debug))
-    worker.quieten_libraries()
+    worker.quieten_libraries(logger=logging.getLogger("no handlers"))
     assert worker.logger.level == level
     assert logging.getLogger("pymongo").level == logging.getLogger("openai").level == logging.INFO
     assert logging.getLogger("httpx2").level == logging.WARNING

@@ -517,6 +517,7 @@ CHATTY_LOGGERS = [
 ]
 
 
+LONGEST_LINE = 1000
 CELERY_CONSUMER = "celery.worker.consumer.consumer"
 BROKER_LOGGERS = [
     *(CELERY_CONSUMER, "celery.worker.consumer.connection", "celery.worker.request"),
@@ -671,9 +672,20 @@ def without_bodies(record: logging.LogRecord) -> bool:
     return True
 
 
+def on_one_line(record: logging.LogRecord) -> bool:
+    """Escapes what a message or document brought along that could forge a line or steer a terminal; cuts it short."""
+    text = record.getMessage().strip()[:LONGEST_LINE]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    record.msg, record.args = text, None
+    return True
+
+
 @signals.after_setup_logger.connect
-def quieten_libraries(**_: Any) -> None:
+def quieten_libraries(**named: Any) -> None:
     """At DEBUG other libraries log bodies, arguments and URLs: no prompt or key may reach a log by them."""
+    for handler in named["logger"].handlers:
+        handler.addFilter(on_one_line)
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
     for name in URL_LOGGERS:
@@ -1005,8 +1017,9 @@ class JobStore:
             oldest = self._jobs.find({"status": Status.PENDING, **overdue}).sort("created_at", 1).limit(STALE_BATCH)
             if not (waiting := list(oldest)) or count_queued() == 0:
                 return waiting
+            started = {"started_at": {"$ne": None}, "created_at": {"$lte": now}}  # which leaves out what is no time
             youngest_started = [
-                self._jobs.find_one({"status": status, "started_at": {"$ne": None}}, sort=[("created_at", -1)])
+                self._jobs.find_one({"status": status, **started}, sort=[("created_at", -1)])
                 for status in (Status.PROCESSING, *TERMINAL_STATUSES)
             ]
         overtaken = max((document["created_at"] - minute for document in youngest_started if document), default=None)
@@ -2533,6 +2546,7 @@ PUT_BACK_S = 10.0
 POLL_STORE_S = 1.0
 SETTLE_TRY_S = 5.0
 MOMENT_S = 0.2
+LONGEST_TASK_ID = 200
 DAMAGED = "Your request reached us damaged. Please send it again."
 SHUTDOWN = ShutdownTime()  # made before the fork, so that children share it
 Outcome = Result | JobError
@@ -2633,6 +2647,11 @@ class JobRequest(Request):
         self.time_limits = (limits.hard_s, None)
 
 
+def is_plain(value: object) -> bool:
+    """Whether it can be a key of Redis and stand in a log line."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_TASK_ID
+
+
 class JobTask(Task):  # type: ignore[type-arg]
     abstract = True
     Request = JobRequest  # type: ignore[assignment]
@@ -2643,7 +2662,11 @@ class JobTask(Task):  # type: ignore[type-arg]
         take: Callable[..., Any] = super().start_strategy(app, consumer, **options)
 
         def check_and_take(message: Any, *rest: Any, **named: Any) -> Any:
-            body = message.payload
+            body, headers = message.payload, message.headers
+            stamps = headers.get("stamped_headers") or []
+            task_id = body.get("id") if isinstance(body, dict) else headers.get("id")
+            if not is_plain(task_id) or not isinstance(stamps, list) or not all(map(is_plain, stamps)):
+                raise InvalidTaskError("its id or its stamps are no text")
             parts = [body.get("args"), body.get("kwargs"), None] if isinstance(body, dict) else body
             if not isinstance(parts, list) or list(map(type, parts[:2])) != [list, dict] or len(parts) != 3:
                 raise InvalidTaskError("its body is not [args, kwargs, options]")
