@@ -60,6 +60,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Final, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import click
 import psutil
@@ -534,6 +535,127 @@ class RedisServer(Server):
         with suppress(RedisError), client:
             return bool(client.ping())
         return False
+
+
+# --- a network that fails -----------------------------------------------------------------------------------
+
+
+class Gateway:
+    """Forwards TCP to a server, and fails as a network does; a context manager.
+
+    `swallow` is a cable pulled out: nothing is closed or refused, and what was sent stays on its way until `pass_on`.
+    """
+
+    CHUNK_BYTES: ClassVar[int] = 65_536
+    BACKLOG: ClassVar[int] = 128
+
+    def __init__(self, url: str, host: str = LOOPBACK) -> None:
+        """Choose the server by its URL; nothing is started."""
+        self.host = host
+        self.port = free_port(host)
+        target = urlsplit(url)
+        assert target.hostname
+        assert target.port
+        self._target = (target.hostname, target.port)
+        self.url = url.replace(f"{target.hostname}:{target.port}", f"{host}:{self.port}", 1)
+        self._passing = threading.Event()
+        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._fillers: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._listener: socket.socket | None = None
+
+    def start(self) -> Gateway:
+        """Listen and pass on."""
+        self._listener = socket.create_server((self.host, self.port), backlog=self.BACKLOG)
+        self._passing.set()
+        threading.Thread(target=self._accept, args=(self._listener,), name="gateway", daemon=True).start()
+        return self
+
+    def close(self) -> None:
+        """Stop listening and cut all connections."""
+        if self._listener:
+            self.pass_on()
+            listener, self._listener = self._listener, None
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+            self.cut()
+
+    def __enter__(self) -> Gateway:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def swallow(self) -> None:
+        """Forward nothing, accept nobody, close nothing."""
+        assert self._listener
+        self._passing.clear()
+        self._listener.listen(0)
+        # A full backlog makes Linux drop what else wants to connect, as a dead network does.
+        for _ in range(3):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex((self.host, self.port))
+            self._fillers.append(filler)
+
+    def pass_on(self) -> None:
+        """Forward again, first of all what was held."""
+        assert self._listener
+        for filler in self._fillers:
+            filler.close()
+        self._fillers.clear()
+        self._listener.listen(self.BACKLOG)
+        self._passing.set()
+
+    def cut(self) -> int:
+        """Close all connections, and return how many there were; new ones are welcome."""
+        with self._lock:
+            pairs = list(self._pairs)
+        for pair in pairs:
+            self._hang_up(pair)
+        return len(pairs)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take connections until the listener is closed; one that was given up meanwhile is no reason to stop."""
+        while listener.fileno() >= 0:
+            with suppress(OSError):
+                client, _ = listener.accept()
+                self._passing.wait()
+                self._connect(client)
+
+    def _connect(self, client: socket.socket) -> None:
+        """Pair a client with a connection to the server; hang up where there is none, as the server would."""
+        try:
+            server = socket.create_connection(self._target, timeout=5)
+        except OSError:
+            client.close()
+            return
+        server.settimeout(None)
+        with self._lock:
+            self._pairs.add((client, server))
+        for source, target in ((client, server), (server, client)):
+            source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            arguments = (source, target, (client, server))
+            threading.Thread(target=self._pump, args=arguments, name="gateway-pump", daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
+        """Forward one direction until either side ends; an end is held back like data."""
+        with suppress(OSError):
+            while data := source.recv(self.CHUNK_BYTES):
+                self._passing.wait()
+                target.sendall(data)
+        self._passing.wait()
+        self._hang_up(pair)
+
+    def _hang_up(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        """Close both sides; a thread that waits for one of them ends."""
+        with self._lock:
+            self._pairs.discard(pair)
+        for side in pair:
+            with suppress(OSError):
+                side.shutdown(socket.SHUT_RDWR)
+            side.close()
 
 
 # --- what the prompt asks of the provider -------------------------------------------------------------------
