@@ -624,7 +624,8 @@ def test_the_job_of_a_killed_child_completes_by_a_second_attempt(site: Site) -> 
     assert site.goes_on()
     assert site.api.document(job)["worker"]["attempt"] == 2
     assert len(site.provider.calls_for("killed child")) == 2
-    assert site.api.notices(job) == ["processing", "processing", "completed"]
+    told = site.api.notices(job)  # Celery delivers the message again, and the sweep sends one: the later tells the end
+    assert (told[:3], set(told[3:]) - {"completed"}) == (["processing", "processing", "completed"], set())
 
 
 @pytest.mark.slow
