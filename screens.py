@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 import sys
 import urllib.parse
@@ -39,6 +40,7 @@ from worker import (
 
 CHECK_TIMEOUT_S = 5
 PLAIN_WIDTH = 140
+TRUST_ADVICE = "name the authority: tlsCAFile=… in MONGODB_URL, ssl_ca_certs=… in REDIS_URL, SSL_CERT_FILE for others"
 NOT_LISTED = "does not list it among its"
 
 
@@ -61,10 +63,21 @@ def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
     try:
         with pymongo.timeout(CHECK_TIMEOUT_S):
             return Finding(what, look())
-    except JobError as error:
-        return Finding(what, error.detail, advice, is_fault=True)
     except Exception as error:  # the edge of the command: any library's error is an answer here
+        if fault := certificate_fault(error):
+            return Finding(what, fault, TRUST_ADVICE, is_fault=True)
+        if isinstance(error, JobError):
+            return Finding(what, error.detail, advice, is_fault=True)
         return Finding(what, f"{type(error).__name__}{error_code(error)}", advice, is_fault=True)
+
+
+def certificate_fault(error: BaseException | None) -> str:
+    """Why a server's certificate was refused, which libraries bury under errors of their own; empty if it was not."""
+    while error is not None:
+        if found := re.search(r"certificate verify failed: ([\w ,'.:-]+)", str(error)):
+            return f"the certificate isn't trusted: {found[1].strip()}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def error_code(error: Exception) -> str:

@@ -16,6 +16,13 @@ brackets, since the prompt is the only thing that travels with a job::
     [notpicture] [truncated]     damaged pictures                 [shape list|null|text|broken]
     [bomb] [bomb 30000x30000]    small file, huge picture         [wav-streaming]        sizes 0xFFFFFFFF
     [url] [url http://...]       a picture by URL instead of base64
+    [gzip 1000]                  a gzip'ed body that unpacks to 1000 MB
+    [tiny 1000000]               that many events of a letter each (stream)
+    [line 30]                    an event of 30 MB in one line (stream)
+    [shape nan|deep|types|edges|utf8|error]  JSON of numbers that are none, 100,000 levels, every field of
+                                 a wrong type, model and usage of one, no UTF-8, an error with status 200
+    [type text/plain]            a wrong content type
+    [raw NAME]                   bytes that are no HTTP answer; the names are those in RAW_ANSWERS
 
 Directives combine. With `times=N` one is in force for the first N calls with this very prompt only. With a
 bare `[url]` the others say how the *file* behind the URL is served; the JSON that names it is faultless.
@@ -41,6 +48,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -55,8 +63,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Final, Literal, TypeVar
@@ -68,6 +77,11 @@ from aiohttp import web
 from bson import ObjectId
 from celery import Celery
 from celery.result import AsyncResult
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from PIL import Image
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
@@ -80,6 +94,8 @@ ServerType = TypeVar("ServerType", bound="Server")
 LOOPBACK: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 10.0
+AUTHORITY: Final = "testbed authority"
+PrivateKey = ec.EllipticCurvePrivateKey
 
 
 # --- waiting and ports --------------------------------------------------------------------------------------
@@ -330,6 +346,101 @@ def _executable(binary: Path, directory: Path) -> Path:
     return binary
 
 
+# --- TLS ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A server's certificate for this machine, made by an authority of its own; paths of PEM files."""
+
+    authority: Path
+    pair: Path
+
+    def context(self) -> ssl.SSLContext:
+        """Return what a server needs to speak TLS with it."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.pair)
+        return context
+
+
+def make_certificate(directory: Path) -> Certificate:
+    """Make an authority and a server's certificate for 127.0.0.1 and localhost, in two files of the directory."""
+    now = datetime.now(UTC)
+
+    def issue(name: str, key: PrivateKey, issuer: str, signer: PrivateKey, *extensions: x509.ExtensionType) -> bytes:
+        subject, by = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (name, issuer))
+        builder = x509.CertificateBuilder(by, subject, key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=2))
+        owner, signed_by = (x509.SubjectKeyIdentifier.from_public_key(one.public_key()) for one in (key, signer))
+        by_key = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signed_by)
+        for extension in (owner, by_key, *extensions):
+            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        return builder.sign(signer, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    authority_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    usage = x509.KeyUsage(*(True, False, False, False, False, True, True, False, False))
+    authority = issue(AUTHORITY, authority_key, AUTHORITY, authority_key, x509.BasicConstraints(True, None), usage)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ip_address(LOOPBACK)), x509.DNSName("localhost")])
+    server = issue("localhost", server_key, AUTHORITY, authority_key, names)
+    secret = server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    made = Certificate(directory / "authority.pem", directory / "server.pem")
+    made.authority.write_bytes(authority)
+    made.pair.write_bytes(server + secret)
+    return made
+
+
+class TlsProxy:
+    """Speaks TLS in front of a local server that can't, in a thread; a context manager."""
+
+    def __init__(self, target_port: int, certificate: Certificate, port: int = 0) -> None:
+        """Choose the server behind it; nothing is started."""
+        self.port = port or free_port()
+        self.handshakes = 0  # connections whose client trusted the certificate
+        self._target_port, self._certificate = target_port, certificate
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tls-proxy", daemon=True)
+
+    def __enter__(self) -> TlsProxy:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(START_TIMEOUT_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(STOP_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(STOP_TIMEOUT_S)
+        self._loop.close()
+
+    async def _start(self) -> None:
+        """Listen, in the proxy's thread."""
+        self._server = await asyncio.start_server(self._serve, LOOPBACK, self.port, ssl=self._certificate.context())
+
+    async def _stop(self) -> None:
+        """Close everything, in the proxy's thread."""
+        self._server.close()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry bytes both ways until one side ends."""
+        self.handshakes += 1
+        behind_reader, behind_writer = await asyncio.open_connection(LOOPBACK, self._target_port)
+        ways = [self._carry(reader, behind_writer), self._carry(behind_reader, writer)]
+        with suppress(asyncio.CancelledError, OSError):
+            await asyncio.gather(*ways)
+        for one in (writer, behind_writer):
+            one.close()
+
+    @staticmethod
+    async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionError("one side has ended")
+
+
 # --- MongoDB ------------------------------------------------------------------------------------------------
 
 DATABASE: Final = "ai_backend"
@@ -384,9 +495,11 @@ class MongoServer(Server):
         directory: Path | None = None,
         replica_set: bool = False,
         auth: bool = False,
+        certificate: Certificate | None = None,
     ) -> None:
-        """Choose what kind of server it will be; nothing is started."""
+        """Choose what kind of server it will be; nothing is started. With a certificate it speaks TLS only."""
         super().__init__(port, host, directory)
+        self.certificate = certificate
         self.replica_set = replica_set
         self.auth = auth
 
@@ -396,6 +509,7 @@ class MongoServer(Server):
         credentials = f"{DATABASE_USER}:{DATABASE_PASSWORD}@" if self.auth else ""
         options = [f"authSource={DATABASE}"] if self.auth else []
         options += [f"replicaSet={REPLICA_SET}"] if self.replica_set else []
+        options += ["tls=true", f"tlsCAFile={self.certificate.authority}"] if self.certificate else []
         return f"mongodb://{credentials}{self.address}/{DATABASE}{'?' if options else ''}{'&'.join(options)}"
 
     @property
@@ -416,6 +530,9 @@ class MongoServer(Server):
         command += ["--setParameter", "shutdownTimeoutMillisForSignaledShutdown=100"]
         command += ["--replSet", REPLICA_SET, "--oplogSize", "64"] if self.replica_set else []
         command += ["--auth"] if self.auth else []
+        if self.certificate:
+            command += ["--tlsMode", "requireTLS", "--tlsCertificateKeyFile", str(self.certificate.pair)]
+            command += ["--tlsCAFile", str(self.certificate.authority), "--tlsAllowConnectionsWithoutCertificates"]
         command += ["--keyFile", str(self._key_file())] if self.auth and self.replica_set else []
         return command
 
@@ -430,11 +547,13 @@ class MongoServer(Server):
     @contextmanager
     def _client(self, **options: Any) -> Iterator[MongoClient[dict[str, Any]]]:
         """Open a short-lived direct client, without credentials unless some are given."""
+        trust: dict[str, Any] = {"tls": True, "tlsCAFile": str(self.certificate.authority)} if self.certificate else {}
         client: MongoClient[dict[str, Any]] = MongoClient(
             f"mongodb://{self.address}/",
             directConnection=True,
             serverSelectionTimeoutMS=500,
             socketTimeoutMS=10_000,
+            **trust,
             **options,
         )
         with client:
@@ -662,9 +781,13 @@ class Gateway:
 
 FAULTS: Final = frozenset(
     {"status", "cut", "half", "html", "shape", "empty", "endless", "hang", "redirect", "filter"}
-    | {"notpicture", "truncated", "bomb"}
+    | {"notpicture", "truncated", "bomb", "gzip", "raw"}
 )
-DIRECTIVES: Final = FAULTS | {"delay", "tokens", "pace", "say", "big", "drip"} | {"url", "wav-streaming", "no-usage"}
+DIRECTIVES: Final = (
+    FAULTS
+    | {"delay", "tokens", "pace", "say", "big", "drip", "tiny", "line", "type"}
+    | {"url", "wav-streaming", "no-usage"}
+)
 _DIRECTIVE: Final = re.compile(r"\[([a-z-]+)(?:\s+([^\]]*))?\]")
 _OPTION: Final = re.compile(r"(?<!\S)(times|retry-after)=(\S+)")
 
@@ -938,6 +1061,10 @@ class Completion:
         words: Iterable[str] = self.words
         if "endless" in self.plan:
             words = itertools.cycle(self.words or [" more"])
+        if "tiny" in self.plan:
+            yield from tiny_events(int(self.plan.number("tiny", 1)))
+        if "line" in self.plan:
+            yield from _one_line(int(self.plan.number("line", 1)))
         yield self.chunk({"role": "assistant", "content": ""})
         for word in _padding(self.plan.without("endless")) or words:
             yield self.chunk({"content": word})
@@ -946,6 +1073,21 @@ class Completion:
             if include_usage and self.usage:
                 yield _event(self.envelope("chat.completion.chunk", [], usage=self.usage))
             yield b"data: [DONE]\n\n"
+
+
+def tiny_events(count: int) -> Iterator[bytes]:
+    """Yield this many of the smallest events that still hold a letter of text, many in a piece."""
+    event, at_once = b'data:{"choices":[{"delta":{"content":"x"}}]}\n\n', 1000
+    yield from itertools.repeat(event * at_once, count // at_once)
+    yield event * (count % at_once)
+
+
+def _one_line(megabytes: int) -> Iterator[bytes]:
+    """Yield an event whose text is this long, in pieces, and nothing that ends the line before."""
+    head, tail = json.dumps({"choices": [{"index": 0, "delta": {"content": _GAP}}]}).split(_GAP)
+    yield f"data: {head}".encode()
+    yield from itertools.repeat(PIECE.encode(), megabytes * _MEGABYTE // len(PIECE))
+    yield f"{tail}\n\n".encode()
 
 
 def chat_answer(body: Body, plan: Plan, _origin: str) -> Answer:
@@ -1017,18 +1159,73 @@ def speech_answer(body: Body, plan: Plan, _origin: str) -> Answer:
     return _bytes_answer(content_type, b"" if "empty" in plan else make(), plan)
 
 
+DEEP_LEVELS: Final = 100_000
+_WRONG_TYPES: Final[Body] = {
+    "choices": [{"index": "x", "delta": {"content": {"$gt": ""}, "role": 7}, "finish_reason": {"a": 1}}],
+    "data": [{"b64_json": {"$ne": 1}, "url": 7}],
+}
+_WRONG_EDGES: Final[Body] = {
+    "model": {"$set": {"status": "completed"}},
+    "usage": {"total_tokens": [1]},
+    "choices": [{"delta": {"content": "words"}, "finish_reason": "stop"}],
+}
+_NO_NUMBERS: Final[Body] = {
+    "choices": [{"index": math.nan, "delta": {"content": "words"}, "finish_reason": "stop"}],
+    "usage": {"total_tokens": math.nan, "prompt_tokens": -math.inf},
+    "created": math.inf,
+    "data": [{"b64_json": math.nan}],
+}
+SHAPES: Final[dict[str, Callable[[], str]]] = {
+    "": lambda: json.dumps({"unexpected": "shape"}),
+    "list": lambda: json.dumps([1, 2, 3]),
+    "null": lambda: json.dumps({"id": None, "choices": None, "data": None}),
+    "text": lambda: json.dumps("only a string"),
+    "broken": lambda: '{"choices": [{"mess',
+    "deep": lambda: "[" * DEEP_LEVELS + "]" * DEEP_LEVELS,
+    "types": lambda: json.dumps(_WRONG_TYPES),
+    "edges": lambda: json.dumps(_WRONG_EDGES),
+    "nan": lambda: json.dumps(_NO_NUMBERS),
+    "error": lambda: json.dumps({"error": {"message": "It is overloaded (testbed).", "code": "overloaded"}}),
+    "utf8": lambda: '{"choices": [{"delta": {"content": "\udcff\udcfe\udcc0"}, "finish_reason": "stop"}]}',
+}
+
+
 def shape_answer(body: Body, plan: Plan, _origin: str) -> Answer:
     """Answer JSON that isn't what the interface promises; streamed where a stream was asked for."""
-    shapes: dict[str, object] = {
-        "": {"unexpected": "shape"},
-        "list": [1, 2, 3],
-        "null": {"id": None, "choices": None, "data": None},
-        "text": "only a string",
-    }
-    text = json.dumps(shapes[plan.text("shape")]) if plan.text("shape") in shapes else '{"choices": [{"mess'
-    if body.get("stream"):
-        return Answer("text/event-stream", [f"data: {text}\n\n".encode(), b"data: [DONE]\n\n"])
-    return Answer("application/json", [text.encode()])
+    data = SHAPES.get(plan.text("shape"), SHAPES["broken"])().encode(errors="surrogateescape")
+    if body.get("stream") and plan.text("shape") != "error":
+        return Answer("text/event-stream", [b"data: " + data + b"\n\n", b"data: [DONE]\n\n"])
+    return Answer("application/json", [data])
+
+
+_OK: Final = b"HTTP/1.1 200 OK\r\n"
+_CHUNKED: Final = _OK + b"Transfer-Encoding: chunked\r\n\r\n"
+_FILLING: Final = PIECE.encode()
+RAW_ANSWERS: Final[dict[str, Callable[[], Iterable[bytes]]]] = {
+    "nothing": lambda: [],
+    "no-http": lambda: [b"SSH-2.0-OpenSSH_9.2\r\n"],
+    "header-10mb": lambda: [_OK, b"X: ", *[_FILLING] * 160, b"\r\nContent-Length: 2\r\n\r\n{}"],
+    "header-endless": lambda: itertools.chain([_OK, b"X: "], itertools.repeat(_FILLING)),
+    "headers-endless": lambda: itertools.chain([_OK], itertools.repeat(b"X: y\r\n" * 8192)),
+    "header-nul": lambda: [_OK, b"X: \0\r\nContent-Length: 2\r\n\r\n{}"],
+    "interim-endless": lambda: itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n" * 1024),
+    "switching": lambda: [b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", _FILLING],
+    "length-huge": lambda: [_OK, b"Content-Length: 9" + b"9" * 30 + b"\r\n\r\n{"],
+    "length-twice": lambda: [_OK, b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}"],
+    "length-short": lambda: [_OK, b"Content-Length: 1000\r\n\r\n{}"],
+    "chunk-garbage": lambda: [_CHUNKED, b"zz\r\n{}\r\n0\r\n\r\n"],
+    "chunk-negative": lambda: [_CHUNKED, b"-5\r\n{}\r\n0\r\n\r\n"],
+    "chunk-size-endless": lambda: itertools.chain([_CHUNKED], itertools.repeat(b"0" * 65_536)),
+    "trailer-endless": lambda: itertools.chain([_CHUNKED, b"2\r\n{}\r\n0\r\n"], itertools.repeat(b"X: y\r\n" * 8192)),
+}
+
+
+@lru_cache(maxsize=2)
+def gzip_bomb(megabytes: int) -> bytes:
+    """Return a small gzip file that unpacks to so many megabytes."""
+    compressor = zlib.compressobj(1, zlib.DEFLATED, 31)
+    piece = b" " * _MEGABYTE
+    return b"".join(compressor.compress(piece) for _ in range(megabytes)) + compressor.flush()
 
 
 def _first_half(chunks: Iterable[bytes]) -> list[bytes]:
@@ -1090,17 +1287,20 @@ def error_response(status: int, message: str, retry_after: str = "") -> web.Resp
     return web.json_response({"error": error}, status=status, headers=headers)
 
 
-def _key_error(request: web.Request) -> web.Response:
-    """Return the answer to a wrong key, which repeats the key."""
+def _key_error(request: web.Request, prompt: str = "") -> web.Response:
+    """Return the answer to a wrong key, which repeats the key and the words."""
     key = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    return error_response(401, f"Incorrect API key provided: {key}. You can find it in your account.")
+    return error_response(401, f"Incorrect API key provided: {key}. You can find it in your account. {prompt}")
 
 
 class Provider:
     """An OpenAI-compatible server in a thread, on the same port over restarts; a context manager."""
 
-    def __init__(self, port: int = 0, host: str = LOOPBACK, api_key: str | None = None) -> None:
-        """Choose the address and the key that requests must carry; nothing is started."""
+    def __init__(
+        self, port: int = 0, host: str = LOOPBACK, api_key: str | None = None, certificate: Certificate | None = None
+    ) -> None:
+        """Choose the address and the key that requests must carry; nothing is started. With a certificate: https."""
+        self.certificate = certificate
         self.host = host
         self.port = port or free_port()
         self.api_key = api_key
@@ -1116,7 +1316,8 @@ class Provider:
     @property
     def url(self) -> str:
         """The base URL for an OpenAI client."""
-        return f"http://{_reachable(self.host)}:{self.port}/v1"
+        scheme = "https" if self.certificate else "http"
+        return f"{scheme}://{_reachable(self.host)}:{self.port}/v1"
 
     @property
     def is_running(self) -> bool:
@@ -1181,7 +1382,9 @@ class Provider:
         runner = web.AppRunner(self._application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.01)
         try:
             await runner.setup()
-            await web.TCPSite(runner, self.host, self.port, backlog=1024, reuse_address=True).start()
+            context = self.certificate.context() if self.certificate else None
+            site = web.TCPSite(runner, self.host, self.port, backlog=1024, reuse_address=True, ssl_context=context)
+            await site.start()
         except BaseException as error:
             await runner.cleanup()
             self._started.set_exception(error)
@@ -1286,11 +1489,14 @@ class Provider:
             await asyncio.sleep(plan.number("delay", 1))
         if failure := await _fail_as_a_whole(exchange.request, plan):
             return failure
+        if "raw" in plan:
+            return await _send_raw(exchange, RAW_ANSWERS[plan.text("raw", "nothing")]())
         try:
             answer = (shape_answer if "shape" in plan else answerer)(exchange.body, plan, origin)
         except (TypeError, ValueError) as error:
             exchange.call.finish("fault")
             return error_response(400, f"Invalid request: {error}")
+        answer = Answer(plan.text("type", answer.content_type), answer.chunks)
         if len(answer.chunks_known) == 1 and "cut" not in plan and "drip" not in plan:
             return web.Response(body=answer.chunks_known[0], content_type=answer.content_type)
         return await _send_in_chunks(exchange, answer, plan)
@@ -1314,14 +1520,33 @@ async def _fail_as_a_whole(request: web.Request, plan: Plan) -> web.StreamRespon
         await asyncio.Event().wait()
     if "status" in plan:
         status = int(plan.number("status", 500))
-        message = "The server had an error while processing your request (testbed)."
-        return _key_error(request) if status == 401 else error_response(status, message, plan.retry_after)
+        message = f"The server had an error while processing your request (testbed): {plan.prompt}"
+        return _key_error(request, plan.prompt) if status == 401 else error_response(status, message, plan.retry_after)
     if "redirect" in plan:
         return web.Response(status=302, headers={"Location": plan.text("redirect", "http://127.0.0.1:9/")})
+    if "gzip" in plan:
+        headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+        return web.Response(body=gzip_bomb(int(plan.number("gzip", 1))), headers=headers)
     if "html" in plan:
         page = "<!doctype html><html><body><h1>Welcome to the proxy</h1></body></html>"
         return web.Response(text=page, content_type="text/html")
     return None
+
+
+async def _send_raw(exchange: Exchange, pieces: Iterable[bytes]) -> web.StreamResponse:
+    """Write bytes past the HTTP library, as fast as the other side takes them, and hang up."""
+    transport = exchange.request.transport
+    assert transport is not None
+    for piece in pieces:
+        while transport.get_write_buffer_size() > _MEGABYTE and not transport.is_closing():
+            await asyncio.sleep(0.001)
+        if transport.is_closing():
+            break
+        transport.write(piece)
+        await asyncio.sleep(0)
+    exchange.call.finish("fault")
+    transport.close()
+    return web.Response()
 
 
 async def _send_in_chunks(exchange: Exchange, answer: Answer, plan: Plan) -> web.StreamResponse:
@@ -1405,11 +1630,11 @@ class Api:
         """Send a message with these very arguments."""
         return self.celery.send_task(TASK_NAME, args=args, kwargs=kwargs, queue=self.queue, **options)
 
-    def send_body(self, body: object, **options: Any) -> None:
-        """Send a message of the task with this very body, whatever its shape."""
-        headers, properties, _, event = self.celery.amqp.as_task_v2(str(uuid.uuid4()), TASK_NAME, args=(), kwargs={})
+    def send_body(self, body: object, headers: Mapping[str, object] | None = None, **options: Any) -> None:
+        """Send a message of the task with this very body, whatever its shape, and with some headers replaced."""
+        usual, properties, _, event = self.celery.amqp.as_task_v2(str(uuid.uuid4()), TASK_NAME, args=(), kwargs={})
         with self.celery.producer_pool.acquire() as producer:
-            message = (headers, properties, body, event)
+            message = ({**usual, **(headers or {})}, properties, body, event)
             self.celery.amqp.send_task_message(producer, TASK_NAME, message, queue=self.queue, **options)
 
     def enqueue(self, job_id: ObjectId, **options: Any) -> AsyncResult[Any]:

@@ -269,6 +269,13 @@ def redact_url(url: str) -> str:
     return scheme + re.sub(r"(?s)^.*@", "***@", url[len(scheme) :]).split("?")[0]
 
 
+def verified(url: str) -> str:
+    """A `rediss://` URL that says whether to verify the certificate: Celery, unlike redis-py, would not by itself."""
+    if not url.startswith("rediss://") or "ssl_cert_reqs=" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
+
+
 def split_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
@@ -432,11 +439,11 @@ class Settings(BaseSettings):
 
     @property
     def broker_url(self) -> str:
-        return self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value()
+        return verified(self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value())
 
     @property
     def result_backend(self) -> str:
-        return self.celery_result_backend.get_secret_value() or self.redis_url.get_secret_value()
+        return verified(self.celery_result_backend.get_secret_value() or self.redis_url.get_secret_value())
 
     @property
     def pool(self) -> str:
@@ -2637,14 +2644,25 @@ class Runtime:
         return Keeper(self.store, self.sweeper, SHUTDOWN, Heartbeat(), self.settings)
 
 
+JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
+
+
 class JobRequest(Request):
-    """A message in the parent: drops Celery's soft limit, since the attempt's own deadline serves in every pool."""
+    """A message in the parent: drops Celery's soft limit, since the attempt's own deadline serves in every pool.
+
+    Of its arguments, which hold the prompt, `inspect` and the events tell the job's id alone.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         task: Any = self.task
         limits = task.runtime.settings.limits(self.request_dict.get("timelimit"))
         self.time_limits = (limits.hard_s, None)
+        self._told = [value for value in self.args[:1] if isinstance(value, str) and JOB_ID.fullmatch(value)]
+        self._argsrepr, self._kwargsrepr = repr(self._told), "{}"
+
+    def info(self, safe: bool = False) -> Any:
+        return {**super().info(safe), "args": self._told, "kwargs": {}}
 
 
 def is_plain(value: object) -> bool:
@@ -2735,7 +2753,7 @@ def job_named(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, Docu
     """The job id in a message's arguments, and these by name. Raises JobFailed: there is none."""
     arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
     job_id = arguments.get("job_id")
-    if not isinstance(job_id, str) or not re.fullmatch(r"[0-9a-fA-F]{24}", job_id):
+    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
         logger.error("dropped a message without a job id (24 hex digits)")
         raise JobFailed("The message names no job.")
     return job_id, arguments
