@@ -594,6 +594,145 @@ class MongoServer(Server):
             client[DATABASE].command("createUser", DATABASE_USER, pwd=DATABASE_PASSWORD, roles=roles)
 
 
+class _Member(MongoServer):
+    """One mongod of a larger set; the set itself initiates it. Test commands are on, for failpoints."""
+
+    def __init__(self, port: int = 0, directory: Path | None = None) -> None:
+        """Choose port and directory; nothing is started."""
+        super().__init__(port, directory=directory, replica_set=True)
+
+    def _command(self) -> list[str]:
+        """Return mongod's command line, with failpoints allowed."""
+        return [*super()._command(), "--setParameter", "enableTestCommands=1"]
+
+    def _prepare(self) -> None:
+        """Do nothing: a member is prepared with its set."""
+
+    @property
+    def state(self) -> str:
+        """What the member calls itself: PRIMARY, SECONDARY, ROLLBACK…; empty where it doesn't answer."""
+        with suppress(PyMongoError), self._client(timeoutMS=1000) as client:
+            members = client.admin.command("replSetGetStatus")["members"]
+            return next(str(member["stateStr"]) for member in members if member.get("self"))
+        return ""
+
+    def find(self, collection: str, query: Mapping[str, Any], database: str = DATABASE) -> dict[str, Any] | None:
+        """Return a document as this member has it, whether a majority has it or not."""
+        with self._client(readPreference="secondaryPreferred") as client:
+            return client[database][collection].find_one(query)
+
+    def feed(self, on: bool) -> None:
+        """Let others copy this member's writes, or not; it stays what it is."""
+        data = {"failCommands": ["find", "getMore"], "appName": "OplogFetcher", "failInternalCommands": True}
+        failpoint = {"configureFailPoint": "failCommand", "data": {**data, "closeConnection": True}}
+        with self._client() as client:
+            client.admin.command({**failpoint, "mode": "off" if on else "alwaysOn"})
+
+    @property
+    def source(self) -> str:
+        """The address of the member whose writes it copies; empty where there is none."""
+        with self._client() as client:
+            return str(client.admin.command("replSetGetStatus")["syncSourceHost"])
+
+
+class ReplicaSet:
+    """Three mongods, of which a majority elects the primary, within about two seconds; a context manager."""
+
+    def __init__(self, size: int = 3) -> None:
+        """Choose the members; nothing is started."""
+        self.members = [_Member() for _ in range(size)]
+
+    @property
+    def url(self) -> str:
+        """The URL for an application."""
+        return f"mongodb://{','.join(member.address for member in self.members)}/{DATABASE}?replicaSet={REPLICA_SET}"
+
+    @property
+    def primary(self) -> _Member:
+        """The member that takes writes; waits for an election. With two that think so it is the newer one."""
+        found = poll(self._primaries, START_TIMEOUT_S, description="a primary")
+        return max(found, key=lambda pair: pair[0])[1]
+
+    @property
+    def secondaries(self) -> list[_Member]:
+        """The running members besides the primary."""
+        primary = self.primary
+        return [member for member in self.members if member is not primary and member.is_running]
+
+    def start(self) -> ReplicaSet:
+        """Start the members that don't run, initiate the set at the first start, and wait for a primary."""
+        for member in self.members:
+            member.start()
+        with self.members[0]._client() as client, suppress(OperationFailure):
+            client.admin.command("replSetInitiate", self._configuration())
+        self.wait_whole()
+        return self
+
+    def close(self) -> None:
+        """Stop all members and remove their data."""
+        for member in self.members:
+            member.kill()
+            member.close()
+
+    def wait_whole(self, timeout_s: float = 60) -> None:
+        """Wait until there is a primary and every other member follows it."""
+        wanted = ["PRIMARY"] + ["SECONDARY"] * (len(self.members) - 1)
+
+        def is_whole() -> bool:
+            return sorted(member.state for member in self.members) == wanted
+
+        poll(is_whole, timeout_s, interval_s=0.2, description="a whole replica set")
+
+    def isolate_primary(self) -> _Member:
+        """Keep what the primary writes from now on from all others, though they go on to vote for it; return it."""
+        primary, secondaries = self.primary, self.secondaries
+        primary.feed(False)
+        poll(lambda: primary.address not in [member.source for member in secondaries], START_TIMEOUT_S)
+        return primary
+
+    def step_down(self) -> _Member:
+        """Make the primary a secondary, in an orderly way; return it."""
+        primary = self.primary
+        with primary._client() as client:
+            client.admin.command("replSetStepDown", 4, secondaryCatchUpPeriodSecs=3)
+        return primary
+
+    def kill_primary(self) -> _Member:
+        """End the primary as a crash would; return it."""
+        primary = self.primary
+        primary.kill()
+        return primary
+
+    def pause_primary(self) -> _Member:
+        """Freeze the primary, which doesn't learn that another one is elected; return it."""
+        primary = self.primary
+        primary.pause()
+        return primary
+
+    def _primaries(self) -> list[tuple[int, _Member]]:
+        """Return the members that take writes, each with its election's term."""
+        found = []
+        for member in self.members:
+            with suppress(PyMongoError), member._client(timeoutMS=1000) as client:
+                hello = client.admin.command("hello")
+                if hello["isWritablePrimary"]:
+                    found.append((int(hello["electionId"].binary.hex()[8:], 16), member))
+        return found
+
+    def _configuration(self) -> dict[str, Any]:
+        """Return the set's configuration: members alike, elections quick."""
+        members = [{"_id": index, "host": member.address} for index, member in enumerate(self.members)]
+        settings = {"electionTimeoutMillis": 1500, "heartbeatIntervalMillis": 500}
+        settings |= {"heartbeatTimeoutSecs": 2, "catchUpTimeoutMillis": 2000}
+        return {"_id": REPLICA_SET, "members": members, "settings": settings}
+
+    def __enter__(self) -> ReplicaSet:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 # --- Redis --------------------------------------------------------------------------------------------------
 
 
