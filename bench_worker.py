@@ -521,5 +521,20 @@ def add_command(name: str, function: Measurement) -> None:
 for measurement_name, measurement in MEASUREMENTS.items():
     add_command(measurement_name, measurement)
 
+
+@main.command("chaos")
+@click.option("--jobs", default=10_000, show_default=True, help="How many jobs to submit.")
+@click.option("--workers", default=4, show_default=True, help="How many workers: prefork, threads, prefork, solo …")
+@click.option("--minutes", default=12.0, show_default=True, help="How long to submit and to do harm.")
+@click.option("--seed", default=1, show_default=True, help="Jobs and faults are drawn from it.")
+@click.option("--hurry", default=1.0, show_default=True, help="Divide the worker's own fixed waits by this.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="File for the figures.")
+def run_chaos(jobs: int, workers: int, minutes: float, seed: int, hurry: float, json_file: Path | None) -> None:
+    """Submit jobs while processes and servers die, then audit every document, notice, file and call."""
+    import chaos
+
+    sys.exit(chaos.run(chaos.Options(jobs, workers, minutes, seed, hurry), json_file))
+
+
 if __name__ == "__main__":
     main()
