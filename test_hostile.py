@@ -450,7 +450,7 @@ def test_a_message_with_anything_in_a_field_changes_nothing(site: Site, field: s
 
 HEADERS = (
     *("id", "root_id", "parent_id", "group", "group_index", "shadow", "lang", "origin", "argsrepr", "kwargsrepr"),
-    *("retries", "timelimit", "eta", "expires", "meth", "stamps", "stamped_headers", "ignore_result"),
+    *("retries", "timelimit", "eta", "expires", "meth", "stamps", "stamped_headers", "ignore_result", "task"),
 )
 
 

@@ -56,6 +56,7 @@ from bson.errors import BSONError
 from celery import Celery, Task, signals
 from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, InvalidTaskError, Reject
+from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError
 from kombu.transport.redis import Channel as RedisChannel
@@ -637,6 +638,16 @@ def close_without_redis(channel: RedisChannel, close: Callable[[RedisChannel], N
         close(channel)  # nothing is waited for any more; does nothing where the failure came later
 
 
+class Strategies(dict[str, Any]):
+    """The tasks that a consumer knows, by name. A message whose task is a list would end it, at each start again."""
+
+    def __getitem__(self, name: object) -> Any:
+        if isinstance(name, str):
+            return super().__getitem__(name)
+        raise KeyError("the message's task is no name")
+
+
+Consumer.Strategies = Strategies
 # In the base class, so that Sentinel's channels have them, too.
 RedisChannel.QoS = LenientQoS
 RedisChannel.close = close_without_redis  # type: ignore[method-assign, assignment]
