@@ -2607,7 +2607,12 @@ class Runtime:
 
     @cached_property
     def database(self) -> Database[Document]:
-        return self.mongo[self.settings.database_name]
+        # For the files: whatever the URL says, a completed job must not name one that a new primary never got.
+        return self.mongo.get_database(
+            self.settings.database_name,
+            read_preference=ReadPreference.PRIMARY,
+            write_concern=WriteConcern("majority", j=True),
+        )
 
     @cached_property
     def store(self) -> JobStore:
