@@ -602,8 +602,9 @@ class _Member(MongoServer):
         super().__init__(port, directory=directory, replica_set=True)
 
     def _command(self) -> list[str]:
-        """Return mongod's command line, with failpoints allowed."""
-        return [*super()._command(), "--setParameter", "enableTestCommands=1"]
+        """Return mongod's command line: failpoints allowed, and little patience with a hung member to copy from."""
+        parameters = ("enableTestCommands=1", "oplogInitialFindMaxSeconds=2", "oplogNetworkTimeoutBufferSeconds=1")
+        return [*super()._command(), *(word for value in parameters for word in ("--setParameter", value))]
 
     def _prepare(self) -> None:
         """Do nothing: a member is prepared with its set."""
@@ -615,11 +616,6 @@ class _Member(MongoServer):
             members = client.admin.command("replSetGetStatus")["members"]
             return next(str(member["stateStr"]) for member in members if member.get("self"))
         return ""
-
-    def find(self, collection: str, query: Mapping[str, Any], database: str = DATABASE) -> dict[str, Any] | None:
-        """Return a document as this member has it, whether a majority has it or not."""
-        with self._client(readPreference="secondaryPreferred") as client:
-            return client[database][collection].find_one(query)
 
     def feed(self, on: bool) -> None:
         """Let others copy this member's writes, or not; it stays what it is."""
@@ -690,12 +686,16 @@ class ReplicaSet:
         poll(lambda: primary.address not in [member.source for member in secondaries], START_TIMEOUT_S)
         return primary
 
-    def step_down(self) -> _Member:
-        """Make the primary a secondary, in an orderly way; return it."""
+    def step_down(self, catch_up_s: int = 3) -> _Member:
+        """Make the primary a secondary, when others have its writes or the time for that is up; return it."""
         primary = self.primary
         with primary._client() as client:
-            client.admin.command("replSetStepDown", 4, secondaryCatchUpPeriodSecs=3)
+            client.admin.command("replSetStepDown", 4, secondaryCatchUpPeriodSecs=catch_up_s, force=True)
         return primary
+
+    def overrule_primary(self) -> _Member:
+        """Make the primary a secondary that has writes which no other member has: these are rolled back; return it."""
+        return self.step_down(catch_up_s=0)
 
     def kill_primary(self) -> _Member:
         """End the primary as a crash would; return it."""
