@@ -2860,6 +2860,8 @@ async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
         provider, defaults = runtime.providers.get(handler.provider), settings.provider(handler.provider)
         ends_at = loop.time() + attempt.time_left_s()
         await provider.ready(attempt.time_left_s() / 4)  # most of the limit is left for the answer
+        if not attempt.is_lease_fresh():  # asked once more, as close to what costs money as can be
+            raise HandBack("its lease ran out before it asked the provider")
         async with asyncio.timeout_at(ends_at) as deadline:
             result = await handler.run(Call(job, checked, settings, provider, defaults, progress))
         with contextlib.suppress(asyncio.CancelledError):  # the result is there: settle finds out whose the job is
