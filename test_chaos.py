@@ -146,6 +146,15 @@ def test_an_attempt_whose_lease_has_run_out_before_it_begins_asks_no_provider(
     assert (told, provider.calls) == ([], [])
 
 
+def test_an_attempt_that_sleeps_between_its_start_and_its_call_asks_no_provider(
+    runtime: worker.Runtime, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = worker.Attempt(claim(runtime, insert(runtime)), runtime.settings.lease_seconds)
+    monkeypatch.setattr(worker, "announce_job", lambda *_: setattr(attempt, "renewed_at", -1e9))
+    assert isinstance(worker.run(runtime, attempt), worker.HandBack)
+    assert provider.calls == []
+
+
 def test_the_job_of_a_killed_child_is_put_into_the_queue_again_since_another_worker_may_have_dropped_its_message(
     runtime: worker.Runtime,
 ) -> None:
