@@ -978,12 +978,14 @@ def run(stage: SimpleNamespace, jobs: Any, shapes: list[Any], examples: int, in_
     )
 
 
+@pytest.mark.timeout(600)
 def test_the_store_keeps_to_the_model_on_mongomock(stage: SimpleNamespace) -> None:
     jobs = mongomock.MongoClient()["model"]["jobs"]
-    run(stage, jobs, SHAPES_OF_OURS, examples=300, in_ci=400)
+    run(stage, jobs, SHAPES_OF_OURS, examples=200, in_ci=300)
 
 
+@pytest.mark.timeout(600)
 def test_the_store_keeps_to_the_model_on_mongodb(stage: SimpleNamespace, mongo_server: MongoServer) -> None:
     with pymongo.MongoClient[Document](mongo_server.url) as client:
-        run(stage, client["test_model"]["jobs"], SHAPES_OF_OURS + SPOILT_SHAPES, examples=60, in_ci=150)
+        run(stage, client["test_model"]["jobs"], SHAPES_OF_OURS + SPOILT_SHAPES, examples=50, in_ci=80)
         client.drop_database("test_model")

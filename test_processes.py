@@ -141,7 +141,7 @@ def artifacts(api: Api) -> gridfs.GridFS:
 def run(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `python …` to its end, in a folder without `.env`."""
     command, variables = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": str(SOURCE), **environment}
-    return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 def run_worker(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

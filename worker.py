@@ -2612,6 +2612,7 @@ class Runtime:
             self.settings.database_name,
             read_preference=ReadPreference.PRIMARY,
             write_concern=WriteConcern("majority", j=True),
+            read_concern=ReadConcern("majority"),
         )
 
     @cached_property
