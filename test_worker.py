@@ -1745,9 +1745,9 @@ def test_halves_of_a_character_come_together(parts: list[str], whole: str) -> No
 
 
 async def refused(breaker: worker.Breaker) -> None:
-    with pytest.raises(RetryJob):
+    with pytest.raises(worker.ProviderAway):
         with breaker.watch():
-            raise RetryJob
+            raise worker.ProviderAway
 
 
 async def succeeded(breaker: worker.Breaker) -> None:
@@ -1790,6 +1790,19 @@ def test_a_success_in_between_starts_the_count_anew(monkeypatch: pytest.MonkeyPa
         return True
 
     assert asyncio.run(fail_in_turns())
+
+
+@table("error", ("a busy provider", RetryJob), ("a refusal", FailJob))
+def test_one_jobs_own_error_never_makes_others_wait(monkeypatch: pytest.MonkeyPatch, error: type[JobError]) -> None:
+    monkeypatch.setattr(worker, "FAILURES_BEFORE_PAUSE", 1)
+
+    async def fail_and_try() -> bool:
+        breaker = worker.Breaker()
+        with contextlib.suppress(error), breaker.watch():
+            raise error
+        return await is_open(breaker)
+
+    assert asyncio.run(fail_and_try())
 
 
 def test_a_pause_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3594,7 +3607,7 @@ def test_failures_that_overlap_make_one_pause(failures: int, pause_s: float) -> 
     async def fail(breaker: worker.Breaker) -> None:
         with contextlib.suppress(RetryJob), breaker.watch():
             await asyncio.sleep(0)
-            raise RetryJob()
+            raise worker.ProviderAway
 
     async def fail_together() -> float:
         breaker = worker.Breaker()

@@ -181,6 +181,12 @@ class RetryJob(JobError):
         self.after_s, self.is_counted = after_s, is_counted
 
 
+class ProviderAway(RetryJob):
+    """Try again later, and let other jobs wait meanwhile: nobody can reach the provider."""
+
+    default_sentence = "The provider can't be reached"
+
+
 class FailJob(JobError):
     """Trying again would not help, or the tries are used up: the job has failed."""
 
@@ -1494,10 +1500,10 @@ def open_artifacts(settings: Settings, database: Callable[[], Database[Document]
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 REFUSED_KEY_STATUSES = frozenset({401, 403})
+AWAY_STATUSES = frozenset({502, 503, 504})  # of a proxy in front of it
 
 
 FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S, POLL_PROVIDER_S = 3, 30.0, 0.5
-UNREACHABLE = "The provider can't be reached"
 
 
 MODEL_OFFLINE = "offline-stand-in"
@@ -1540,7 +1546,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 def status_error(status: int, detail: str, headers: Mapping[str, str]) -> JobError:
     """What an HTTP error status of the provider means for the job."""
     if status in RETRIED_STATUSES or status >= 500:
-        return RetryJob(detail, after_s=retry_after_s(headers))
+        kind = ProviderAway if status in AWAY_STATUSES else RetryJob
+        return kind(detail, RetryJob.default_sentence, retry_after_s(headers))
     if status in REFUSED_KEY_STATUSES:
         return FailJob(f"{detail}: check the provider's key", "The service isn't set up correctly; tell its operator.")
     return FailJob(detail, "The provider refused this request. Change the input and try again.")
@@ -1571,7 +1578,9 @@ def provider_errors() -> Iterator[None]:
     except (openai.APIError, httpx2.HTTPError, OSError) as error:
         if isinstance(error.__cause__, JobError):  # from our own cap, inside the SDK's request
             raise error.__cause__ from None
-        raise RetryJob(type(error.__cause__ or error).__name__, UNREACHABLE) from None
+        cause = error.__cause__ or error
+        is_away = isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout))
+        raise (ProviderAway if is_away else RetryJob)(type(cause).__name__, ProviderAway.default_sentence) from None
     except (openai.OpenAIError, httpx2.InvalidURL, *WRONG_SHAPE_ERRORS) as error:
         raise FailJob(type(error).__name__, UNUSABLE) from None
 
@@ -1626,7 +1635,7 @@ class Breaker:
         give_up_at = time.monotonic() + patience_s
         while (pause_s := self._resume_at - time.monotonic()) > 0:
             if time.monotonic() >= give_up_at:
-                raise RetryJob("the provider is away", UNREACHABLE, pause_s, is_counted=False)
+                raise ProviderAway("the provider is away", after_s=pause_s, is_counted=False)
             await asyncio.sleep(min(pause_s, patience_s, POLL_PROVIDER_S))
         self._pause()  # the others wait for what comes of this job's try
 
@@ -1642,12 +1651,12 @@ class Breaker:
         began_at = time.monotonic()
         try:
             yield
-        except RetryJob:
+        except ProviderAway:
             if began_at >= self._paused_at:
                 self._failures += 1
                 self._pause()
             raise
-        except FailJob:  # it was reached
+        except JobError:  # it was reached
             self._failures, self._resume_at = 0, 0.0
             raise
         self._failures, self._resume_at = 0, 0.0
