@@ -842,7 +842,7 @@ class JobStore:
         the message was taken, which is when Celery's hard limit began.
         """
         now = self.now()
-        bounds = self._bounds(now, limits) if bounded else {}
+        bounds = self._bounds(limits) if bounded else {}
         lease = self._lease(now, owner, limits, waited_s)
         pending = {"_id": job_id, "status": Status.PENDING, **bounds}
         released = {"_id": job_id, "status": Status.PROCESSING, "worker.owner": None, **bounds}
@@ -881,11 +881,15 @@ class JobStore:
             self._jobs.update_one({"_id": job_id, "$or": spoilt}, {"$set": {"worker": {}}})
             return write()
 
-    def _bounds(self, now: datetime, limits: Limits) -> Document:
-        oldest_start = now - timedelta(seconds=max(self._settings.job_deadline, limits.hard_s))
+    def oldest_start(self, limits: Limits, after_s: float = 0.0) -> datetime:
+        """A job whose first start isn't later has used up its time; or will have, in so many seconds."""
+        longest_s = max(self._settings.job_deadline, limits.hard_s)
+        return self.now() + timedelta(seconds=after_s - longest_s)
+
+    def _bounds(self, limits: Limits) -> Document:
         return {
             "worker.attempt": {"$not": {"$gte": self._settings.most_attempts}},
-            "worker.first_started_at": {"$not": {"$lte": oldest_start}},
+            "worker.first_started_at": {"$not": {"$lte": self.oldest_start(limits)}},
         }
 
     def _judge_miss(self, job_id: ObjectId, owner: str) -> Job | Miss:
@@ -1057,8 +1061,7 @@ class JobStore:
     def is_past_bounds(self, document: Document) -> bool:
         """Whether a job has used up its attempts, or the time since its first start."""
         worker = bookkeeping(document)
-        limits = self._settings.limits(worker.get("limits"))
-        oldest_start = self._bounds(self.now(), limits)["worker.first_started_at"]["$not"]["$lte"]
+        oldest_start = self.oldest_start(self._settings.limits(worker.get("limits")))
         started_at = worker.get("first_started_at")
         too_old = started_at is not None and started_at.replace(tzinfo=UTC) <= oldest_start
         return bool(too_old) or worker.get("attempt", 0) >= self._settings.most_attempts
@@ -2958,8 +2961,7 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
             wait_s = settings.retry_delays[job.attempt - 1] * random.uniform(0.5, 1.0)
         else:
             wait_s = min(outcome.after_s, settings.retry_after_max)
-        ends_at = job.first_started_at + timedelta(seconds=max(settings.job_deadline, job.limits.hard_s))
-        if runtime.store.now() + timedelta(seconds=wait_s) < ends_at:
+        if job.first_started_at > runtime.store.oldest_start(job.limits, wait_s):
             return RetryJob(outcome.detail, outcome.sentence, wait_s, is_counted=outcome.is_counted)
     tries = f"{job.attempt} tries" if job.attempt > 1 else "one try"
     return FailJob(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
