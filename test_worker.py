@@ -2509,7 +2509,7 @@ def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> 
         raise PermissionError
 
     monkeypatch.setattr(worker.os, "kill", refuse)
-    assert worker.is_process_alive(1)
+    assert worker.is_process_alive(gone_pid())
 
 
 def test_a_heartbeat_has_an_age_while_its_process_lives(tmp_path: Path) -> None:
@@ -2521,6 +2521,16 @@ def test_a_heartbeat_has_an_age_while_its_process_lives(tmp_path: Path) -> None:
     assert list(heartbeat.ages_s()) == [os.getpid()]
     heartbeat.stop()
     assert heartbeat.ages_s() == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a zombie counts as alive")
+def test_a_killed_process_that_nobody_has_waited_for_is_dead() -> None:
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert worker.is_process_alive(killed.pid)
+    killed.kill()
+    poll(lambda: not worker.is_process_alive(killed.pid), timeout_s=30)
+    os.kill(killed.pid, 0)  # it is still there
+    killed.communicate()
 
 
 def test_a_heartbeat_that_cant_be_written_is_said_seldom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

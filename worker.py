@@ -2220,6 +2220,10 @@ def final_sentence(document: Document) -> str:
 
 
 def is_process_alive(pid: int) -> bool:
+    """Whether it runs. One that was killed and that nobody has waited for yet (a zombie, seen on Linux) doesn't."""
+    with contextlib.suppress(OSError):
+        # The state follows the command's name, which may hold anything, in brackets.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
