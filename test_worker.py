@@ -2194,6 +2194,25 @@ def test_the_readmes_job_type_works(provider: Provider, variables: pytest.Monkey
     assert result.output == {"generated_text": "short", "model_used": "gpt-4o-mini", "tokens_used": 7}
 
 
+@table(
+    "source, fault",
+    ("a fault of its own", "x = 1\nx['secret']", "TypeError at faulty_handlers.py:2"),
+    ("a variable that isn't set", "import os\nos.environ['NO_SUCH']", "KeyError at faulty_handlers.py:2"),
+    ("a library that isn't there", "import no_such_library", "ModuleNotFoundError at faulty_handlers.py:1"),
+    ("no Python", "x = 1\ny = (", "SyntaxError at faulty_handlers.py:2"),
+)
+def test_a_module_of_job_types_that_cant_be_imported_ends_the_start_with_a_sentence(
+    fresh_settings: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, fault: str
+) -> None:
+    (tmp_path / "faulty_handlers.py").write_text(source)
+    fresh_settings.syspath_prepend(tmp_path)
+    fresh_settings.setenv("HANDLER_MODULES", "faulty_handlers")
+    with pytest.raises(SystemExit) as ended:
+        worker.import_handlers()
+    assert ended.value.code == 2
+    assert f"HANDLER_MODULES names faulty_handlers, which raises {fault}." in capsys.readouterr().err
+
+
 def test_a_job_type_of_ones_own_has_its_input_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wanted(BaseModel):
         text: str
@@ -2504,6 +2523,16 @@ def test_a_process_is_alive_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) 
     assert not worker.is_process_alive(gone_pid())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a zombie counts as alive")
+def test_a_killed_process_that_nobody_has_waited_for_is_dead() -> None:
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert worker.is_process_alive(killed.pid)
+    killed.kill()
+    poll(lambda: not worker.is_process_alive(killed.pid), timeout_s=30)
+    os.kill(killed.pid, 0)  # it is still there
+    killed.communicate()
+
+
 def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_pid: int, _signal: int) -> None:
         raise PermissionError
@@ -2521,16 +2550,6 @@ def test_a_heartbeat_has_an_age_while_its_process_lives(tmp_path: Path) -> None:
     assert list(heartbeat.ages_s()) == [os.getpid()]
     heartbeat.stop()
     assert heartbeat.ages_s() == {}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a zombie counts as alive")
-def test_a_killed_process_that_nobody_has_waited_for_is_dead() -> None:
-    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert worker.is_process_alive(killed.pid)
-    killed.kill()
-    poll(lambda: not worker.is_process_alive(killed.pid), timeout_s=30)
-    os.kill(killed.pid, 0)  # it is still there
-    killed.communicate()
 
 
 def test_a_heartbeat_that_cant_be_written_is_said_seldom(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

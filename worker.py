@@ -2858,11 +2858,15 @@ def announce_job(runtime: Runtime, job: Job, status: Status, sentence: str) -> N
 
 
 def place_of(error: BaseException) -> str:
-    """File and line where an exception came from."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
+    """File and line where an exception came from; of a syntax error, where it is."""
+    if isinstance(error, SyntaxError):
+        return f"{Path(error.filename or '?').name}:{error.lineno}"
+    place, trace = "?", error.__traceback__
+    while trace:
+        if not (file := trace.tb_frame.f_code.co_filename).startswith("<"):  # Python's own frozen modules say nothing
+            place = f"{Path(file).name}:{trace.tb_lineno}"
         trace = trace.tb_next
-    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
+    return place
 
 
 async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
@@ -3122,6 +3126,18 @@ def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
     finally:
         task.runtime.keeper.unregister(attempt)
     return conclude(task, attempt, outcome)
+
+
+@signals.import_modules.connect
+def import_handlers(**_: Any) -> None:
+    """At the start of a worker, in the parent: a fault in a module is one sentence and exit code 2."""
+    for name in current_settings().handler_modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # the edge of foreign code; its text may hold a secret, its place can't
+            what = f"{type(error).__name__} at {place_of(error)}"
+            print(f"The worker can't start: HANDLER_MODULES names {name}, which raises {what}.", file=sys.stderr)
+            raise SystemExit(EXIT_BAD_SETTINGS) from None
 
 
 def start_keeper() -> None:
