@@ -3020,12 +3020,12 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
 
     A result that can't be written is then kept in Redis.
     """
-    log = runtime.unwritten_log
+    log, try_s = runtime.unwritten_log, SETTLE_TRY_S
     give_up_at = attempt.started_at + max(attempt.job.limits.hard_s - LIMIT_MARGIN_S, attempt.job.limits.soft_s)
     while True:
         try:
             # A hung MongoDB must neither outlast the hard limit nor the grace of a shutdown.
-            with pymongo.timeout(max(POLL_STORE_S, min(SETTLE_TRY_S, give_up_at - time.monotonic()))):
+            with pymongo.timeout(max(POLL_STORE_S, min(try_s, give_up_at - time.monotonic()))):
                 written = write_outcome(runtime, attempt.job, outcome)
             log.fine()
             return written
@@ -3033,6 +3033,8 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
             log.fault(f"{attempt.job} {error}")
         if signals_arrived or SHUTDOWN.is_due or time.monotonic() + POLL_STORE_S >= give_up_at:
             break
+        if isinstance(outcome, Result) and outcome.media:
+            try_s *= 2  # a large file over a slow line takes longer than a hung server may
         time.sleep(POLL_STORE_S)
     if isinstance(outcome, Result):
         runtime.notifier.spool_result(attempt.job, outcome)
