@@ -12,6 +12,7 @@ client, and the whole answer at once. Ours streams the answer, keeps a lease, an
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,11 +20,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 from bson import ObjectId
@@ -41,6 +42,7 @@ if TYPE_CHECKING or not IS_BARE_WORKER:  # the bare worker doesn't pay for what 
     import tempfile
 
     import psutil
+    from PIL import Image, ImageDraw, ImageFont
     from rich.console import Console
     from rich.table import Table
 
@@ -148,39 +150,88 @@ def noop(job_id: str, job_data: Document) -> None:
 
 # --- figures ------------------------------------------------------------------------------------------------
 
-DIGITS: Final = {"jobs/s": 0, "ms": 1, "MiB": 1, "s": 2}
+DIGITS: Final = {"jobs/s": 0, "ms": 1, "MiB": 1}  # after the point; two for every other unit
+DEFAULT_DIGITS: Final = 2
+View = Literal["ours", "ratio", "difference"]
+SIGNS: Final[dict[View, str]] = {"ours": "", "ratio": "÷ ", "difference": "− "}
 
 
 def spread(values: list[float], digits: int) -> str:
     """The median, and the lowest and highest value where there are several."""
+    if not values:
+        return ""
     middle = f"{statistics.median(values):.{digits}f}"
     return middle if len(values) < 2 else f"{middle} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 @dataclass(frozen=True)
+class Goal:
+    """A bound for one view of a figure: ours alone, ours divided by the other, or ours less the other."""
+
+    view: View
+    bound: float
+    at_least: bool = False
+
+    def share(self, value: float) -> float:
+        """How much of what the goal allows this value takes: up to 1 the goal is reached."""
+        return self.bound / max(value, 1e-9) if self.at_least else max(value, 0.0) / self.bound
+
+    def __str__(self) -> str:
+        return f"{SIGNS[self.view]}{'≥' if self.at_least else '≤'} {self.bound:g}"
+
+
+@dataclass(frozen=True)
 class Figure:
-    """One row: a value per round for ours and for the other contestant."""
+    """One row: a value per round for ours and, where there is one, for the other contestant."""
 
     name: str
     unit: str
     ours: list[float]
-    against: str
-    other: list[float]
+    against: str = ""
+    other: list[float] = field(default_factory=list)
+    goal: Goal | None = None
+    note: str = ""
 
     @property
     def ratios(self) -> list[float]:
-        """Ours divided by the other, round by round."""
-        return [ours / other for ours, other in zip(self.ours, self.other, strict=True)]
+        """Ours divided by the other, round by round; without another, or where it is nothing, empty."""
+        return self._by_round(lambda ours, other: ours / other) if self.other and all(self.other) else []
+
+    @property
+    def differences(self) -> list[float]:
+        """Ours less the other, round by round."""
+        return self._by_round(lambda ours, other: ours - other) if self.other else []
+
+    def _by_round(self, view: Callable[[float, float], float]) -> list[float]:
+        return [view(ours, other) for ours, other in zip(self.ours, self.other, strict=True)]
+
+    @property
+    def shares(self) -> list[float]:
+        """How much of what the goal allows each round took."""
+        if self.goal is None:
+            return []
+        views = {"ours": self.ours, "ratio": self.ratios, "difference": self.differences}
+        return [self.goal.share(value) for value in views[self.goal.view]]
+
+    @property
+    def is_reached(self) -> bool | None:
+        """Whether the median reaches the goal; None without one."""
+        return statistics.median(self.shares) <= 1 if self.shares else None
+
+    @property
+    def digits(self) -> int:
+        return DIGITS.get(self.unit, DEFAULT_DIGITS)
 
     def row(self) -> tuple[str, ...]:
-        digits = DIGITS[self.unit]
-        difference = statistics.median(self.ours) - statistics.median(self.other)
-        values = spread(self.ours, digits), self.against, spread(self.other, digits)
-        return self.name, self.unit, *values, spread(self.ratios, 2), f"{difference:+.{digits}f}"
+        values = spread(self.ours, self.digits), self.against, spread(self.other, self.digits)
+        difference = f"{statistics.median(self.differences):+.{self.digits}f}" if self.differences else ""
+        mark = {True: " ✓", False: " ✗", None: ""}[self.is_reached]
+        return self.name, self.unit, *values, spread(self.ratios, 2), difference, f"{self.goal or ''}{mark}"
 
     def as_json(self) -> Document:
-        medians = {"median_ours": statistics.median(self.ours), "median_other": statistics.median(self.other)}
-        return {**asdict(self), **medians, "ratios": self.ratios, "median_ratio": statistics.median(self.ratios)}
+        views = {"ours": self.ours, "other": self.other, "ratio": self.ratios, "difference": self.differences}
+        medians = {f"median_{name}": statistics.median(values) for name, values in views.items() if values}
+        return {**asdict(self), **medians, "ratios": self.ratios, "is_reached": self.is_reached}
 
 
 # --- contestants and the API's side -------------------------------------------------------------------------
@@ -194,6 +245,7 @@ class Contestant:
     command: tuple[str, ...]
     queue: str
     task: str
+    settings: Mapping[str, str] = field(default_factory=dict)  # more environment variables
 
 
 SOURCE: Final = Path(__file__).parent
@@ -217,6 +269,8 @@ class Options:
     rounds: int
     jobs: int
     as_json: bool
+    long: bool = False
+    chart: Path | None = None
 
 
 class Bench:
@@ -266,6 +320,7 @@ class Bench:
         environment = {**self.environment, "CELERY_QUEUE_NAME": contestant.queue, "TEXT_MODEL": MODEL}
         if contestant.queue == BARE_QUEUE:
             environment |= {"BENCH_BARE_WORKER": "1", "PYTHONPATH": str(SOURCE)}
+        environment |= contestant.settings
         worker = WorkerProcess(environment, self.folder / f"{time.monotonic_ns()}.log", list(contestant.command))
         try:
             yield worker.wait_ready() if ready else worker
@@ -329,6 +384,7 @@ VISIBILITY_TIMEOUT_S: Final = 3600.0  # Celery's on Redis; not waited for
 
 Measurement = Callable[["Bench"], "list[Figure]"]
 MEASUREMENTS: dict[str, Measurement] = {}
+LONG: Final = frozenset({"memory-growth"})  # only where `--long` or their own command asks for them
 
 
 def measures(function: Measurement) -> Measurement:
@@ -466,6 +522,50 @@ def recovery(bench: Bench) -> list[Figure]:
     ]
 
 
+# --- chart --------------------------------------------------------------------------------------------------
+
+CHART_WIDTH, ROW_HEIGHT, TITLE_HEIGHT, MARGIN = 1720, 46, 120, 40
+BARS_FROM, BARS_TO, MOST_SHARE = 560, 1080, 2.0
+INK, FAINT, REACHED, MISSED = "#1f2328", "#9aa4af", "#2da44e", "#cf222e"
+
+
+def chart_words(figure: Figure) -> str:
+    """What stands beside a bar; plain letters, since Pillow's own font has no others."""
+    goal = figure.goal
+    assert goal
+    median, bound = statistics.median, f"at {'least' if goal.at_least else 'most'} {goal.bound:g}"
+    ours = f"{median(figure.ours):.{figure.digits}f} {figure.unit}"
+    if goal.view == "ours":
+        return f"{ours} ({bound})"
+    other = f"{figure.against} {median(figure.other):.{figure.digits}f}"
+    if goal.view == "ratio":
+        return f"{median(figure.ratios):.2f}x ({bound}):  {ours}, {other}"
+    return f"{median(figure.differences):+.{figure.digits}f} ({bound}):  {ours}, {other}"
+
+
+def draw_chart(figures: Iterable[Figure], path: Path) -> None:
+    """Draw a bar for each goal: how much of what it allows was used, with the spread of the rounds."""
+    rows = [figure for figure in figures if figure.shares]
+    image = Image.new("RGB", (CHART_WIDTH, TITLE_HEIGHT + ROW_HEIGHT * len(rows) + MARGIN), "white")
+    draw, font, small = ImageDraw.Draw(image), ImageFont.load_default(24), ImageFont.load_default(20)
+
+    def x_of(share: float) -> float:
+        return BARS_FROM + (BARS_TO - BARS_FROM) * min(share, MOST_SHARE) / MOST_SHARE
+
+    draw.text((MARGIN, 24), "AI Backend Worker: what each goal allows, and what was used of it", INK, font)
+    draw.text((MARGIN, 64), "median of the rounds, lowest and highest as a line; up to 100 % is good", FAINT, small)
+    draw.text((x_of(1), TITLE_HEIGHT - 10), "100 %", INK, small, anchor="ms")
+    for index, figure in enumerate(rows):
+        middle = TITLE_HEIGHT + ROW_HEIGHT * index + ROW_HEIGHT // 2
+        colour = REACHED if figure.is_reached else MISSED
+        draw.text((BARS_FROM - 16, middle), figure.name, INK, font, anchor="rm")
+        draw.rectangle((BARS_FROM, middle - 13, x_of(statistics.median(figure.shares)), middle + 13), fill=colour)
+        draw.line((x_of(min(figure.shares)), middle, x_of(max(figure.shares)), middle), fill=INK, width=2)
+        draw.text((BARS_TO + 16, middle), chart_words(figure), INK, small, anchor="lm")
+    draw.line((x_of(1), TITLE_HEIGHT, x_of(1), image.height - MARGIN), fill=INK, width=2)
+    image.save(path)
+
+
 # --- command line -------------------------------------------------------------------------------------------
 
 # Settings of whoever runs this must not reach the workers that it starts.
@@ -473,10 +573,11 @@ FOREIGN_SETTINGS: Final = ("OPENAI_", "TEXT_", "CELERY_", "MONGODB_", "REDIS_", 
 
 
 def print_table(figures: list[Figure], options: Options, took_s: float) -> None:
-    table = Table(*("figure", "unit", "ours", "against", "other", "ours ÷ other", "ours − other"))
+    table = Table(*("figure", "unit", "ours", "against", "other", "ours ÷ other", "ours − other", "goal"))
     for figure in figures:
         table.add_row(*figure.row())
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table, *(f"{figure.name}: {figure.note}" for figure in figures if figure.note), sep="\n")
     load = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
     print(f"{options.rounds} rounds of {options.jobs} jobs: median (lowest–highest); {load}; {took_s:.0f} s")
 
@@ -489,6 +590,8 @@ def measure(options: Options, names: Iterable[str]) -> None:
         for name in names:
             print(f"{time.monotonic() - began_at:4.0f} s  {name} …", file=sys.stderr, flush=True)
             figures += MEASUREMENTS[name](bench)
+    if options.chart:
+        draw_chart(figures, options.chart)
     if options.as_json:
         facts = {**asdict(options), "cpus": os.cpu_count(), "load": os.getloadavg(), "at": datetime.now(UTC)}
         print(json.dumps({**facts, "figures": [figure.as_json() for figure in figures]}, default=str, indent=2))
@@ -500,15 +603,20 @@ def measure(options: Options, names: Iterable[str]) -> None:
 @click.option("--rounds", default=4, show_default=True, help="Alternating rounds for each figure.")
 @click.option("--jobs", default=150, show_default=True, help="Jobs in a round of the race.")
 @click.option("--json", "as_json", is_flag=True, help="Print every round for machines instead of a table.")
+@click.option("--long", is_flag=True, help="Also what takes over a minute each; 1,000,000 old documents.")
+@click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), help="Draw the goals into this PNG file.")
 @click.option("--recovery/--no-recovery", default=True, show_default=True, help="Whether workers are killed too.")
 @click.pass_context
-def main(context: click.Context, rounds: int, jobs: int, as_json: bool, recovery: bool) -> None:
+def main(
+    context: click.Context, rounds: int, jobs: int, as_json: bool, long: bool, chart: Path | None, recovery: bool
+) -> None:
     """Measure the worker against a bare Celery task: everything, or the part that a command names."""
     for name in [name for name in os.environ if name.startswith(FOREIGN_SETTINGS)]:
         del os.environ[name]
-    context.obj = Options(rounds, jobs, as_json)
+    context.obj = Options(rounds, jobs, as_json, long, chart)
     if context.invoked_subcommand is None:
-        measure(context.obj, [name for name in MEASUREMENTS if recovery or name != "recovery"])
+        left_out = {*(() if recovery else ("recovery",)), *(() if long else LONG)}
+        measure(context.obj, [name for name in MEASUREMENTS if name not in left_out])
 
 
 def add_command(name: str, function: Measurement) -> None:
@@ -516,10 +624,6 @@ def add_command(name: str, function: Measurement) -> None:
     @click.pass_obj
     def command(options: Options) -> None:
         measure(options, [name])
-
-
-for measurement_name, measurement in MEASUREMENTS.items():
-    add_command(measurement_name, measurement)
 
 
 @main.command("chaos")
@@ -537,4 +641,9 @@ def run_chaos(jobs: int, workers: int, minutes: float, seed: int, hurry: float, 
 
 
 if __name__ == "__main__":
+    sys.modules["bench_worker"] = sys.modules["__main__"]  # so that what plugs in adds to this very table
+    if importlib.util.find_spec("bench_rivals"):
+        importlib.import_module("bench_rivals")
+    for measurement_name, measurement in MEASUREMENTS.items():
+        add_command(measurement_name, measurement)
     main()
