@@ -13,22 +13,25 @@ client, and the whole answer at once. Ours streams the answer, keeps a lease, an
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 from bson import ObjectId
-from celery import Celery
+from celery import Celery, signals
 from openai import OpenAI
 from pymongo import MongoClient
 from pymongo.collection import Collection
@@ -40,6 +43,7 @@ if TYPE_CHECKING or not IS_BARE_WORKER:  # the bare worker doesn't pay for what 
     import random
     import statistics
     import tempfile
+    import urllib.request
 
     import psutil
     from PIL import Image, ImageDraw, ImageFont
@@ -55,6 +59,7 @@ Document = dict[str, Any]
 MODEL: Final = "gpt-4o-mini"
 MOST_TOKENS: Final = 4096
 STATUS_CHANNEL: Final = "job_notifications"
+PROGRESS_CHANNEL: Final = "job_progress"
 BARE_QUEUE: Final = "bench_bare"
 
 bare = Celery("bare", broker=os.environ.get("REDIS_URL"), backend=os.environ.get("REDIS_URL"), set_as_current=False)
@@ -74,7 +79,7 @@ bare.conf.update(
 
 @cache
 def bare_jobs() -> Collection[Document]:
-    client: MongoClient[Document] = MongoClient(os.environ["MONGODB_URL"])
+    client: MongoClient[Document] = MongoClient(os.environ["MONGODB_URL"], appname=BARE_QUEUE)
     database = client[os.environ["DATABASE_NAME"]]
     return database.get_collection("jobs", write_concern=WriteConcern("majority", j=True))
 
@@ -146,6 +151,23 @@ def body(job_id: str, job_data: Document) -> None:
 @bare.task(name="bare.noop")
 def noop(job_id: str, job_data: Document) -> None:
     return None
+
+
+# --- inside ours: `HANDLER_MODULES=bench_worker` --------------------------------------------------------------
+
+KEEPER_FILE: Final = "BENCH_KEEPER_FILE"
+
+
+def note_keeper(**_: object) -> None:
+    """Write down which thread is the keeper, as the system counts threads: process and thread id."""
+    keepers = [thread.native_id for thread in threading.enumerate() if thread.name == "keeper"]
+    if keepers:
+        Path(os.environ[KEEPER_FILE]).write_text(f"{os.getpid()} {keepers[0]}\n")
+
+
+if KEEPER_FILE in os.environ:  # behind the worker's own receivers, which start the keeper
+    signals.worker_process_init.connect(note_keeper)
+    signals.worker_ready.connect(note_keeper)
 
 
 # --- figures ------------------------------------------------------------------------------------------------
@@ -260,6 +282,14 @@ BODY: Final = replace(BARE, task="bare.body")
 STOCK: Final = replace(BARE, label="stock Celery", command=STOCK_COMMAND)
 PROMPT: Final = "Tell me something."
 WARM_UP_JOBS: Final = 20
+PROFILE_BYTES: Final = 64 * 2**20
+
+
+def in_threads(contestant: Contestant, count: int) -> Contestant:
+    """The same with so many jobs at a time in one process."""
+    settings = {**contestant.settings, "WORKER_POOL": "threads", "WORKER_CONCURRENCY": str(count)}
+    options = ("--pool=threads", f"--concurrency={count}") if contestant.queue == BARE_QUEUE else ()
+    return replace(contestant, command=(*contestant.command, *options), settings=settings)
 
 
 @dataclass(frozen=True)
@@ -289,13 +319,13 @@ class Bench:
             mongodb_url = stack.enter_context(MongoServer()).url
             redis_url = stack.enter_context(RedisServer(append_only=True)).url
             self.environment = {"MONGODB_URL": mongodb_url, "DATABASE_NAME": DATABASE, "REDIS_URL": redis_url}
-            self.environment |= {"OPENAI_BASE_URL": stack.enter_context(self._provider()), "OPENAI_API_KEY": "sk-bench"}
-            mongo: MongoClient[Document] = stack.enter_context(MongoClient(mongodb_url))
-            self._jobs = mongo[DATABASE]["jobs"]
+            self.environment |= {"OPENAI_BASE_URL": stack.enter_context(self.provider()), "OPENAI_API_KEY": "sk-bench"}
+            self.mongo: MongoClient[Document] = stack.enter_context(MongoClient(mongodb_url))
+            self.database = self.mongo[DATABASE]
+            self.jobs = self.database["jobs"]
             self._celery = stack.enter_context(Celery("api", broker=redis_url, backend=redis_url, set_as_current=False))
-            client: Any = Redis.from_url(redis_url)
-            self._pubsub = stack.enter_context(client.pubsub(ignore_subscribe_messages=True))
-            self._pubsub.subscribe(STATUS_CHANNEL)
+            self.redis: Any = Redis.from_url(redis_url)
+            self._pubsub = stack.enter_context(self.listening(STATUS_CHANNEL))
             self._stack = stack.pop_all()
         return self
 
@@ -303,9 +333,9 @@ class Bench:
         self._stack.close()
 
     @contextmanager
-    def _provider(self) -> Iterator[str]:
+    def provider(self) -> Iterator[str]:
         """Yield the URL of a provider in a process of its own, so that it shares no interpreter with a contestant."""
-        log = self.folder / "provider.log"
+        log = self.folder / f"provider-{time.monotonic_ns()}.log"
         process = spawn([sys.executable, str(SOURCE / "testbed.py"), "--provider-only"], log)
         try:
             poll(lambda: "OPENAI_BASE_URL=" in log.read_text(), 20, description="the provider's URL")
@@ -313,6 +343,38 @@ class Bench:
         finally:
             process.terminate()
             process.wait(10)
+
+    @contextmanager
+    def listening(self, *channels: str) -> Iterator[Any]:
+        """Yield a subscription to these channels."""
+        with self.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe(*channels)
+            pubsub.get_message(timeout=1.0)  # the server has confirmed the first of them
+            yield pubsub
+
+    @contextmanager
+    def counting_mongodb(self, application: str) -> Iterator[Counter[str]]:
+        """Count the operations of clients with this name, by kind, as the server's own profiler sees them."""
+        self.database.drop_collection("system.profile")
+        self.database.create_collection("system.profile", capped=True, size=PROFILE_BYTES)
+        self.database.command("profile", 2)
+        counts: Counter[str] = Counter()
+        try:
+            yield counts
+        finally:
+            self.database.command("profile", 0)
+        for entry in self.database["system.profile"].find({"appName": application}, {"op": 1, "command": 1}):
+            counts[next(iter(entry["command"])) if entry["op"] == "command" else entry["op"]] += 1
+
+    @contextmanager
+    def counting_redis(self) -> Iterator[Counter[str]]:
+        """Count all commands, by name; those that a script calls, too."""
+        counts: Counter[str] = Counter()
+        self.redis.config_resetstat()
+        yield counts
+        for name, numbers in self.redis.info("commandstats").items():
+            if not name.startswith(("cmdstat_config", "cmdstat_info")):
+                counts[name.removeprefix("cmdstat_")] += numbers["calls"]
 
     @contextmanager
     def worker(self, contestant: Contestant, *, ready: bool = True) -> Iterator[WorkerProcess]:
@@ -342,7 +404,7 @@ class Bench:
         dates: Document = {"created_at": now, "updated_at": now}
         documents = [{**data, **nothing, **dates, "status": "pending"} for _ in range(count)]
         return {
-            str(job_id): {"job_id": str(job_id), **data} for job_id in self._jobs.insert_many(documents).inserted_ids
+            str(job_id): {"job_id": str(job_id), **data} for job_id in self.jobs.insert_many(documents).inserted_ids
         }
 
     def send(self, contestant: Contestant, jobs: Mapping[str, Document]) -> None:
@@ -376,6 +438,17 @@ class Bench:
 # --- measurements -------------------------------------------------------------------------------------------
 
 LATENCY_JOBS: Final = 100
+CROWD: Final = 100
+THOUSAND: Final = 1000
+FEW_JOBS, MANY_JOBS, BATCH_JOBS = 100, 10_000, 500
+SAMPLE_S: Final = 0.25
+WORDS: Final = 30  # first words in a round
+STREAM_WORDS, STREAM_PACE_S = 250, 0.02
+BATCH_S: Final = 0.05  # how long the worker gathers streamed text
+FEW_ROUNDS: Final = 2
+OUTBOX_S: Final = 1.5
+NOTEWORTHY: Final = 0.05  # a job
+WRITES: Final = frozenset({"insert", "update", "remove", "findAndModify", "findandmodify"})
 MEMORY_JOBS: Final = 400
 CHILD_ROUNDS: Final = 3
 SETTLE_S: Final = 3.0
@@ -399,29 +472,64 @@ def alternate(contestants: tuple[Contestant, ...], rounds: int) -> Iterator[Cont
         yield from random.sample(contestants, len(contestants))
 
 
+@contextmanager
+def filled_queue(
+    bench: Bench, contestant: Contestant, worker: WorkerProcess, count: int, prompt: str = PROMPT
+) -> Iterator[dict[str, Document]]:
+    """Fill a worker's queue while it is paused; it goes on at the start of what is inside."""
+    os.killpg(worker.process.pid, signal.SIGSTOP)
+    jobs = bench.submit(contestant, count, prompt)
+    try:
+        if contestant.task == NOOP.task:  # which tells nobody: one that does comes behind it
+            jobs = bench.submit(BODY)
+        os.killpg(worker.process.pid, signal.SIGCONT)
+        yield jobs
+    finally:
+        time.sleep(REST_S)  # the last acknowledgement and event
+
+
+def drain_s(bench: Bench, contestant: Contestant, worker: WorkerProcess, count: int, prompt: str = PROMPT) -> float:
+    """Return the time in which a worker empties a queue that was filled while it was paused."""
+    with filled_queue(bench, contestant, worker, count, prompt) as jobs:
+        started_at, status = time.monotonic(), "processing" if contestant.task == NOOP.task else "completed"
+        return bench.hear(jobs, status, timeout_s=max(60.0, float(count))) - started_at
+
+
 def jobs_per_second(bench: Bench, contestant: Contestant, worker: WorkerProcess, count: int) -> float:
     """Return the speed at which a worker empties a queue that was filled while it was paused."""
-    os.killpg(worker.process.pid, signal.SIGSTOP)
-    jobs, status = bench.submit(contestant, count), "completed"
-    if contestant is NOOP:  # which tells nobody: one that does comes behind it
-        jobs, status = bench.submit(BODY), "processing"
-    started_at = time.monotonic()
-    os.killpg(worker.process.pid, signal.SIGCONT)
-    speed = count / (bench.hear(jobs, status) - started_at)
-    time.sleep(REST_S)  # the last acknowledgement and event
-    return speed
+    return count / drain_s(bench, contestant, worker, count)
+
+
+def processes(worker: WorkerProcess) -> list[psutil.Process]:
+    """A worker's process and its children."""
+    parent = psutil.Process(worker.process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def cpu_s(worker: WorkerProcess) -> float:
+    """Return the CPU time that a worker and its children have used so far."""
+    times = [process.cpu_times() for process in processes(worker)]
+    return float(sum(time.user + time.system for time in times))
 
 
 @measures
 def throughput(bench: Bench) -> list[Figure]:
-    """Jobs a second, one at a time, with a provider that answers 20 words at once."""
-    contestants = (OURS, BARE, STREAMING, NOOP)
+    """Jobs a second and CPU time a job, one at a time, with a provider that answers 20 words at once."""
+    contestants, count = (OURS, BARE, STREAMING, NOOP), bench.options.jobs
     speeds: dict[str, list[float]] = {contestant.label: [] for contestant in contestants}
+    costs: dict[str, list[float]] = {contestant.label: [] for contestant in contestants}
     with bench.warm_workers() as workers:
         for contestant in alternate(contestants, bench.options.rounds):
-            speed = jobs_per_second(bench, contestant, workers[contestant.queue], bench.options.jobs)
-            speeds[contestant.label].append(speed)
-    return [Figure("throughput", "jobs/s", speeds[OURS.label], c.label, speeds[c.label]) for c in contestants[1:]]
+            worker = workers[contestant.queue]
+            cpu_before_s = cpu_s(worker)
+            speeds[contestant.label].append(jobs_per_second(bench, contestant, worker, count))
+            costs[contestant.label].append((cpu_s(worker) - cpu_before_s) / count * 1000)
+    figures = []
+    for rival in contestants[1:]:
+        goal = Goal("ratio", 1.0, at_least=True) if rival is BARE else None
+        figures.append(Figure("throughput", "jobs/s", speeds[OURS.label], rival.label, speeds[rival.label], goal))
+        figures.append(Figure("CPU per job", "ms", costs[OURS.label], rival.label, costs[rival.label]))
+    return sorted(figures, key=lambda figure: figure.name, reverse=True)
 
 
 def wait_ms(bench: Bench, contestant: Contestant) -> float:
@@ -445,8 +553,11 @@ def latency(bench: Bench) -> list[Figure]:
             waits = [wait_ms(bench, contestant) for _ in range(LATENCY_JOBS)]
             medians[contestant.label].append(statistics.median(waits))
             p99s[contestant.label].append(statistics.quantiles(waits, n=100)[98])
-    names = {"submit to processing, median": medians, "submit to processing, p99": p99s}
-    return [Figure(name, "ms", waits[OURS.label], BODY.label, waits[BODY.label]) for name, waits in names.items()]
+    names = {"submit to processing, median": (medians, 5), "submit to processing, p99": (p99s, 15)}
+    return [
+        Figure(name, "ms", waits[OURS.label], BODY.label, waits[BODY.label], Goal("difference", most_ms))
+        for name, (waits, most_ms) in names.items()
+    ]
 
 
 def start_times(bench: Bench, contestant: Contestant) -> tuple[float, ...]:
@@ -466,13 +577,13 @@ def cold_start(bench: Bench) -> list[Figure]:
         times[contestant.label].append(start_times(bench, contestant))
     names = ("start to ready", "start to first job taken", "start to first job done")
     ours, stock = (list(zip(*times[label], strict=True)) for label in (OURS.label, STOCK.label))
-    return [Figure(names[i], "s", list(ours[i]), STOCK.label, list(stock[i])) for i in range(len(names))]
+    goals = (Goal("ratio", 0.7), None, None)
+    return [Figure(names[i], "s", list(ours[i]), STOCK.label, list(stock[i]), goals[i]) for i in range(len(names))]
 
 
 def pss_mib(worker: WorkerProcess) -> float:
     """Memory of a worker and its children; what processes share is divided among them (where the system says so)."""
-    parent = psutil.Process(worker.process.pid)
-    infos = [process.memory_full_info() for process in (parent, *parent.children(recursive=True))]
+    infos = [process.memory_full_info() for process in processes(worker)]
     return float(sum(getattr(info, "pss", info.uss) for info in infos)) / 2**20
 
 
@@ -487,8 +598,353 @@ def memory(bench: Bench) -> list[Figure]:
                 jobs_per_second(bench, contestant, worker, count)
             done += count
             name = f"memory after {done} jobs" if done else "memory, idle"
-            figures.append(Figure(name, "MiB", [pss_mib(ours)], STOCK.label, [pss_mib(stock)]))
+            goal = None if done else Goal("ratio", 1.1)
+            figures.append(Figure(name, "MiB", [pss_mib(ours)], STOCK.label, [pss_mib(stock)], goal))
     return figures
+
+
+@measures
+def memory_growth(bench: Bench) -> list[Figure]:
+    """Memory after 10,000 jobs in one child against after 100 (only with `--long`)."""
+    with bench.worker(OURS) as worker:
+        drain_s(bench, OURS, worker, FEW_JOBS)
+        before_mib, child = pss_mib(worker), worker.children()
+        for _ in range(MANY_JOBS // BATCH_JOBS):
+            drain_s(bench, OURS, worker, BATCH_JOBS)
+        note = "" if worker.children() == child else "the child was another one in the end"
+        after = [pss_mib(worker)]
+    name = f"memory after {MANY_JOBS:,} jobs"
+    return [Figure(name, "MiB", after, f"after {FEW_JOBS}", [before_mib], Goal("ratio", 1.1), note)]
+
+
+@measures
+def crowd(bench: Bench) -> list[Figure]:
+    """A hundred jobs of a second each at the provider, in one worker process with a hundred threads."""
+    ours, bare_one = in_threads(OURS, CROWD), in_threads(BARE, CROWD)
+    times: dict[str, list[float]] = {ours.label: [], bare_one.label: []}
+    with bench.worker(ours) as our_worker, bench.worker(bare_one) as bare_worker:
+        workers = {ours.label: our_worker, bare_one.label: bare_worker}
+        for contestant in (ours, bare_one):
+            drain_s(bench, contestant, workers[contestant.label], WARM_UP_JOBS)
+        for contestant in alternate((ours, bare_one), bench.options.rounds):
+            took_s = drain_s(bench, contestant, workers[contestant.label], CROWD, "[delay 1] Tell me something.")
+            times[contestant.label].append(took_s)
+        sizes = {label: [pss_mib(worker)] for label, worker in workers.items()}
+    label = "bare, threads pool"
+    return [
+        Figure("100 jobs of 1 s", "s", times[ours.label], label, times[bare_one.label], Goal("ratio", 0.5)),
+        Figure("memory after these", "MiB", sizes[ours.label], label, sizes[bare_one.label], Goal("ours", 150)),
+    ]
+
+
+@contextmanager
+def sampling(look: Callable[[], float | None]) -> Iterator[list[float]]:
+    """Look again and again in a thread, and list what was seen."""
+    seen: list[float] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(SAMPLE_S):
+            value = look()
+            if value is not None:
+                seen.append(value)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+
+
+def calls_at(provider_url: str) -> list[Document]:
+    """Return all calls that a provider has had."""
+    with urllib.request.urlopen(f"{provider_url.removesuffix('/v1')}/calls", timeout=60) as answer:
+        calls: list[Document] = json.load(answer)
+    return calls
+
+
+def most_at_once(calls: Iterable[Document]) -> int:
+    """Return how many calls ran at the same time, at most."""
+    moments = sorted((call[edge], step) for call in calls for edge, step in (("started_at", 1), ("ended_at", -1)))
+    return max(itertools.accumulate(step for _, step in moments))
+
+
+@measures
+def thousand(bench: Bench) -> list[Figure]:
+    """A thousand jobs in flight in one process: time, memory, leases renewed in time, nothing done twice."""
+    lease_s, delay_s = (30, 75) if bench.options.long else (6, 15)
+    running = {"status": "processing"}
+    soonest: list[Document] = [{"$match": running}, {"$group": {"_id": None, "at": {"$min": "$worker.lease_until"}}}]
+
+    def lease_left_s() -> float | None:
+        found = list(bench.jobs.aggregate(soonest))
+        return (found[0]["at"].replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds() if found else None
+
+    with bench.provider() as url, keeper_watched(bench, in_threads(OURS, THOUSAND)) as (contestant, keeper_cpu_s):
+        settings = {"LEASE_SECONDS": str(lease_s), "SWEEP_INTERVAL": "1", "OPENAI_BASE_URL": url}
+        contestant = replace(contestant, settings={**contestant.settings, **settings})
+        with bench.worker(contestant) as worker:
+            with sampling(lease_left_s) as leases_s, sampling(lambda: pss_mib(worker)) as sizes_mib:
+                cpu_before_s = keeper_cpu_s()
+                took_s = drain_s(bench, contestant, worker, THOUSAND, f"[delay {delay_s}] Tell me something.")
+                keeper_share = (keeper_cpu_s() - cpu_before_s) / took_s * 100
+        calls = calls_at(url)
+    goal = Goal("ours", lease_s / 3, at_least=True)
+    note = f"{most_at_once(calls)} calls at the provider at once; each job takes {delay_s} s there"
+    return [
+        Figure("1,000 in flight", "s", [took_s], "one job", [float(delay_s)], note=note),
+        Figure("1,000 in flight: memory", "MiB", [max(sizes_mib)]),
+        Figure(f"1,000: least left of a {lease_s} s lease", "s", [min(leases_s)], goal=goal),
+        Figure("1,000: calls per job", "", [len(calls) / THOUSAND], goal=Goal("ours", 1.0)),
+        Figure("1,000: keeper's CPU", "% of a core", [keeper_share]),
+    ]
+
+
+def word_on_the_wire(url: str, prompt: str) -> float:
+    """Ask as the SDK does, and return when the first word came out of the socket (Unix time)."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "stream": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        next(line for line in answer if b'"content": "' in line and b'"content": ""' not in line)
+        heard_at = time.time()
+        answer.read()
+    return heard_at
+
+
+@measures
+def first_word(bench: Bench) -> list[Figure]:
+    """From the call at the provider to the first streamed word: at the subscriber, and on the provider's wire."""
+    heard: dict[str, list[dict[str, float]]] = {OURS.label: [], "wire": []}
+    with bench.provider() as url, bench.listening(PROGRESS_CHANNEL) as pubsub:
+        with bench.worker(replace(OURS, settings={"OPENAI_BASE_URL": url})):
+            bench.hear(bench.submit(OURS, WARM_UP_JOBS), "completed")
+            for number in range(bench.options.rounds * WORDS):
+                prompt = f"[tokens 10] [pace 0.005] {number}"
+                while pubsub.get_message():  # what is left of the job before
+                    pass
+                jobs = bench.submit(OURS, prompt=f"{prompt} ours")
+                pubsub.get_message(timeout=10.0)
+                at = {f"{prompt} ours": time.time()}
+                bench.hear(jobs, "completed")
+                heard[OURS.label].append(at)
+                heard["wire"].append({f"{prompt} wire": word_on_the_wire(url, f"{prompt} wire")})
+        called = {call["prompt"]: call["started_at"] for call in calls_at(url)}
+    waits = {
+        label: [(at - called[p]) * 1000 for one in list_ for p, at in one.items()] for label, list_ in heard.items()
+    }
+    rounds = {
+        label: [statistics.median(w[i : i + WORDS]) for i in range(0, len(w), WORDS)] for label, w in waits.items()
+    }
+    return [Figure("first word", "ms", rounds[OURS.label], "the wire", rounds["wire"], Goal("difference", 60))]
+
+
+def stream_to_a_listener(bench: Bench, contestant: Contestant) -> tuple[float, float, float]:
+    """Return cores used, pieces of text published a second, and words a second that the provider sent."""
+    with bench.worker(contestant) as worker, bench.listening(STATUS_CHANNEL, PROGRESS_CHANNEL) as pubsub:
+        drain_s(bench, contestant, worker, WARM_UP_JOBS)
+        prompt, pieces = f"[tokens {STREAM_WORDS}] [pace {STREAM_PACE_S}] {time.monotonic_ns()}", 0
+        while pubsub.get_message():
+            pass
+        with filled_queue(bench, contestant, worker, CROWD, prompt) as jobs:
+            cpu_before_s, started_at, running = cpu_s(worker), time.monotonic(), set(jobs)
+            while running and time.monotonic() < started_at + 120:
+                message = pubsub.get_message(timeout=1.0)
+                if message and message["channel"] == PROGRESS_CHANNEL.encode():
+                    pieces += 1
+                elif message and (notice := json.loads(message["data"]))["status"] == "completed":
+                    running.discard(notice["job_id"])
+            took_s = time.monotonic() - started_at
+            return (cpu_s(worker) - cpu_before_s) / took_s, pieces / took_s, CROWD * STREAM_WORDS / took_s
+
+
+@measures
+def streaming(bench: Bench) -> list[Figure]:
+    """A hundred answers of 50 words a second each at the same time, to somebody who listens."""
+    ours = [stream_to_a_listener(bench, in_threads(OURS, CROWD)) for _ in range(FEW_ROUNDS)]
+    other = [stream_to_a_listener(bench, in_threads(STREAMING, CROWD)) for _ in range(FEW_ROUNDS)]
+    cores, pieces, words = (list(values) for values in zip(*ours, strict=True))
+    their_cores, _, their_words = (list(values) for values in zip(*other, strict=True))
+    most_pieces = CROWD / BATCH_S
+    label = "bare, telling nobody"
+    return [
+        Figure("100 streams", "cores", cores, label, their_cores, Goal("ours", 1.0)),
+        Figure("100 streams: words", "words/s", words, label, their_words),
+        Figure("100 streams: messages", "messages/s", pieces, goal=Goal("ours", most_pieces)),
+    ]
+
+
+def per_job(counts: Counter[str], jobs: int) -> dict[str, float]:
+    return {name: round(count / jobs, 2) for name, count in counts.most_common()}
+
+
+def difference_named(ours: Mapping[str, float], other: Mapping[str, float]) -> str:
+    """Name what ours does more or less often than the other, a job."""
+    names = [*ours, *(name for name in other if name not in ours)]
+    differences = {name: ours.get(name, 0.0) - other.get(name, 0.0) for name in names}
+    return ", ".join(f"{name} {d:+.2f}" for name, d in differences.items() if abs(d) >= NOTEWORTHY) or "nothing"
+
+
+@measures
+def commands(bench: Bench) -> list[Figure]:
+    """MongoDB operations and Redis commands a job, counted by the servers; a no-op task is Celery's floor."""
+    on_mongodb: dict[str, dict[str, float]] = {}
+    on_redis: dict[str, dict[str, float]] = {}
+    count = bench.options.jobs
+    with bench.warm_workers() as workers:
+        for contestant, name in ((OURS, "ai-backend-worker"), (BARE, BARE_QUEUE), (NOOP, BARE_QUEUE)):
+            with bench.counting_mongodb(name) as operations, bench.counting_redis() as redis_commands:
+                drain_s(bench, contestant, workers[contestant.queue], count)
+                time.sleep(OUTBOX_S)  # ours writes down once a second what was told
+            on_mongodb[contestant.label] = per_job(operations, count)
+            on_redis[contestant.label] = per_job(redis_commands, count)
+    ours, other = on_mongodb[OURS.label], on_mongodb[BARE.label]
+    reads, their_reads = ({n: c for n, c in counts.items() if n not in WRITES} for counts in (ours, other))
+    writes, their_writes = ({n: c for n, c in counts.items() if n in WRITES} for counts in (ours, other))
+    figures = [
+        Figure(f"MongoDB {name} per job", "", [sum(mine.values())], BARE.label, [sum(their.values())], goal, note)
+        for name, mine, their, goal, note in (
+            ("writes", writes, their_writes, Goal("ours", 2.1), difference_named(writes, their_writes)),
+            ("reads", reads, their_reads, Goal("ours", 0.1), difference_named(reads, their_reads)),
+        )
+    ]
+    mine = on_redis[OURS.label]
+    for label in (BARE.label, NOOP.label):
+        totals, note = (sum(mine.values()), sum(on_redis[label].values())), difference_named(mine, on_redis[label])
+        figures.append(Figure("Redis commands per job", "", [totals[0]], label, [totals[1]], note=note))
+    return figures
+
+
+@contextmanager
+def keeper_watched(bench: Bench, contestant: Contestant) -> Iterator[tuple[Contestant, Callable[[], float]]]:
+    """Yield the contestant with a module inside that tells its keeper's thread, and what tells its CPU time so far."""
+    file = bench.folder / f"keeper-{time.monotonic_ns()}"
+
+    def keeper_cpu_s() -> float:
+        poll(file.exists, 20, description="the keeper's thread id")
+        process, thread = file.read_text().split()
+        return int(Path(f"/proc/{process}/task/{thread}/schedstat").read_text().split()[0]) / 1e9
+
+    inside = {"HANDLER_MODULES": "bench_worker", "BENCH_BARE_WORKER": "1", KEEPER_FILE: str(file)}
+    yield replace(contestant, settings={**contestant.settings, **inside}), keeper_cpu_s
+
+
+def upkeep_of(bench: Bench, contestant: Contestant, jobs: int) -> tuple[float, dict[str, float], float]:
+    """Return the keeper's CPU share in per cent, MongoDB operations a second by kind, and all of the worker's share."""
+    seconds = 60.0 if bench.options.long else 20.0
+    with keeper_watched(bench, contestant) as (watched, keeper_cpu_s), bench.worker(watched) as worker:
+        if jobs:
+            started = bench.submit(watched, jobs, f"[delay {seconds + SETTLE_S + 10}] Tell me something.")
+            bench.hear(started, "processing")
+        time.sleep(SETTLE_S)
+        with bench.counting_mongodb("ai-backend-worker") as operations:
+            before_s, began_at = (keeper_cpu_s(), cpu_s(worker)), time.monotonic()
+            time.sleep(seconds)
+            used_s, took_s = (keeper_cpu_s() - before_s[0], cpu_s(worker) - before_s[1]), time.monotonic() - began_at
+    return (
+        used_s[0] / took_s * 100,
+        {kind: count / took_s for kind, count in operations.items()},
+        used_s[1] / took_s * 100,
+    )
+
+
+@measures
+def upkeep(bench: Bench) -> list[Figure]:
+    """What leases, sweeper and outbox cost a process: CPU of their thread, and MongoDB operations."""
+    figures = []
+    for name, jobs, most_percent, most_operations in (("idle", 0, 1.0, 1.0), ("100 running", CROWD, 3.0, 2.0)):
+        percent, operations, _ = upkeep_of(bench, in_threads(OURS, CROWD), jobs)
+        note = ", ".join(f"{kind} {rate:.2f}/s" for kind, rate in operations.items())
+        per_second = Figure(f"MongoDB operations, {name}", "/s", [sum(operations.values())], note=note)
+        figures += [
+            Figure(f"keeper's CPU, {name}", "% of a core", [percent], goal=Goal("ours", most_percent)),
+            replace(per_second, goal=Goal("ours", most_operations)),
+        ]
+    return figures
+
+
+def fill_with_old_jobs(jobs: Collection[Document], count: int) -> None:
+    """Let the server make jobs that have ended, each a second older than the one before, then the API's indexes."""
+    ended = {"worker": {"owner": "0123456789abcdef", "node": "gone-01234567", "pid": 4711, "attempt": 1}}
+    then = {"$subtract": ["$$NOW", "$age_ms"]}
+    dates = {"created_at": then, "updated_at": then, "started_at": then, "completed_at": then}
+    words = {"output_data": {"generated_text": "word " * 40, "model_used": MODEL, "tokens_used": 60}}
+    failed = {"$eq": [{"$mod": ["$number", 10]}, 0]}
+    jobs.database.aggregate(
+        [
+            {"$documents": [{"thousand": {"$range": [0, count // 1000]}}]},
+            {"$unwind": "$thousand"},
+            {"$project": {"thousand": 1, "one": {"$range": [0, 1000]}}},
+            {"$unwind": "$one"},
+            {"$project": {"number": {"$add": ["$one", {"$multiply": ["$thousand", 1000]}]}}},
+            {"$addFields": {"age_ms": {"$multiply": [{"$add": ["$number", 60]}, 1000]}}},
+            {"$project": {"_id": 0, **dates, **ended, **words, "status": {"$cond": [failed, "failed", "completed"]}}},
+            {"$addFields": {"user_id": "u", "session_id": None, "job_type": "text_generation"}},
+            {"$out": jobs.name},
+        ]
+    )
+
+
+def make_api_indexes(jobs: Collection[Document]) -> None:
+    for keys in ("user_id", "status", "job_type", "created_at"):
+        jobs.create_index(keys)
+    jobs.create_index([("user_id", 1), ("created_at", 1)])
+
+
+def add_live_jobs(jobs: Collection[Document], count: int) -> None:
+    """Jobs that run or wait, so that every query of a sweep has something to look at."""
+    now = datetime.now(UTC)
+    worker = {
+        "owner": "fedcba9876543210",
+        "node": "live",
+        "pid": 1,
+        "lease_until": now + timedelta(hours=1),
+        "attempt": 1,
+    }
+    common = {"created_at": now, "updated_at": now, "user_id": "u", "job_type": "text_generation"}
+    jobs.insert_many(
+        [{**common, "status": "processing", "started_at": now, "worker": dict(worker)} for _ in range(count)]
+    )
+    jobs.insert_many([{**common, "status": "pending"} for _ in range(count)])
+
+
+def sweep_ms(sweeper: Any, count: int) -> float:
+    times = []
+    for _ in range(count):
+        started_at = time.perf_counter()
+        assert not sweeper.sweep()
+        times.append((time.perf_counter() - started_at) * 1000)
+    return statistics.median(times)
+
+
+@measures
+def old_jobs(bench: Bench) -> list[Figure]:
+    """A round of the sweeper with 200,000 old documents (with `--long` 1,000,000) against none."""
+    import worker
+
+    count = 1_000_000 if bench.options.long else 200_000
+    sweepers: dict[str, Any] = {}
+    settings: Any = {name.lower(): value for name, value in bench.environment.items()}
+    for name, size in (("none", 0), ("old", count)):
+        settings["database_name"] = f"{DATABASE}_{name}"
+        runtime = worker.Runtime(worker.Settings(_env_file=None, **settings))
+        jobs = bench.mongo[settings["database_name"]]["jobs"]
+        if size:
+            fill_with_old_jobs(jobs, size)
+        add_live_jobs(jobs, CROWD)
+        make_api_indexes(jobs)
+        runtime.store.ensure_indexes()
+        sweepers[name] = runtime.sweeper
+        sweep_ms(runtime.sweeper, FEW_JOBS)
+    times: dict[str, list[float]] = {name: [] for name in sweepers}
+    for _ in range(bench.options.rounds):
+        for name in random.sample(sorted(sweepers), len(sweepers)):
+            times[name].append(sweep_ms(sweepers[name], FEW_JOBS))
+    for name in sweepers:
+        bench.mongo.drop_database(f"{DATABASE}_{name}")
+    return [Figure(f"sweep, {count:,} old jobs", "ms", times["old"], "no old jobs", times["none"], Goal("ratio", 1.1))]
 
 
 def seconds_to_recover(bench: Bench, contestant: Contestant, *, whole: bool) -> float:
@@ -518,7 +974,9 @@ def recovery(bench: Bench) -> list[Figure]:
     whole = seconds_to_recover(bench, OURS, whole=True)
     return [
         Figure("recovery, child killed", "s", child[OURS.label], STOCK.label, child[STOCK.label]),
-        Figure("recovery, worker killed", "s", [whole], "its visibility timeout", [VISIBILITY_TIMEOUT_S]),
+        Figure(
+            "recovery, worker killed", "s", [whole], "stock: not before", [VISIBILITY_TIMEOUT_S], Goal("ratio", 0.02)
+        ),
     ]
 
 
