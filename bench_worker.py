@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -321,8 +321,7 @@ class Bench:
             self.environment = {"MONGODB_URL": mongodb_url, "DATABASE_NAME": DATABASE, "REDIS_URL": redis_url}
             self.environment |= {"OPENAI_BASE_URL": stack.enter_context(self.provider()), "OPENAI_API_KEY": "sk-bench"}
             self.mongo: MongoClient[Document] = stack.enter_context(MongoClient(mongodb_url))
-            self.database = self.mongo[DATABASE]
-            self.jobs = self.database["jobs"]
+            self.jobs = self.mongo[DATABASE]["jobs"]
             self._celery = stack.enter_context(Celery("api", broker=redis_url, backend=redis_url, set_as_current=False))
             self.redis: Any = Redis.from_url(redis_url)
             self._pubsub = stack.enter_context(self.listening(STATUS_CHANNEL))
@@ -353,17 +352,18 @@ class Bench:
             yield pubsub
 
     @contextmanager
-    def counting_mongodb(self, application: str) -> Iterator[Counter[str]]:
+    def counting_mongodb(self, application: str, database_name: str) -> Iterator[Counter[str]]:
         """Count the operations of clients with this name, by kind, as the server's own profiler sees them."""
-        self.database.drop_collection("system.profile")
-        self.database.create_collection("system.profile", capped=True, size=PROFILE_BYTES)
-        self.database.command("profile", 2)
+        database = self.mongo[database_name]
+        database.drop_collection("system.profile")
+        database.create_collection("system.profile", capped=True, size=PROFILE_BYTES)
+        database.command("profile", 2)
         counts: Counter[str] = Counter()
         try:
             yield counts
         finally:
-            self.database.command("profile", 0)
-        for entry in self.database["system.profile"].find({"appName": application}, {"op": 1, "command": 1}):
+            database.command("profile", 0)
+        for entry in database["system.profile"].find({"appName": application}, {"op": 1, "command": 1}):
             counts[next(iter(entry["command"])) if entry["op"] == "command" else entry["op"]] += 1
 
     @contextmanager
@@ -397,15 +397,16 @@ class Bench:
                 self.hear(self.submit(contestant, WARM_UP_JOBS), "completed")
             yield {OURS.queue: ours, BARE.queue: bare_worker}
 
-    def insert(self, count: int = 1, prompt: str = PROMPT) -> dict[str, Document]:
+    def insert(
+        self, count: int = 1, prompt: str = PROMPT, collection: Collection[Document] | None = None
+    ) -> dict[str, Document]:
         """Insert text jobs as the API does; return what their messages say, by id."""
         now, nothing = datetime.now(UTC), dict.fromkeys(("output_data", "artifact_url", "error_message", "started_at"))
         data = {"job_type": "text_generation", "input_data": {"prompt": prompt}, "user_id": "u", "session_id": None}
         dates: Document = {"created_at": now, "updated_at": now}
         documents = [{**data, **nothing, **dates, "status": "pending"} for _ in range(count)]
-        return {
-            str(job_id): {"job_id": str(job_id), **data} for job_id in self.jobs.insert_many(documents).inserted_ids
-        }
+        jobs = self.jobs if collection is None else collection
+        return {str(job_id): {"job_id": str(job_id), **data} for job_id in jobs.insert_many(documents).inserted_ids}
 
     def send(self, contestant: Contestant, jobs: Mapping[str, Document]) -> None:
         """Enqueue jobs as the API does."""
@@ -447,6 +448,7 @@ STREAM_WORDS, STREAM_PACE_S = 250, 0.02
 BATCH_S: Final = 0.05  # how long the worker gathers streamed text
 FEW_ROUNDS: Final = 2
 OUTBOX_S: Final = 1.5
+FIRST_SWEEP_S: Final = 32.0  # a lease, with which each process begins
 NOTEWORTHY: Final = 0.05  # a job
 WRITES: Final = frozenset({"insert", "update", "remove", "findAndModify", "findandmodify"})
 MEMORY_JOBS: Final = 400
@@ -795,7 +797,7 @@ def commands(bench: Bench) -> list[Figure]:
     count = bench.options.jobs
     with bench.warm_workers() as workers:
         for contestant, name in ((OURS, "ai-backend-worker"), (BARE, BARE_QUEUE), (NOOP, BARE_QUEUE)):
-            with bench.counting_mongodb(name) as operations, bench.counting_redis() as redis_commands:
+            with bench.counting_mongodb(name, DATABASE) as operations, bench.counting_redis() as redis_commands:
                 drain_s(bench, contestant, workers[contestant.queue], count)
                 time.sleep(OUTBOX_S)  # ours writes down once a second what was told
             on_mongodb[contestant.label] = per_job(operations, count)
@@ -831,38 +833,57 @@ def keeper_watched(bench: Bench, contestant: Contestant) -> Iterator[tuple[Conte
     yield replace(contestant, settings={**contestant.settings, **inside}), keeper_cpu_s
 
 
-def upkeep_of(bench: Bench, contestant: Contestant, jobs: int) -> tuple[float, dict[str, float], float]:
-    """Return the keeper's CPU share in per cent, MongoDB operations a second by kind, and all of the worker's share."""
-    seconds = 60.0 if bench.options.long else 20.0
-    with keeper_watched(bench, contestant) as (watched, keeper_cpu_s), bench.worker(watched) as worker:
-        if jobs:
-            started = bench.submit(watched, jobs, f"[delay {seconds + SETTLE_S + 10}] Tell me something.")
-            bench.hear(started, "processing")
-        time.sleep(SETTLE_S)
-        with bench.counting_mongodb("ai-backend-worker") as operations:
-            before_s, began_at = (keeper_cpu_s(), cpu_s(worker)), time.monotonic()
-            time.sleep(seconds)
-            used_s, took_s = (keeper_cpu_s() - before_s[0], cpu_s(worker) - before_s[1]), time.monotonic() - began_at
-    return (
-        used_s[0] / took_s * 100,
-        {kind: count / took_s for kind, count in operations.items()},
-        used_s[1] / took_s * 100,
-    )
+def cpu_percent(seconds: float, looks: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Return by name how much of a core was used meanwhile, from what tells the CPU time so far."""
+    before_s, began_at = {name: look() for name, look in looks.items()}, time.monotonic()
+    time.sleep(seconds)
+    took_s = time.monotonic() - began_at
+    return {name: (look() - before_s[name]) / took_s * 100 for name, look in looks.items()}
+
+
+def rates(operations: Counter[str], seconds: float) -> str:
+    return ", ".join(f"{kind} {count / seconds:.2f}/s" for kind, count in sorted(operations.items())) or "none"
 
 
 @measures
 def upkeep(bench: Bench) -> list[Figure]:
     """What leases, sweeper and outbox cost a process: CPU of their thread, and MongoDB operations."""
+    names, many = ("idle", "100 running"), in_threads(OURS, CROWD)
+    seconds = 60.0 if bench.options.long else 20.0
+    counts: dict[str, Counter[str]] = {}
+    looks: dict[str, Callable[[], float]] = {}
+    with ExitStack() as stack:
+        looks[BARE.label] = partial(cpu_s, stack.enter_context(bench.worker(BARE)))
+        for name in names:  # in a database and a queue of its own each
+            database = f"{DATABASE}_{name.replace(' ', '_')}"
+            apart = replace(many, queue=f"bench_{name}", settings={**many.settings, "DATABASE_NAME": database})
+            watched, looks[f"keeper, {name}"] = stack.enter_context(keeper_watched(bench, apart))
+            looks[name] = partial(cpu_s, stack.enter_context(bench.worker(watched)))
+            if name != names[0]:
+                jobs = bench.insert(
+                    CROWD, f"[delay {FIRST_SWEEP_S + seconds + 20}] Tell.", bench.mongo[database]["jobs"]
+                )
+                bench.send(watched, jobs)
+                bench.hear(jobs, "processing")
+        time.sleep(FIRST_SWEEP_S)
+        for name in names:
+            database = f"{DATABASE}_{name.replace(' ', '_')}"
+            counts[name] = stack.enter_context(bench.counting_mongodb("ai-backend-worker", database))
+        used = cpu_percent(seconds, looks)
     figures = []
-    for name, jobs, most_percent, most_operations in (("idle", 0, 1.0, 1.0), ("100 running", CROWD, 3.0, 2.0)):
-        percent, operations, _ = upkeep_of(bench, in_threads(OURS, CROWD), jobs)
-        note = ", ".join(f"{kind} {rate:.2f}/s" for kind, rate in operations.items())
-        per_second = Figure(f"MongoDB operations, {name}", "/s", [sum(operations.values())], note=note)
+    for name, most_percent, most_operations in zip(names, (1.0, 3.0), (1.0, 2.0), strict=True):
+        keeper, operations = used[f"keeper, {name}"], sum(counts[name].values()) / seconds
         figures += [
-            Figure(f"keeper's CPU, {name}", "% of a core", [percent], goal=Goal("ours", most_percent)),
-            replace(per_second, goal=Goal("ours", most_operations)),
+            Figure(f"keeper's CPU, {name}", "% of a core", [keeper], goal=Goal("ours", most_percent)),
+            Figure(
+                f"MongoDB operations, {name}",
+                "/s",
+                [operations],
+                goal=Goal("ours", most_operations),
+                note=rates(counts[name], seconds),
+            ),
         ]
-    return figures
+    return [*figures, Figure("CPU of an idle worker", "% of a core", [used["idle"]], BARE.label, [used[BARE.label]])]
 
 
 def fill_with_old_jobs(jobs: Collection[Document], count: int) -> None:
