@@ -1013,6 +1013,62 @@ def test_a_sweep_reads_by_index(runtime: Runtime, question: dict[str, Any], inde
     assert index in json.dumps(plan["queryPlanner"]["winningPlan"], default=str)
 
 
+class Questions(pymongo.monitoring.CommandListener):
+    """Every `find` that a client sends."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def started(self, event: pymongo.monitoring.CommandStartedEvent) -> None:
+        if event.command_name == "find":
+            parts = ("find", "filter", "sort", "limit", "projection")
+            self.asked.append({part: event.command[part] for part in parts if part in event.command})
+
+    def succeeded(self, event: pymongo.monitoring.CommandSucceededEvent) -> None: ...
+
+    def failed(self, event: pymongo.monitoring.CommandFailedEvent) -> None: ...
+
+
+OLD_JOBS, LIVE_JOBS = 2000, 20
+API_INDEXES = ("user_id", "status", "job_type", "created_at", [("user_id", 1), ("created_at", 1)])
+
+
+def fill_with_old_and_live_jobs(runtime: Runtime) -> None:
+    """With the API's own indexes beside the worker's, among which MongoDB has to choose."""
+    jobs, common = runtime.database["jobs"], {"user_id": "u", "job_type": "text_generation", "started_at": ago(500)}
+    lease = {"owner": "owner-1", "node": worker.NODE, "pid": 1, "lease_until": ago(-60), "attempt": 1}
+    states = {"completed": OLD_JOBS, "failed": OLD_JOBS, "processing": LIVE_JOBS, "pending": LIVE_JOBS}
+    for status, count in states.items():
+        started = {} if status == "pending" else {"worker": lease}
+        jobs.insert_many([{**common, **started, "status": status, "created_at": ago(900 + n)} for n in range(count)])
+    for index in API_INDEXES:
+        jobs.create_index(index)
+    runtime.store.ensure_indexes()
+
+
+@table(
+    "look",
+    ("stale jobs", lambda store: store.find_stale()),
+    ("jobs of this node", lambda store: store.find_siblings()),
+    ("jobs whose message was lost", lambda store: store.find_forgotten_pending(lambda: 1)),
+    ("the outbox", lambda store: store.find_unnotified(30)),
+)
+def test_a_sweep_examines_only_jobs_that_run_or_wait(
+    runtime: Runtime, look: Callable[[worker.JobStore], object]
+) -> None:
+    fill_with_old_and_live_jobs(runtime)
+    questions = Questions()
+    with pymongo.MongoClient[Any](
+        runtime.settings.mongodb_url.get_secret_value(), event_listeners=[questions]
+    ) as client:
+        look(Runtime(runtime.settings, client).store)
+    assert questions.asked
+    for question in questions.asked:
+        explained = runtime.database.command("explain", question, verbosity="executionStats")
+        assert "COLLSCAN" not in json.dumps(explained["queryPlanner"]["winningPlan"], default=str), question
+        assert explained["executionStats"]["totalDocsExamined"] <= LIVE_JOBS + 1, question
+
+
 def test_the_clock_takes_the_databases_time(runtime: Runtime) -> None:
     runtime.store.clock.synchronise(datetime(2001, 1, 1, tzinfo=UTC))
     runtime.store.synchronise_clock()
