@@ -43,6 +43,7 @@ if TYPE_CHECKING or not IS_BARE_WORKER:  # the bare worker doesn't pay for what 
     import random
     import statistics
     import tempfile
+    import traceback
     import urllib.request
 
     import psutil
@@ -1064,11 +1065,16 @@ def print_table(figures: list[Figure], options: Options, took_s: float) -> None:
 def measure(options: Options, names: Iterable[str]) -> None:
     """Run these measurements and print what they found."""
     figures: list[Figure] = []
+    failed: list[str] = []
     began_at = time.monotonic()
     with Bench(options) as bench:
         for name in names:
             print(f"{time.monotonic() - began_at:4.0f} s  {name} …", file=sys.stderr, flush=True)
-            figures += MEASUREMENTS[name](bench)
+            try:
+                figures += MEASUREMENTS[name](bench)
+            except Exception:  # the other figures count all the same
+                traceback.print_exc()
+                failed.append(name)
     if options.chart:
         draw_chart(figures, options.chart)
     if options.as_json:
@@ -1076,6 +1082,8 @@ def measure(options: Options, names: Iterable[str]) -> None:
         print(json.dumps({**facts, "figures": [figure.as_json() for figure in figures]}, default=str, indent=2))
     else:
         print_table(figures, options, time.monotonic() - began_at)
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
