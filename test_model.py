@@ -247,6 +247,13 @@ class Model:
         return replace(facts, **facts.next_rescue(call.now))
 
     @staticmethod
+    def rescue_soon(call: Call, facts: Facts, document: Document) -> Facts | None:
+        before = Facts.of(document).rescues or 0
+        if not facts.is_active or facts.owner is not None or facts.rescues != before + 1:
+            return None
+        return replace(facts, rescue_at=call.now + timedelta(seconds=SETTINGS.sweep_interval), rescues=before)
+
+    @staticmethod
     def fail_active(call: Call, facts: Facts, _: Any) -> Facts | None:
         return facts.ended("failed", call.now, error_message=call["sentence"]) if facts.is_active else None
 
@@ -310,6 +317,7 @@ class Meanwhile(Enum):
     CLAIM = 4
     LEASES_RUN_OUT = 5
     LATE_REQUESTS_ARRIVE = 6
+    REDIS_GOES_OR_COMES = 7
 
 
 @dataclass(frozen=True)
@@ -367,6 +375,7 @@ class Host:
     def start_process(self, wall_offset_s: float) -> None:
         self.world.last_pid += 1
         self.pid = self.world.last_pid
+        self.refused_at_s = -math.inf
         with self.acting():
             self.clock = worker.Clock()
             self.clock.synchronise(self.world.now + timedelta(seconds=wall_offset_s))
@@ -377,6 +386,11 @@ class Host:
     @property
     def monotonic_s(self) -> float:
         return (self.world.now - BEGINNING).total_seconds() - self.behind_s
+
+    @property
+    def rests(self) -> bool:
+        """Whether its sweeper leaves the queue alone, since Redis was away a moment ago."""
+        return self.monotonic_s < self.refused_at_s + worker.QUEUE_REST_S
 
     def now(self) -> datetime:
         with self.acting():
@@ -429,9 +443,10 @@ class Redis:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def _reach(self) -> None:
+    def _reach(self, error: type[Exception] = SpoolUnavailable) -> None:
         if not self._world.is_redis_up:
-            raise SpoolUnavailable("Redis is away")
+            self._world.acting.refused_at_s = self._world.acting.monotonic_s
+            raise error("Redis is away")
 
     def publish_status(self, document: Document, status: str, _: str) -> bool:
         assert self._world.facts[document["_id"]].status == status, "a notice says what the document doesn't"
@@ -457,8 +472,7 @@ class Redis:
         self._world.queue.append(ObjectId(args[0]))
 
     def count_queued(self) -> int:
-        if not self._world.is_redis_up:
-            raise OperationalError("Redis is away")
+        self._reach(OperationalError)
         return len(self._world.queue)
 
 
@@ -486,6 +500,7 @@ class World:
         self.queue: list[ObjectId] = []
         self.revoked: set[ObjectId] = set()
         self.spool: dict[ObjectId, Result] = {}
+        self.ever_kept: set[ObjectId] = set()
         self.told: dict[ObjectId, str] = {}
         self.is_redis_up = True
         self.dead: set[int] = set()
@@ -610,7 +625,7 @@ WEATHER = st.one_of(
         QUIET_S,
         fates=st.lists(st.sampled_from([*Fate, Fate.REPLY_LOST]), max_size=3).map(tuple),
         meanwhile=st.sampled_from(Meanwhile),
-        before=st.integers(0, 2),
+        before=st.integers(0, 3),
     ),
 )
 PICK_MOST = 7
@@ -618,7 +633,7 @@ PICK = st.integers(0, PICK_MOST)  # one of a list, whatever its length
 HOST = st.integers(0, HOSTS - 1)
 LIMITS = st.sampled_from([Limits(20, 30), Limits(390, 400)])
 OUTCOME = st.sampled_from(["retry", "hand back", "complete", "fail"])
-PAST = st.lists(st.sampled_from(["running", "retry", "hand back"]), max_size=2)
+PAST = st.lists(st.sampled_from(["running", "retry", "hand back", "kept"]), max_size=2)
 ABSENT = "absent"
 SHAPES_OF_OURS: list[Any] = [ABSENT, {}]
 # mongomock takes `{"worker.x": None}` on these for a miss, and sets fields below them where MongoDB refuses to.
@@ -662,8 +677,11 @@ class StatusMachine(RuleBasedStateMachine):
         for outcome in past:
             self.world.now += timedelta(seconds=RETRY_S)
             attempt = self.deliver(self.world.hosts[0], job_id, Limits(20, 30), CALM, is_patient=False)
-            if attempt in self.running() and outcome != "running":
+            if attempt in self.running() and outcome in ("retry", "hand back"):
                 self.end(attempt, outcome, CALM, is_patient=False)
+            elif attempt in self.running() and outcome == "kept":
+                attempt.outcome = "complete"
+                self.leave(attempt)
 
     @rule(job=PICK, host=HOST, what=st.sampled_from(Meddling), weather=WEATHER)
     def others_meddle(self, job: int, host: int, what: Meddling, weather: Weather) -> None:
@@ -744,8 +762,7 @@ class StatusMachine(RuleBasedStateMachine):
         self.claim(attempt, weather, is_patient)
         return attempt
 
-    @staticmethod
-    def ask(is_patient: bool, question: Callable[[], Any]) -> Any:
+    def ask(self, is_patient: bool, question: Callable[[], Any]) -> Any:
         """Once, or until there is an answer: sooner or later the weather is fine."""
         while True:
             try:
@@ -753,6 +770,7 @@ class StatusMachine(RuleBasedStateMachine):
             except StoreUnavailable:
                 if not is_patient:
                     raise
+                self.world.now += timedelta(seconds=1)
 
     def claim(self, attempt: Try, weather: Weather, is_patient: bool) -> None:
         """As the task does: the same owner until there is an answer; a miss is judged."""
@@ -835,18 +853,19 @@ class StatusMachine(RuleBasedStateMachine):
         if attempt.job is None:
             self.world.queue.append(attempt.job_id)
         elif attempt.outcome == "complete" and self.world.is_redis_up:
+            self.world.ever_kept.add(attempt.job_id)
             self.world.spool[attempt.job_id] = Result({"generated_text": attempt.owner})
 
     # the worker's keeper and sweeper
 
-    @rule(host=HOST, weather=WEATHER)
-    def renew(self, host: int, weather: Weather) -> None:
+    @rule(host=HOST, weather=WEATHER, is_patient=st.booleans())
+    def renew(self, host: int, weather: Weather, is_patient: bool) -> None:
         """As the keeper does: the clock first, then all leases; then it looks for those that are lost."""
         keeper = self.world.hosts[host]
         jobs = [each.job for each in self.tries if each.host is keeper and each.job]
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
             keeper.store.synchronise_clock()
-            keeper.store.renew_leases(jobs)
+            self.ask(is_patient, lambda: keeper.store.renew_leases(jobs))
             lost = keeper.store.find_lost(jobs)
             facts = self.world.facts
             assert lost == [job for job in jobs if self.is_lost(job, facts[job.id])]
@@ -859,9 +878,10 @@ class StatusMachine(RuleBasedStateMachine):
     def sweep(self, host: int, weather: Weather) -> None:
         sweeper = self.world.hosts[host]
         with sweeper.acting(), contextlib.suppress(StoreUnavailable), self.world.under(weather):
+            is_whole = weather.is_calm and self.world.is_redis_up and not sweeper.rests
             sweeper.sweeper.release_dead_siblings()
             sweeper.sweeper.sweep()
-            if weather.is_calm and self.world.is_redis_up:
+            if is_whole:
                 assert self.stale_ids(sweeper.now()) == set(), "a stale job was left"
                 assert not self.world.revoked, "a revoked job was left"
 
@@ -909,22 +929,29 @@ class StatusMachine(RuleBasedStateMachine):
     # what others do between two requests of a verb
 
     def interrupt(self, meanwhile: Meanwhile) -> None:
-        rival = self.world.hosts[-1]
-        targets = list(self.world.calls[-1].targets) if self.world.calls else []
-        with self.world.under(CALM):
-            for job_id in targets[:1]:
-                if meanwhile is Meanwhile.CANCEL and self.world.facts[job_id].is_active:
-                    self.world.write(job_id, status="failed", error_message="Cancelled.")
-                elif meanwhile is Meanwhile.REVOKE:
-                    rival.store.fail_active(job_id, worker.STOPPED)
-                elif meanwhile is Meanwhile.CLAIM:
-                    self.deliver(rival, job_id, Limits(20, 30), CALM, is_patient=False)
-            if meanwhile is Meanwhile.SWEEP:
-                rival.sweeper.sweep()
-            elif meanwhile is Meanwhile.LEASES_RUN_OUT:
-                self.world.now += timedelta(seconds=LEASE_S)
-            elif meanwhile is Meanwhile.LATE_REQUESTS_ARRIVE:
-                self.world.do_late_requests()
+        rival, world = self.world.hosts[-1], self.world
+        with rival.acting(), world.under(CALM):
+            match meanwhile:
+                case Meanwhile.SWEEP:
+                    rival.sweeper.sweep()
+                case Meanwhile.LEASES_RUN_OUT:
+                    world.now += timedelta(seconds=LEASE_S)
+                case Meanwhile.LATE_REQUESTS_ARRIVE:
+                    world.do_late_requests()
+                case Meanwhile.REDIS_GOES_OR_COMES:
+                    world.is_redis_up = not world.is_redis_up
+                case _ if world.calls and (targets := list(world.calls[-1].targets)):
+                    self.interfere(meanwhile, targets[0], rival)
+
+    def interfere(self, meanwhile: Meanwhile, job_id: ObjectId, rival: Host) -> None:
+        """With the very job that the verb is about."""
+        match meanwhile:
+            case Meanwhile.CANCEL if self.world.facts[job_id].is_active:
+                self.world.write(job_id, status="failed", error_message="Cancelled.")
+            case Meanwhile.REVOKE:
+                rival.store.fail_active(job_id, worker.STOPPED)
+            case Meanwhile.CLAIM:
+                self.deliver(rival, job_id, Limits(20, 30), CALM, is_patient=False)
 
     # what always holds
 
@@ -940,7 +967,7 @@ class StatusMachine(RuleBasedStateMachine):
             assert {**theirs, "created_at": created_at} == before
 
         for job_id, facts in self.world.facts.items():
-            assert 0 <= (facts.attempt or 0) <= MOST_ATTEMPTS or job_id in self.world.spool
+            assert 0 <= (facts.attempt or 0) <= MOST_ATTEMPTS or job_id in self.world.ever_kept
 
     def teardown(self) -> None:
         """The liveness: calm, and one worker; every job ends and is told."""
@@ -961,7 +988,7 @@ class StatusMachine(RuleBasedStateMachine):
 
     def healthy_round(self) -> None:
         self.world.now += timedelta(seconds=ROUND_S)
-        self.renew(0, CALM)
+        self.renew(0, CALM, is_patient=False)
         self.sweep(0, CALM)
         for job_id in list(self.world.queue):
             self.deliver(self.world.hosts[0], job_id, Limits(20, 30), CALM, is_patient=False)

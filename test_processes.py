@@ -378,6 +378,14 @@ def test_a_message_that_is_no_json_is_dropped_without_its_words_in_the_log(site:
     assert "planted-words" not in site.log()
 
 
+@pytest.mark.parametrize("task_id", [None, ["x"], {"x": 1}], ids=repr)
+def test_the_worker_goes_on_after_an_unknown_task_with_any_id(site: Site, task_id: object) -> None:
+    site.api.send_body([[], {}, {}], headers={"task": "nope", "id": task_id})
+    site.wait_log("whose task isn't known here")
+    assert site.goes_on()
+    assert site.worker.process.poll() is None
+
+
 @pytest.mark.parametrize("body", [{"prompt": "planted-words"}, "planted-words", [], None], ids=repr)
 def test_the_worker_goes_on_after_a_body_of_any_shape(api: Api, start_worker: StartWorker, body: object) -> None:
     worker = start_worker()

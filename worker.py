@@ -423,7 +423,7 @@ class Settings(BaseSettings):
 
     artifact_url: ArtifactUrl = "gridfs"  # where files go: gridfs, data:, file:///folder, s3://bucket/folder
     artifact_base_url: str = "/artifacts"  # public address in front of a file's name
-    artifact_retention_days: float = Field(0, ge=0, le=36_500)  # days after which files are deleted; 0: never
+    artifact_retention_days: float = Field(0, ge=0, le=10_000)  # days after which files are deleted; 0: never
     aws_access_key_id: SecretStr = NO_SECRET  # S3 key
     aws_secret_access_key: SecretStr = NO_SECRET  # S3 secret
     s3_bucket_name: str = ""  # bucket where ARTIFACT_URL is s3:// alone
@@ -566,6 +566,7 @@ def celery_configuration(settings: Settings) -> Document:
         "redis_socket_timeout": 5,  # a result is a copy: no job waits long for it
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        "worker_consumer": f"{__name__}:SafeConsumer",
         "broker_channel_error_retry": True,  # a full or read-only Redis must not end the worker
         # Long, since a job beyond it would run twice at a time; the lease's sweeper is what rescues.
         "broker_transport_options": {"visibility_timeout": max(3600, 2 * settings.celery_time_limit), **redis_options},
@@ -653,7 +654,17 @@ class Strategies(dict[str, Any]):
         raise KeyError("the message's task is no name")
 
 
-Consumer.Strategies = Strategies
+class SafeConsumer(Consumer):
+    """Drops a message of an unknown task. Celery's own would end with it, if its id is missing or no text."""
+
+    Strategies = Strategies
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        name = (message.headers or {}).get("task")
+        logger.error("dropped a message whose task isn't known here: %.100s", name if isinstance(name, str) else "?")
+        message.reject_log_error(logger, self.connection_errors)  # type: ignore[attr-defined]
+
+
 # In the base class, so that Sentinel's channels have them, too.
 RedisChannel.QoS = LenientQoS
 RedisChannel.close = close_without_redis  # type: ignore[method-assign, assignment]
@@ -698,7 +709,11 @@ def without_bodies(record: logging.LogRecord) -> bool:
 
 def on_one_line(record: logging.LogRecord) -> bool:
     """Escapes what a message or document brought along that could forge a line or steer a terminal; cuts it short."""
-    text = record.getMessage().strip()[:LONGEST_LINE]
+    try:
+        text = record.getMessage()
+    except Exception:  # a wrong format must not raise in the caller, as it wouldn't without a filter
+        text = str(record.msg)
+    text = text.strip()[:LONGEST_LINE]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     record.msg, record.args = text, None
@@ -1125,8 +1140,9 @@ class JobStore:
         ids = [ObjectId(name[:OBJECT_ID_DIGITS]) for name in names]
         ended = {"_id": {"$in": ids}, "status": {"$in": list(TERMINAL_STATUSES)}}
         with unknown_when_unreachable():
-            urls = {str(d["_id"]): str(d.get("artifact_url")) for d in self._jobs.find(ended, {"artifact_url": 1})}
-        return [name for name in names if name not in urls.get(name[:OBJECT_ID_DIGITS], name)]
+            found = self._jobs.find(ended, {"artifact_url": 1, "output_data": 1})
+            named = {str(d["_id"]): f"{d.get('artifact_url')} {d.get('output_data')}" for d in found}
+        return [name for name in names if name not in named.get(name[:OBJECT_ID_DIGITS], name)]
 
     def overview(self) -> Document:
         """What `status` shows: counts, the oldest pending job, leases that ran out, the last errors."""
@@ -1449,6 +1465,7 @@ class FsspecArtifacts(Artifacts):
         settings, options = self._settings, Document()
         if self._is_s3:
             options = {
+                "use_listings_cache": False,
                 "key": settings.aws_access_key_id.get_secret_value() or None,
                 "secret": settings.aws_secret_access_key.get_secret_value() or None,
                 "endpoint_url": settings.s3_endpoint_url or None,
@@ -1583,7 +1600,9 @@ def provider_errors() -> Iterator[None]:
             raise error.__cause__ from None
         cause = error.__cause__ or error
         is_away = isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout))
-        raise (ProviderAway if is_away else RetryJob)(type(cause).__name__, ProviderAway.default_sentence) from None
+        if is_away:  # nothing was sent, so that nothing was tried
+            raise ProviderAway(type(cause).__name__, is_counted=False) from None
+        raise RetryJob(type(cause).__name__, ProviderAway.default_sentence) from None
     except (openai.OpenAIError, httpx2.InvalidURL, *WRONG_SHAPE_ERRORS) as error:
         raise FailJob(type(error).__name__, UNUSABLE) from None
 
@@ -1778,6 +1797,8 @@ class OpenAIProvider:
 
     async def _fetch(self, url: str) -> bytes:
         """A picture that the provider names by URL: no credentials, and no address inside the operator's network."""
+        import httpx2
+
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise FailJob(f"a picture at a {parts.scheme[:20]!r} URL", UNUSABLE)
@@ -1787,9 +1808,13 @@ class OpenAIProvider:
             pinned = parts._replace(netloc=f"{address}:{parts.port}" if parts.port else address).geturl()
             headers = {"host": parts.netloc.rpartition("@")[2]}
         # Asked for at the address that was checked: a name may resolve to another one the second time.
-        answer = await self._http.get(pinned, headers=headers, extensions={"sni_hostname": parts.hostname})
+        try:
+            answer = await self._http.get(pinned, headers=headers, extensions={"sni_hostname": parts.hostname})
+        except httpx2.HTTPError as error:  # of the picture's host: it says nothing of the provider
+            raise RetryJob(type(error).__name__, "The picture can't be fetched") from None
         if answer.status_code != 200:
-            raise status_error(answer.status_code, f"HTTP {answer.status_code} for the picture's URL", answer.headers)
+            fault = status_error(answer.status_code, f"HTTP {answer.status_code} for the picture's URL", answer.headers)
+            raise RetryJob(fault.detail) if isinstance(fault, RetryJob) else fault
         return answer.content
 
     async def speech(self, request: Document) -> tuple[bytes, str]:
@@ -2125,7 +2150,7 @@ LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
 NOTICE_OVERDUE_S = 30.0
 ARTIFACT_SWEEP_S = 3600.0
-ARTIFACT_NAME = re.compile(r"[0-9a-f]{24}-")
+ARTIFACT_NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{16}\.")
 INDEX_PATIENCE_S = 3600.0
 QUEUE_REST_S = 5.0
 BROKER_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}
@@ -2966,7 +2991,8 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     settings = runtime.settings
     if job.attempt < settings.most_attempts or not outcome.is_counted:
         if outcome.after_s is None:
-            wait_s = settings.retry_delays[job.attempt - 1] * random.uniform(0.5, 1.0)
+            delays = (*settings.retry_delays[job.attempt - 1 :], *settings.retry_delays[-1:], 0.0)
+            wait_s = delays[0] * random.uniform(0.5, 1.0)
         else:
             wait_s = min(outcome.after_s, settings.retry_after_max)
         if job.first_started_at > runtime.store.oldest_start(job.limits, wait_s):
@@ -2985,7 +3011,7 @@ def complete(runtime: Runtime, job: Job, result: Result) -> bool:
 
 def discard(runtime: Runtime, job: Job) -> None:
     """Takes away what an attempt stored that didn't win."""
-    with contextlib.suppress(StoreUnavailable):
+    with contextlib.suppress(StoreUnavailable, FailJob):  # the sweeper looks for it, too
         runtime.artifacts.discard(job)
 
 
@@ -3028,13 +3054,15 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
             with pymongo.timeout(max(POLL_STORE_S, min(try_s, give_up_at - time.monotonic()))):
                 written = write_outcome(runtime, attempt.job, outcome)
             log.fine()
+            if try_s > SETTLE_TRY_S and not isinstance(written, LeaveJob):
+                runtime.notifier.forget_result(attempt.job.id)
             return written
         except StoreUnavailable as error:
             log.fault(f"{attempt.job} {error}")
         if signals_arrived or SHUTDOWN.is_due or time.monotonic() + POLL_STORE_S >= give_up_at:
             break
-        if isinstance(outcome, Result) and outcome.media:
-            try_s *= 2  # a large file over a slow line takes longer than a hung server may
+        if isinstance(outcome, Result) and outcome.media and runtime.notifier.spool_result(attempt.job, outcome):
+            try_s *= 2  # a large file over a slow line takes long, and a kill meanwhile loses nothing now
         time.sleep(POLL_STORE_S)
     if isinstance(outcome, Result):
         runtime.notifier.spool_result(attempt.job, outcome)
@@ -3056,7 +3084,7 @@ def clean_up(runtime: Runtime, job: Job) -> None:
     """Takes away what earlier attempts at an ended job left; what can't be reached now, stays."""
     if job.attempt > 1:
         runtime.notifier.forget_result(job.id)
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailable, FailJob):
             runtime.artifacts.discard_others(job)
 
 
@@ -3169,6 +3197,7 @@ def refuse_other_pools(sender: Any, **_: Any) -> None:
 def share_memory(**_: Any) -> None:
     """In the parent, before each fork: what a child needs is imported once, and no collection unshares its pages."""
     process_job.runtime.providers.preload()
+    gc.unfreeze()  # what became garbage since the last fork
     gc.collect()
     gc.freeze()
 
