@@ -186,6 +186,7 @@ TOO_LARGE = "The provider's answer is too large."
 UNUSABLE = "The provider's answer could not be used."
 REFUSED = "The provider refused this request. Change the input and try again."
 UNREACHABLE = "The provider can't be reached; given up after 2 tries. Please try again later."
+NOT_FETCHED = "The picture can't be fetched; given up after 2 tries. Please try again later."
 BROKE_OFF = "The provider broke off; given up after 2 tries. Please try again later."
 PICTURE_TOO_LARGE = "The provider's picture is too large."
 COMPLETED = None
@@ -215,7 +216,7 @@ POISON: list[tuple[str, str, str | None]] = [
     (TEXT, "[status 199] to the limit", TOOK_TOO_LONG),
     *[(TEXT, f"[raw {said}]", UNREACHABLE) for said in RAW_ANSWERS if said != "interim-endless"],
     (TEXT, "[raw interim-endless] to the limit", TOOK_TOO_LONG),
-    *[(IMAGE, f"[url] [raw {said}]", UNREACHABLE) for said in ("header-10mb", "chunk-garbage", "length-short")],
+    *[(IMAGE, f"[url] [raw {said}]", NOT_FETCHED) for said in ("header-10mb", "chunk-garbage", "length-short")],
     (TEXT, "[half]", BROKE_OFF),
     (TEXT, "[cut]", UNREACHABLE),
     *[(kind, "[drip] to the limit", TOOK_TOO_LONG) for kind in JOBS],
