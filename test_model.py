@@ -889,9 +889,13 @@ class StatusMachine(RuleBasedStateMachine):
         return {job_id for job_id, facts in self.world.facts.items() if facts.is_stale(now)}
 
     def forgotten_ids(self, now: datetime, queued: int) -> set[ObjectId]:
-        """Pending for over a minute, and nothing queued or a job that is a minute younger has started."""
+        """Pending for over a minute, and nothing queued or a job that is a minute younger has started.
+
+        A job from the future shows nothing: its time is wrong, or this sweeper's clock is behind.
+        """
         minute, everything = timedelta(seconds=PENDING_OVERDUE_S), self.world.facts
-        started = [each.created_at for each in everything.values() if each.status != "pending" and each.started_at]
+        begun = [each.created_at for each in everything.values() if each.status != "pending" and each.started_at]
+        started = [at for at in begun if at <= now]
         overtaken_by = BEGINNING if not started else max(started) - minute
         return {
             job_id
