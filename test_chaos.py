@@ -73,7 +73,7 @@ def test_half_a_file_is_put_again(runtime: worker.Runtime) -> None:
 
 def test_chunks_of_a_file_that_was_never_finished_are_deleted(runtime: worker.Runtime) -> None:
     job_id = runtime.database["jobs"].insert_one({"status": "failed"}).inserted_id
-    chunk = {"files_id": f"{job_id}-owner.png", "n": 0, "data": b"half a picture"}
+    chunk = {"files_id": f"{job_id}-0123456789abcdef.png", "n": 0, "data": b"half a picture"}
     runtime.database["artifacts.chunks"].insert_one(chunk)
     runtime.sweeper.sweep_artifacts()
     assert runtime.database["artifacts.chunks"].count_documents({}) == 0
