@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import secrets
 import sys
@@ -178,8 +179,8 @@ def models_seen(where: ProviderSettings, settings: Settings) -> str:
 
 async def list_models(where: ProviderSettings, settings: Settings) -> str:
     provider = OpenAIProvider(where, settings.max_answer_bytes)
-    async with asyncio.timeout(CHECK_TIMEOUT_S), provider.client, provider.call() as client:
-        offered = [model.id async for model in client.models.list()]
+    async with asyncio.timeout(CHECK_TIMEOUT_S), provider.http, provider.call("GET", "/models") as answer:
+        offered = [model["id"] for model in json.loads(await answer.aread())["data"]]
     known = "offers it" if where.model in offered else f"{NOT_LISTED} {len(offered)} models"
     return f"{where.label}: {known}"
 

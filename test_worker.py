@@ -1545,7 +1545,7 @@ def asked(ask: Ask, place: ProviderSettings, most_bytes: int = MODEST_BYTES, wit
             async with asyncio.timeout(within_s):
                 return await ask(provider)
         finally:
-            await provider.client.close()
+            await provider.http.aclose()
 
     return asyncio.run(call())
 
@@ -1573,6 +1573,33 @@ def test_a_text_is_streamed_in_order(provider: Provider) -> None:
     answer = asked(text("[say one two three four]", pieces.append), where(provider))
     assert pieces == ["one", " two", " three", " four"]
     assert answer.text == "one two three four"
+
+
+@pytest.mark.parametrize("dialect", ["crlf", "cr", "pings"])
+def test_a_stream_may_have_any_line_ends_and_empty_events(provider: Provider, dialect: str) -> None:
+    assert asked(text(f"[sse {dialect}] [say one  two three]"), where(provider)).text == "one  two three"
+
+
+def test_an_error_within_a_stream_is_tried_again(provider: Provider) -> None:
+    with pytest.raises(RetryJob):
+        asked(text("[sse error]"), where(provider))
+
+
+def test_a_server_that_calls_its_stream_something_else_is_understood(provider: Provider) -> None:
+    assert asked(text("[type text/plain] [say grüße]"), where(provider)).text == "grüße"
+
+
+def test_a_stream_that_stays_open_behind_its_last_event_is_not_waited_for(provider: Provider) -> None:
+    assert asked(text("[linger 30] [say done]"), where(provider), within_s=5).text == "done"
+
+
+def test_calls_share_a_connection(provider: Provider) -> None:
+    async def ask_three_times(asked: worker.OpenAIProvider) -> None:
+        for kind in (text, text, speech):
+            await kind("Hello")(asked)
+
+    asked(ask_three_times, where(provider))
+    assert len({call.connection for call in provider.calls}) == 1
 
 
 def test_a_text_names_the_model_and_the_tokens_of_the_answer(provider: Provider) -> None:
@@ -1911,9 +1938,9 @@ def test_each_type_has_its_own_server_and_those_alike_share_one() -> None:
     async def get() -> list[str]:
         providers = worker.Providers(bare_settings(**urls))
         assert providers.get("text") is providers.get("audio")
-        return [str(providers.get(kind).client.base_url) for kind in worker.PROVIDER_KINDS]  # type: ignore[attr-defined]
+        return [providers.get(kind).base_url for kind in worker.PROVIDER_KINDS]  # type: ignore[attr-defined]
 
-    assert asyncio.run(get()) == ["http://all/v1/", "http://pictures/v1/", "http://all/v1/"]
+    assert asyncio.run(get()) == ["http://all/v1", "http://pictures/v1", "http://all/v1"]
 
 
 def test_with_neither_key_nor_url_the_stand_in_serves_and_signs() -> None:
@@ -1925,9 +1952,9 @@ def test_with_neither_key_nor_url_the_stand_in_serves_and_signs() -> None:
 
 
 @table("values, is_loaded", ("offline", {}, False), ("with a provider", {"openai_base_url": "http://x"}, True))
-def test_the_sdk_is_loaded_ahead_where_it_will_be_used(values: dict[str, str], is_loaded: bool) -> None:
+def test_the_http_client_is_loaded_ahead_where_it_will_be_used(values: dict[str, str], is_loaded: bool) -> None:
     script = "import sys, worker, json; worker.Providers(worker.Settings(_env_file=None, **json.loads(sys.argv[1])))"
-    command = [sys.executable, "-c", f"{script}.preload(); print('openai' in sys.modules)", json.dumps(values)]
+    command = [sys.executable, "-c", f"{script}.preload(); print('httpx2' in sys.modules)", json.dumps(values)]
     ended = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, timeout=30)
     assert ended.stdout == f"{is_loaded}\n"
 
@@ -1943,7 +1970,7 @@ def generate(job_type: str, input_data: object, settings: Settings, pieces: list
     async def call() -> Result:
         provider: Any = worker.Providers(settings).get(handler.provider)
         hear = (pieces if pieces is not None else []).append
-        async with provider.client:
+        async with provider.http:
             defaults = settings.provider(handler.provider)
             return await handler.run(Call(some_job(), checked, settings, provider, defaults, hear))
 

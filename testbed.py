@@ -22,6 +22,8 @@ brackets, since the prompt is the only thing that travels with a job::
     [shape nan|deep|types|edges|utf8|error]  JSON of numbers that are none, 100,000 levels, every field of
                                  a wrong type, model and usage of one, no UTF-8, an error with status 200
     [type text/plain]            a wrong content type
+    [sse crlf|cr|pings|error]    events with other line ends, empty events and comments between them, or an error
+    [linger 30]                  the connection stays open so long after the last event (stream)
     [raw NAME]                   bytes that are no HTTP answer; the names are those in RAW_ANSWERS
 
 Directives combine. With `times=N` one is in force for the first N calls with this very prompt only. With a
@@ -925,7 +927,7 @@ FAULTS: Final = frozenset(
 DIRECTIVES: Final = (
     FAULTS
     | {"delay", "tokens", "pace", "say", "big", "drip", "tiny", "line", "type"}
-    | {"url", "wav-streaming", "no-usage"}
+    | {"url", "wav-streaming", "no-usage", "sse", "linger"}
 )
 _DIRECTIVE: Final = re.compile(r"\[([a-z-]+)(?:\s+([^\]]*))?\]")
 _OPTION: Final = re.compile(r"(?<!\S)(times|retry-after)=(\S+)")
@@ -1214,6 +1216,15 @@ class Completion:
             yield b"data: [DONE]\n\n"
 
 
+# What else a server may make of an event.
+DIALECTS: Final[Mapping[str, Callable[[bytes], bytes]]] = {
+    "crlf": lambda event: event.replace(b"\n", b"\r\n"),
+    "cr": lambda event: event.replace(b"\n", b"\r"),
+    "pings": lambda event: b": still here\n\nevent: ping\n\ndata:\n\nid: 7\nretry: 10\n" + event,
+    "error": lambda event: event.replace(b'"choices"', b'"error": {"message": "overloaded"}, "choices"'),
+}
+
+
 def tiny_events(count: int) -> Iterator[bytes]:
     """Yield this many of the smallest events that still hold a letter of text, many in a piece."""
     event, at_once = b'data:{"choices":[{"delta":{"content":"x"}}]}\n\n', 1000
@@ -1237,7 +1248,8 @@ def chat_answer(body: Body, plan: Plan, _origin: str) -> Answer:
     completion = Completion(plan, str(body.get("model", "")), words[:limit], reason)
     if body.get("stream"):
         options = body.get("stream_options") or {}
-        return Answer("text/event-stream", completion.events(bool(options.get("include_usage"))))
+        events = completion.events(bool(options.get("include_usage")))
+        return Answer("text/event-stream", map(DIALECTS.get(plan.text("sse"), bytes), events))
     return completion.whole()
 
 
@@ -1391,6 +1403,7 @@ class Call:
     body: Body
     authorization: str | None
     started_at: float
+    connection: object = None  # the same one for calls that came over one connection
     ended_at: float | None = None
     outcome: Outcome = "running"
 
@@ -1595,7 +1608,8 @@ class Provider:
     def _record(self, request: web.Request, body: Body, prompt: str) -> Call:
         """Enter a call that begins now."""
         authorization = request.headers.get("Authorization")
-        call = Call(request.path, prompt, str(body.get("model", "")), body, authorization, time.time())
+        connection = request.transport and request.transport.get_extra_info("peername")
+        call = Call(request.path, prompt, str(body.get("model", "")), body, authorization, time.time(), connection)
         with self._lock:
             self._calls.append(call)
         return call
@@ -1700,6 +1714,7 @@ async def _send_in_chunks(exchange: Exchange, answer: Answer, plan: Plan) -> web
     for chunk in chunks:
         await response.write(chunk)
         await asyncio.sleep(pace_s)
+    await asyncio.sleep(plan.number("linger", 0))
     if "cut" in plan and exchange.request.transport:
         exchange.call.finish("fault")
         exchange.request.transport.abort()

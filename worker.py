@@ -38,7 +38,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -85,7 +85,6 @@ from redis.retry import Retry
 if TYPE_CHECKING:
     import httpx2
     from fsspec import AbstractFileSystem
-    from openai import AsyncOpenAI
     from pymongo.collection import Collection
     from pymongo.database import Database
 
@@ -345,6 +344,7 @@ ArtifactUrl = Annotated[
 
 
 NO_SECRET = SecretStr("")
+OPENAI_URL = "https://api.openai.com/v1"
 MONGODB_URL = "mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"
 
 
@@ -365,7 +365,7 @@ class ProviderSettings:
     def label(self) -> str:
         if self.is_offline:
             return "offline stand-in"
-        return f"{self.model} at {redact_url(self.base_url) or 'https://api.openai.com/v1'}"
+        return f"{self.model} at {redact_url(self.base_url) or OPENAI_URL}"
 
 
 class Settings(BaseSettings):
@@ -517,17 +517,8 @@ TASK_NAME = "src.infrastructure.queue.tasks.process_job"
 NODE = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # minted before the fork, so that siblings know each other
 SOCKET_TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 10, "health_check_interval": 25}
 CHATTY_LOGGERS = [
-    "celery",
-    "kombu",
-    "amqp",
-    "pymongo",
-    "openai",
-    "asyncio",
-    "s3fs",
-    "fsspec",
-    "botocore",
-    "urllib3",
-    "PIL",
+    *("celery", "kombu", "amqp", "pymongo", "asyncio", "s3fs", "fsspec", "botocore", "urllib3", "PIL"),
+    "openai",  # which a handler of one's own may use
 ]
 
 
@@ -1105,6 +1096,7 @@ class JobStore:
         """Takes back a rescue whose message couldn't be sent, so that its next one doesn't wait twice as long."""
         unsent = {
             "_id": document["_id"],
+            "status": Status.PROCESSING,
             "worker.owner": None,
             "worker.rescues": self._next_rescue(bookkeeping(document))[1],
         }
@@ -1344,7 +1336,7 @@ class Artifacts:
     """
 
     def __init__(self, base_url: str) -> None:
-        self._base_url = base_url.rstrip("/")
+        self.base_url = base_url.rstrip("/")
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         """Stores a file whole or not at all; returns its URL, or None for `base URL + name`."""
@@ -1365,7 +1357,7 @@ class Artifacts:
     def publish_file(self, name: str, data: bytes) -> str:
         suffix = name.rsplit(".", 1)[-1]
         content_type = CONTENT_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return self.put(name, data, content_type) or f"{self._base_url}/{name}"
+        return self.put(name, data, content_type) or f"{self.base_url}/{name}"
 
     def discard(self, job: Job) -> None:
         """Deletes what this attempt stored."""
@@ -1526,6 +1518,8 @@ AWAY_STATUSES = frozenset({502, 503, 504})  # of a proxy in front of it
 FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S, POLL_PROVIDER_S = 3, 30.0, 0.5
 
 
+LAST_EVENT = "[DONE]"
+LINGER_S = 0.25
 MODEL_OFFLINE = "offline-stand-in"
 TOO_LARGE = "The provider's answer is too large."
 LONGEST_MODEL_NAME, MOST_TOKENS = 200, 2**31
@@ -1578,33 +1572,33 @@ WRONG_SHAPE_ERRORS = (AttributeError, TypeError, LookupError, ValueError, Recurs
 
 @contextlib.contextmanager
 def provider_errors() -> Iterator[None]:
-    """Turns whatever a provider or its SDK can raise into RetryJob or FailJob.
+    """Turns whatever a provider's answer or the way to it can raise into RetryJob or FailJob.
 
-    Only the error's class, status and code go on: its text can hold the key and the prompt (hence `from None`).
+    Only the error's class goes on: its text can hold the key and the prompt (hence `from None`).
     """
     import httpx2
-    import openai
 
     try:
         yield
     except JobError:
         raise
-    except openai.APIStatusError as error:
-        code = str(error.code or "")
-        safe_code = code if re.fullmatch(r"[\w.-]{1,64}", code) else ""
-        raise status_error(error.status_code, f"HTTP {error.status_code} {safe_code}", error.response.headers) from None
-    except openai.APIResponseValidationError as error:
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:  # nothing was sent, so that nothing was tried
+        raise ProviderAway(type(error).__name__, is_counted=False) from None
+    except (httpx2.HTTPError, OSError) as error:
+        raise RetryJob(type(error).__name__, ProviderAway.default_sentence) from None
+    except (httpx2.InvalidURL, *WRONG_SHAPE_ERRORS) as error:
         raise FailJob(type(error).__name__, UNUSABLE) from None
-    except (openai.APIError, httpx2.HTTPError, OSError) as error:
-        if isinstance(error.__cause__, JobError):  # from our own cap, inside the SDK's request
-            raise error.__cause__ from None
-        cause = error.__cause__ or error
-        is_away = isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout))
-        if is_away:  # nothing was sent, so that nothing was tried
-            raise ProviderAway(type(cause).__name__, is_counted=False) from None
-        raise RetryJob(type(cause).__name__, ProviderAway.default_sentence) from None
-    except (openai.OpenAIError, httpx2.InvalidURL, *WRONG_SHAPE_ERRORS) as error:
-        raise FailJob(type(error).__name__, UNUSABLE) from None
+
+
+async def refusal(answer: httpx2.Response) -> JobError:
+    """What a status other than success means for the job. Of the provider's own words only a plain code goes on."""
+    import httpx2
+
+    code = ""
+    with contextlib.suppress(httpx2.HTTPError, JobError, *WRONG_SHAPE_ERRORS):  # the status says enough
+        code = str(json.loads(await answer.aread())["error"]["code"] or "")
+    safe_code = code if re.fullmatch(r"[\w.-]{1,64}", code) else ""
+    return status_error(answer.status_code, f"HTTP {answer.status_code} {safe_code}".rstrip(), answer.headers)
 
 
 def capped_client(most_bytes: int) -> httpx2.AsyncClient:
@@ -1705,6 +1699,27 @@ async def public_address(host: str, port: int) -> str:
     return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
 
 
+@contextlib.asynccontextmanager
+async def events_of(answer: httpx2.Response) -> AsyncIterator[AsyncIterator[httpx2.ServerSentEvent]]:
+    """The events of a streamed answer, closed in the end, whatever they are left by."""
+    import httpx2
+
+    answer.headers["content-type"] = "text/event-stream; charset=utf-8"  # it is asked for, whatever a server calls it
+    events = aiter(httpx2.EventSource(answer, max_event_size=None))  # the answer as a whole has its cap
+    async with contextlib.aclosing(cast(AsyncGenerator[httpx2.ServerSentEvent, None], events)):
+        yield events
+
+
+async def read_to_end(events: AsyncIterator[object]) -> None:
+    """Reads what comes behind the last event, so that the connection can be used again; waits for nothing."""
+    import httpx2
+
+    with contextlib.suppress(TimeoutError, httpx2.HTTPError, JobError):  # the answer is whole already
+        async with asyncio.timeout(LINGER_S):
+            async for _ in events:
+                pass
+
+
 class Completion:
     """A text answer as it comes in. Nothing makes a server keep to the types that the interface names."""
 
@@ -1717,6 +1732,8 @@ class Completion:
     def add(self, chunk: Document) -> str:
         """Takes one event; returns its piece of the text. Raises FailJob, or TypeError and the like on wrong shapes."""
         self._has_begun, piece = True, ""
+        if chunk.get("error"):
+            raise RetryJob("an error in the stream", ProviderAway.default_sentence)
         model, tokens = chunk.get("model"), (chunk.get("usage") or {}).get("total_tokens")
         if isinstance(model, str) and 0 < len(model) <= LONGEST_MODEL_NAME and model.isprintable():
             self._model = model
@@ -1750,49 +1767,46 @@ class Completion:
 
 
 class OpenAIProvider:
-    """Any OpenAI-compatible server, through the `openai` SDK without its own retries."""
+    """Any OpenAI-compatible server. Its SDK would take a third of a job's time, and 20 MB in each process."""
 
     def __init__(self, where: ProviderSettings, most_bytes: int) -> None:
-        from openai import AsyncOpenAI
-
-        self._http = capped_client(most_bytes)
+        self.http = capped_client(most_bytes)
         self._breaker = Breaker()
-        self._host = urllib.parse.urlsplit(where.base_url).hostname
-        self.client: AsyncOpenAI = AsyncOpenAI(
-            api_key=where.api_key or "-", base_url=where.base_url or None, max_retries=0, http_client=self._http
-        )
+        self.base_url = where.base_url.rstrip("/") or OPENAI_URL
+        self._host = urllib.parse.urlsplit(self.base_url).hostname
+        self._headers = {"authorization": f"Bearer {where.api_key}"} if where.api_key else {}
 
     @contextlib.asynccontextmanager
-    async def call(self) -> AsyncIterator[AsyncOpenAI]:
-        """The SDK's client, for calls that the methods here don't make; errors are translated."""
+    async def call(self, method: str, path: str, body: Document | None = None) -> AsyncIterator[httpx2.Response]:
+        """Asks, and yields the answer, which is still to be read. Raises RetryJob or FailJob."""
         with self._breaker.watch(), provider_errors():
-            yield self.client
+            request = {"headers": self._headers, "json": body} if body else {"headers": self._headers}
+            async with self.http.stream(method, self.base_url + path, **request) as answer:
+                if not answer.is_success:
+                    raise await refusal(answer)
+                yield answer
 
     async def ready(self, patience_s: float) -> None:
         await self._breaker.wait(patience_s)
 
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
-        from openai import AsyncStream
-
         completion = Completion(request["model"])
         body = {**request, "stream": True, "stream_options": {"include_usage": True}}
-        async with self.call() as client:
-            # As plain dicts: the SDK's objects, one for each chunk, cost a quarter of a job's time.
-            path, kind = "/chat/completions", AsyncStream[Document]
-            async with await client.post(path, cast_to=dict, body=body, stream=True, stream_cls=kind) as stream:
-                async for chunk in stream:  # leaving the stream closes the connection, which stops the generation
-                    if piece := completion.add(chunk):
-                        on_delta(piece)
+        async with self.call("POST", "/chat/completions", body) as answer, events_of(answer) as events:
+            async for event in events:  # leaving it closes the connection, which stops the generation
+                if event.data == LAST_EVENT:
+                    await read_to_end(events)
+                elif event.data and (piece := completion.add(json.loads(event.data))):
+                    on_delta(piece)
             return completion.whole()
 
     async def image(self, request: Document) -> tuple[bytes, str]:
-        async with self.call() as client:
-            answer = await client.images.generate(**request)
-            picture = answer.data[0]  # type: ignore[index]
-            if picture.b64_json:
-                return base64.b64decode(picture.b64_json, validate=True), request["model"]
-            if picture.url:
-                return await self._fetch(picture.url), request["model"]
+        async with self.call("POST", "/images/generations", request) as answer:
+            picture = json.loads(await answer.aread())["data"][0]
+            if data := picture.get("b64_json"):
+                return base64.b64decode(data, validate=True), request["model"]
+            if url := picture.get("url"):
+                return await self._fetch(url), request["model"]
         raise FailJob("neither b64_json nor url", UNUSABLE)
 
     async def _fetch(self, url: str) -> bytes:
@@ -1809,7 +1823,7 @@ class OpenAIProvider:
             headers = {"host": parts.netloc.rpartition("@")[2]}
         # Asked for at the address that was checked: a name may resolve to another one the second time.
         try:
-            answer = await self._http.get(pinned, headers=headers, extensions={"sni_hostname": parts.hostname})
+            answer = await self.http.get(pinned, headers=headers, extensions={"sni_hostname": parts.hostname})
         except httpx2.HTTPError as error:  # of the picture's host: it says nothing of the provider
             raise RetryJob(type(error).__name__, "The picture can't be fetched") from None
         if answer.status_code != 200:
@@ -1818,8 +1832,8 @@ class OpenAIProvider:
         return answer.content
 
     async def speech(self, request: Document) -> tuple[bytes, str]:
-        async with self.call() as client, client.audio.speech.with_streaming_response.create(**request) as answer:
-            return await answer.read(), request["model"]
+        async with self.call("POST", "/audio/speech", request) as answer:
+            return await answer.aread(), request["model"]
 
 
 class Providers:
@@ -1830,9 +1844,9 @@ class Providers:
         self._made: dict[tuple[asyncio.AbstractEventLoop, str, str], Provider] = {}
 
     def preload(self) -> None:
-        """Imports the SDK (a third of a second) before the first job needs it."""
+        """Imports the HTTP client before the first job needs it."""
         if not all(self._settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
-            importlib.import_module("openai")
+            importlib.import_module("httpx2")
 
     def get(self, kind: ProviderKind) -> Provider:
         """The provider of one kind of generation. Call it on the event loop."""
