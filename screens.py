@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import secrets
 import sys
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-import httpx2
 import pymongo
 import redis
 from pymongo.write_concern import WriteConcern
@@ -82,8 +81,6 @@ def certificate_fault(error: BaseException | None) -> str:
 
 
 def error_code(error: Exception) -> str:
-    if isinstance(error, httpx2.HTTPStatusError):
-        return f" ({error.response.status_code})"
     code = getattr(error, "code", None) or getattr(error, "strerror", None)
     return f" ({code})" if isinstance(code, (int, str)) else ""
 
@@ -145,9 +142,9 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
         return f"stored in {redact_url(runtime.settings.artifact_url)}"
 
     def fetch() -> str:
-        answer = httpx2.get(urls[0], timeout=CHECK_TIMEOUT_S)
-        answer.raise_for_status()
-        return f"{redact_url(urls[0])} answers with the file" if answer.content == data else "another content"
+        with urllib.request.urlopen(urls[0], timeout=CHECK_TIMEOUT_S) as answer:
+            is_the_file = answer.read(len(data) + 1) == data
+        return f"{redact_url(urls[0])} answers with the file" if is_the_file else "another content"
 
     yield probe("artifact store", "is ARTIFACT_URL right, and may the worker write there?", store)
     if urls and urls[0].startswith("http"):
@@ -179,8 +176,8 @@ def models_seen(where: ProviderSettings, settings: Settings) -> str:
 
 async def list_models(where: ProviderSettings, settings: Settings) -> str:
     provider = OpenAIProvider(where, settings.max_answer_bytes)
-    async with asyncio.timeout(CHECK_TIMEOUT_S), provider.http, provider.call("GET", "/models") as answer:
-        offered = [model["id"] for model in json.loads(await answer.aread())["data"]]
+    async with asyncio.timeout(CHECK_TIMEOUT_S), provider.session, provider.call("GET", "/models") as answer:
+        offered = [model["id"] for model in (await answer.json())["data"]]
     known = "offers it" if where.model in offered else f"{NOT_LISTED} {len(offered)} models"
     return f"{where.label}: {known}"
 

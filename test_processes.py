@@ -913,6 +913,20 @@ def test_a_tasks_life_is_told_by_events(site: Site, prompt: str, expected: list[
         assert [kind for kind in told() if kind != "task-received" or received == 1] == expected
 
 
+@for_each_pool
+def test_the_events_of_a_last_job_are_sent_though_they_wait_for_others(
+    api: Api, provider: Provider, start_worker: StartWorker, pool: str
+) -> None:
+    worker = start_worker(WORKER_POOL=pool)
+    with events_of(api) as events:
+        job = api.text("the last one [delay 1]")
+        poll(lambda: provider.calls, 10)
+        assert worker.stop() == 0
+        assert api.status(job) == "completed"
+        expected = ["task-received", "task-started", "task-succeeded"]
+        poll(lambda: [event["type"] for event in events if event["type"] in expected] == expected, 5)
+
+
 def test_the_tasks_result_names_job_and_status(site: Site) -> None:
     job = site.api.insert("text_generation", {"prompt": "result"})
     task = site.api.enqueue(job)

@@ -1193,8 +1193,16 @@ def test_a_progress_message_names_attempt_and_place(runtime: Runtime, api: Api) 
     assert heard(api, "job_progress", 1) == [{**head, "attempt": 2, "sequence": 7, "delta": "some words"}]
 
 
-def test_progress_that_nobody_hears_is_reported(light_runtime: Runtime) -> None:
-    assert not light_runtime.notifier.publish_progress(some_job(), 0, "x")
+def test_progress_that_nobody_hears_is_reported_and_not_sent_again_for_a_second(
+    light_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notifier = light_runtime.notifier
+    assert notifier.may_be_heard()
+    assert not notifier.publish_progress(some_job(), 0, "x")
+    assert not notifier.may_be_heard()
+    in_a_second = time.monotonic() + worker.PROGRESS_RECHECK_S
+    monkeypatch.setattr(time, "monotonic", lambda: in_a_second)
+    assert notifier.may_be_heard()
 
 
 def test_a_status_that_nobody_hears_was_published_all_the_same(light_runtime: Runtime) -> None:
@@ -1239,10 +1247,11 @@ class Listener:
         self.deaf = deaf
         self.pieces: list[tuple[int, str]] = []
 
+    def may_be_heard(self) -> bool:
+        self.deaf -= 1
+        return self.deaf < 0
+
     def publish_progress(self, _job: Job, sequence: int, delta: str) -> bool:
-        if self.deaf:
-            self.deaf -= 1
-            return False
         self.pieces.append((sequence, delta))
         return True
 
@@ -1545,7 +1554,7 @@ def asked(ask: Ask, place: ProviderSettings, most_bytes: int = MODEST_BYTES, wit
             async with asyncio.timeout(within_s):
                 return await ask(provider)
         finally:
-            await provider.http.aclose()
+            await provider.session.close()
 
     return asyncio.run(call())
 
@@ -1591,6 +1600,17 @@ def test_a_server_that_calls_its_stream_something_else_is_understood(provider: P
 
 def test_a_stream_that_stays_open_behind_its_last_event_is_not_waited_for(provider: Provider) -> None:
     assert asked(text("[linger 30] [say done]"), where(provider), within_s=5).text == "done"
+
+
+def test_the_way_leads_through_the_proxy_that_the_environment_names(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", provider.url.removesuffix("/v1"))
+    monkeypatch.setenv("no_proxy", "elsewhere.invalid")
+    beyond = ProviderSettings("http://provider.invalid/v1", KEY, "default-model", ())
+    assert asked(text("[say hello]"), beyond).text == "hello"
+    with pytest.raises(RetryJob):
+        asked(text("[say hello]"), ProviderSettings("http://elsewhere.invalid/v1", KEY, "default-model", ()))
 
 
 def test_calls_share_a_connection(provider: Provider) -> None:
@@ -1954,7 +1974,7 @@ def test_with_neither_key_nor_url_the_stand_in_serves_and_signs() -> None:
 @table("values, is_loaded", ("offline", {}, False), ("with a provider", {"openai_base_url": "http://x"}, True))
 def test_the_http_client_is_loaded_ahead_where_it_will_be_used(values: dict[str, str], is_loaded: bool) -> None:
     script = "import sys, worker, json; worker.Providers(worker.Settings(_env_file=None, **json.loads(sys.argv[1])))"
-    command = [sys.executable, "-c", f"{script}.preload(); print('httpx2' in sys.modules)", json.dumps(values)]
+    command = [sys.executable, "-c", f"{script}.preload(); print('aiohttp' in sys.modules)", json.dumps(values)]
     ended = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, timeout=30)
     assert ended.stdout == f"{is_loaded}\n"
 
@@ -1970,7 +1990,7 @@ def generate(job_type: str, input_data: object, settings: Settings, pieces: list
     async def call() -> Result:
         provider: Any = worker.Providers(settings).get(handler.provider)
         hear = (pieces if pieces is not None else []).append
-        async with provider.http:
+        async with provider.session:
             defaults = settings.provider(handler.provider)
             return await handler.run(Call(some_job(), checked, settings, provider, defaults, hear))
 

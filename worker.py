@@ -38,7 +38,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -53,9 +54,10 @@ import pymongo
 import redis
 from bson import ObjectId, json_util
 from bson.errors import BSONError
-from celery import Celery, Task, signals
+from celery import Celery, Task, signals, states
 from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, InvalidTaskError, Reject
+from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError
@@ -83,7 +85,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 if TYPE_CHECKING:
-    import httpx2
+    import aiohttp
+    import yarl
     from fsspec import AbstractFileSystem
     from pymongo.collection import Collection
     from pymongo.database import Database
@@ -523,6 +526,7 @@ CHATTY_LOGGERS = [
 
 
 LONGEST_LINE = 1000
+EVENTS_BATCH_S = 0.05
 CELERY_CONSUMER = "celery.worker.consumer.consumer"
 BROKER_LOGGERS = [
     *(CELERY_CONSUMER, "celery.worker.consumer.connection", "celery.worker.request"),
@@ -609,6 +613,9 @@ class ResultBackend(RedisBackend):
 
     log = SeldomLog("Celery's results can't be stored")
 
+    _get_result_meta: Callable[..., Document]
+    _set_with_state: Callable[..., None]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connparams: Document
@@ -623,6 +630,14 @@ class ResultBackend(RedisBackend):
         self.log.fine()
         return stored
 
+    def _store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
+        """Celery looks first whether a success is there, which nothing may replace; but a success may."""
+        if state != states.SUCCESS:
+            return super()._store_result(task_id, result, state, *args, **kwargs)  # type: ignore[misc]
+        meta = self._get_result_meta(result, state, *args, **kwargs)
+        self._set_with_state(self.get_key_for_task(task_id), self.encode({**meta, "task_id": task_id}), state)
+        return result
+
 
 def close_without_redis(channel: RedisChannel, close: Callable[[RedisChannel], None] = RedisChannel.close) -> None:
     """Closes a channel whose Redis is gone.
@@ -636,6 +651,20 @@ def close_without_redis(channel: RedisChannel, close: Callable[[RedisChannel], N
         close(channel)  # nothing is waited for any more; does nothing where the failure came later
 
 
+def kept_client(
+    channel: RedisChannel,
+    asynchronous: bool = False,
+    create: Callable[..., Any] = RedisChannel._create_client,  # type: ignore[attr-defined]
+) -> Any:
+    """A channel's client, made once for its connections. Kombu (5.7) makes one for each command, at a great cost."""
+    kept = vars(channel).get("kept_client")
+    if asynchronous:  # these belong to one connection each
+        return create(channel, asynchronous=True)
+    if kept is None or kept.connection_pool is not channel.pool:
+        kept = vars(channel)["kept_client"] = create(channel)
+    return kept
+
+
 class Strategies(dict[str, Any]):
     """The tasks that a consumer knows, by name. A message whose task is a list would end it, at each start again."""
 
@@ -646,9 +675,30 @@ class Strategies(dict[str, Any]):
 
 
 class SafeConsumer(Consumer):
-    """Drops a message of an unknown task. Celery's own would end with it, if its id is missing or no text."""
+    """Drops a message of an unknown task, with which Celery's own would end, if its id is missing or no text.
+
+    It sends its events in batches: one by one they take half of the parent's time.
+    """
 
     Strategies = Strategies
+    hub: Any
+    _flush_events: Callable[[], None]
+    _batch_ends_at = 0.0
+
+    def on_send_event_buffered(self) -> None:  # type: ignore[override]
+        if self.hub:
+            self.hub.call_soon(self._flush_events_in_time)  # from any thread of a pool
+
+    def stop(self) -> None:
+        self._flush_events()
+        super().stop()
+
+    def _flush_events_in_time(self) -> None:
+        if worker_state.should_stop is not None:
+            self._flush_events()
+        elif (now := time.monotonic()) >= self._batch_ends_at:
+            self._batch_ends_at = now + EVENTS_BATCH_S
+            self.hub.call_later(EVENTS_BATCH_S, self._flush_events)
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         name = (message.headers or {}).get("task")
@@ -658,6 +708,7 @@ class SafeConsumer(Consumer):
 
 # In the base class, so that Sentinel's channels have them, too.
 RedisChannel.QoS = LenientQoS
+RedisChannel._create_client = kept_client  # type: ignore[attr-defined]
 RedisChannel.close = close_without_redis  # type: ignore[method-assign, assignment]
 app = Celery("ai_backend_worker")
 
@@ -1183,6 +1234,10 @@ class Notifier:
         }
         return self._publish(STATUS_CHANNEL, message) is not None
 
+    def may_be_heard(self) -> bool:
+        """Whether a piece of text is worth sending: a moment ago nobody listened."""
+        return time.monotonic() >= self._ask_again_at
+
     def publish_progress(self, job: Job, sequence: int, delta: str) -> bool:
         """Publishes a piece of text. False: nobody listens, or Redis could not be reached."""
         message = {
@@ -1194,8 +1249,6 @@ class Notifier:
             "sequence": sequence,
             "delta": delta,
         }
-        if time.monotonic() < self._ask_again_at:
-            return False
         listeners = self._publish(PROGRESS_CHANNEL, message)
         self._ask_again_at = 0.0 if listeners else time.monotonic() + PROGRESS_RECHECK_S
         return bool(listeners)
@@ -1293,7 +1346,7 @@ class Progress:
                     await self._finished.wait()
 
     async def _send(self) -> bool:
-        if not self._is_lease_fresh():
+        if not (self._is_lease_fresh() and self._notifier.may_be_heard()):  # no thread is taken for nothing
             return False
         count = len(self._pending)
         delta = "".join(self._pending[:count])
@@ -1518,8 +1571,8 @@ AWAY_STATUSES = frozenset({502, 503, 504})  # of a proxy in front of it
 FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S, POLL_PROVIDER_S = 3, 30.0, 0.5
 
 
-LAST_EVENT = "[DONE]"
-LINGER_S = 0.25
+LAST_EVENT = b"[DONE]"
+LINGER_S, KEEP_CONNECTION_S = 0.25, 60.0
 MODEL_OFFLINE = "offline-stand-in"
 TOO_LARGE = "The provider's answer is too large."
 LONGEST_MODEL_NAME, MOST_TOKENS = 200, 2**31
@@ -1576,62 +1629,110 @@ def provider_errors() -> Iterator[None]:
 
     Only the error's class goes on: its text can hold the key and the prompt (hence `from None`).
     """
-    import httpx2
+    import aiohttp
 
     try:
         yield
     except JobError:
         raise
-    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:  # nothing was sent, so that nothing was tried
-        raise ProviderAway(type(error).__name__, is_counted=False) from None
-    except (httpx2.HTTPError, OSError) as error:
-        raise RetryJob(type(error).__name__, ProviderAway.default_sentence) from None
-    except (httpx2.InvalidURL, *WRONG_SHAPE_ERRORS) as error:
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        raise ProviderAway(type(error).__name__, is_counted=False) from None  # nothing was sent, so nothing was tried
+    except WRONG_SHAPE_ERRORS as error:
         raise FailJob(type(error).__name__, UNUSABLE) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise RetryJob(type(error).__name__, ProviderAway.default_sentence) from None
 
 
-async def refusal(answer: httpx2.Response) -> JobError:
-    """What a status other than success means for the job. Of the provider's own words only a plain code goes on."""
-    import httpx2
+def open_session() -> aiohttp.ClientSession:
+    """An HTTP client for any number of calls at a time. It keeps no cookies and unpacks nothing."""
+    import aiohttp
 
-    code = ""
-    with contextlib.suppress(httpx2.HTTPError, JobError, *WRONG_SHAPE_ERRORS):  # the status says enough
-        code = str(json.loads(await answer.aread())["error"]["code"] or "")
-    safe_code = code if re.fullmatch(r"[\w.-]{1,64}", code) else ""
-    return status_error(answer.status_code, f"HTTP {answer.status_code} {safe_code}".rstrip(), answer.headers)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_CONNECTION_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"accept-encoding": "identity", "user-agent": f"ai-backend-worker/{__version__}"},
+        timeout=aiohttp.ClientTimeout(total=None, connect=10.0),  # the whole attempt has a deadline
+        auto_decompress=False,
+    )
 
 
-def capped_client(most_bytes: int) -> httpx2.AsyncClient:
-    """An HTTP client that reads at most so many bytes of an answer, follows no redirect, and unpacks nothing."""
-    import httpx2
+def proxy_to(url: str) -> str | None:
+    """The proxy that `https_proxy` and its like name for a server, as most programs read them."""
+    parts = urllib.parse.urlsplit(url)
+    return None if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies().get(parts.scheme)
 
-    class CappedStream(httpx2.AsyncByteStream):
-        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
-            self._stream = stream
 
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            count = 0
-            async for chunk in self._stream:
-                count += len(chunk)
-                if count > most_bytes:
-                    raise FailJob(f"an answer of over {most_bytes} bytes", TOO_LARGE)
-                yield chunk
+class Answer:
+    """A provider's answer, as it comes in and up to so many bytes."""
 
-        async def aclose(self) -> None:
-            await self._stream.aclose()
-
-    async def cap(response: httpx2.Response) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, most_bytes: int) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise FailJob("a compressed answer, which was not asked for", UNUSABLE)
-        response.stream = CappedStream(cast(httpx2.AsyncByteStream, response.stream))
+        self.status, self.headers = response.status, response.headers
+        self._content, self._most_bytes, self._count = response.content, most_bytes, 0
 
-    return httpx2.AsyncClient(
-        follow_redirects=False,
-        headers={"accept-encoding": "identity"},
-        timeout=httpx2.Timeout(None, connect=10.0),  # the whole attempt has a deadline
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=60),
-        event_hooks={"response": [cap]},
-    )
+    async def piece(self) -> bytes:
+        """What came in meanwhile; nothing at the end. Raises FailJob: it is too much."""
+        piece = await self._content.readany()
+        self._count += len(piece)
+        if self._count > self._most_bytes:
+            raise FailJob(f"an answer of over {self._most_bytes} bytes", TOO_LARGE)
+        return piece
+
+    async def read(self) -> bytes:
+        pieces = []
+        while piece := await self.piece():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def json(self) -> Any:
+        return json.loads(await self.read())
+
+    async def read_to_end(self) -> None:
+        """Reads what comes behind the last event, so that the connection can be used again; hardly waits for it."""
+        with contextlib.suppress(RetryJob, FailJob, TimeoutError), provider_errors():  # the text is whole already
+            async with asyncio.timeout(LINGER_S):
+                await self.read()
+
+    async def refusal(self) -> JobError:
+        """What a status other than success means for the job. Of the provider's own words only a plain code goes on."""
+        code = ""
+        with contextlib.suppress(RetryJob, FailJob), provider_errors():  # without it the status says enough
+            code = str((await self.json())["error"]["code"] or "")
+        safe_code = code if re.fullmatch(r"[\w.-]{1,64}", code) else ""
+        return status_error(self.status, f"HTTP {self.status} {safe_code}".rstrip(), self.headers)
+
+
+class EventReader:
+    """Takes server-sent events out of a stream of bytes (HTML standard, 9.2.6); of their fields only `data`."""
+
+    def __init__(self) -> None:
+        self.is_ended = False
+        self._line: list[bytes] = []  # the parts of one that isn't whole yet
+        self._data: list[bytes] = []
+        self._had_half_an_end = False
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Yields the data of each event that ends in this piece, up to the provider's last one."""
+        if self._had_half_an_end:
+            piece = piece.removeprefix(b"\n")
+        self._had_half_an_end = piece.endswith(b"\r")
+        *lines, rest = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        if lines:
+            lines[0] = b"".join([*self._line, lines[0]])
+            self._line.clear()
+        self._line.append(rest)
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                data = b"\n".join(self._data)
+                self._data.clear()
+                self.is_ended = data == LAST_EVENT
+                if self.is_ended:
+                    return
+                if data:
+                    yield data
 
 
 class Breaker:
@@ -1699,27 +1800,6 @@ async def public_address(host: str, port: int) -> str:
     return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
 
 
-@contextlib.asynccontextmanager
-async def events_of(answer: httpx2.Response) -> AsyncIterator[AsyncIterator[httpx2.ServerSentEvent]]:
-    """The events of a streamed answer, closed in the end, whatever they are left by."""
-    import httpx2
-
-    answer.headers["content-type"] = "text/event-stream; charset=utf-8"  # it is asked for, whatever a server calls it
-    events = aiter(httpx2.EventSource(answer, max_event_size=None))  # the answer as a whole has its cap
-    async with contextlib.aclosing(cast(AsyncGenerator[httpx2.ServerSentEvent, None], events)):
-        yield events
-
-
-async def read_to_end(events: AsyncIterator[object]) -> None:
-    """Reads what comes behind the last event, so that the connection can be used again; waits for nothing."""
-    import httpx2
-
-    with contextlib.suppress(TimeoutError, httpx2.HTTPError, JobError):  # the answer is whole already
-        async with asyncio.timeout(LINGER_S):
-            async for _ in events:
-                pass
-
-
 class Completion:
     """A text answer as it comes in. Nothing makes a server keep to the types that the interface names."""
 
@@ -1767,42 +1847,52 @@ class Completion:
 
 
 class OpenAIProvider:
-    """Any OpenAI-compatible server. Its SDK would take a third of a job's time, and 20 MB in each process."""
+    """Any OpenAI-compatible server. Made on the event loop that uses it."""
 
     def __init__(self, where: ProviderSettings, most_bytes: int) -> None:
-        self.http = capped_client(most_bytes)
-        self._breaker = Breaker()
+        self.session = open_session()
         self.base_url = where.base_url.rstrip("/") or OPENAI_URL
-        self._host = urllib.parse.urlsplit(self.base_url).hostname
+        self._most_bytes = most_bytes
+        self._breaker = Breaker()
+        self._host, self._proxy = urllib.parse.urlsplit(self.base_url).hostname, proxy_to(self.base_url)
         self._headers = {"authorization": f"Bearer {where.api_key}"} if where.api_key else {}
 
     @contextlib.asynccontextmanager
-    async def call(self, method: str, path: str, body: Document | None = None) -> AsyncIterator[httpx2.Response]:
-        """Asks, and yields the answer, which is still to be read. Raises RetryJob or FailJob."""
+    async def _ask(self, method: str, url: str | yarl.URL, **options: Any) -> AsyncIterator[Answer]:
+        async with self.session.request(method, url, allow_redirects=False, **options) as response:
+            yield Answer(response, self._most_bytes)
+
+    @contextlib.asynccontextmanager
+    async def call(self, method: str, path: str, body: Document | None = None) -> AsyncIterator[Answer]:
+        """Asks, and yields the answer, which is still to be read; leaving it early closes the connection.
+
+        Raises:
+            RetryJob, FailJob: whatever goes wrong, inside too.
+        """
         with self._breaker.watch(), provider_errors():
-            request = {"headers": self._headers, "json": body} if body else {"headers": self._headers}
-            async with self.http.stream(method, self.base_url + path, **request) as answer:
-                if not answer.is_success:
-                    raise await refusal(answer)
+            url = self.base_url + path
+            async with self._ask(method, url, json=body, headers=self._headers, proxy=self._proxy) as answer:
+                if not 200 <= answer.status < 300:
+                    raise await answer.refusal()
                 yield answer
 
     async def ready(self, patience_s: float) -> None:
         await self._breaker.wait(patience_s)
 
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
-        completion = Completion(request["model"])
+        completion, events = Completion(request["model"]), EventReader()
         body = {**request, "stream": True, "stream_options": {"include_usage": True}}
-        async with self.call("POST", "/chat/completions", body) as answer, events_of(answer) as events:
-            async for event in events:  # leaving it closes the connection, which stops the generation
-                if event.data == LAST_EVENT:
-                    await read_to_end(events)
-                elif event.data and (piece := completion.add(json.loads(event.data))):
-                    on_delta(piece)
+        async with self.call("POST", "/chat/completions", body) as answer:
+            while not events.is_ended and (piece := await answer.piece()):
+                for event in events.feed(piece):
+                    if delta := completion.add(json.loads(event)):
+                        on_delta(delta)
+            await answer.read_to_end()
             return completion.whole()
 
     async def image(self, request: Document) -> tuple[bytes, str]:
         async with self.call("POST", "/images/generations", request) as answer:
-            picture = json.loads(await answer.aread())["data"][0]
+            picture = (await answer.json())["data"][0]
             if data := picture.get("b64_json"):
                 return base64.b64decode(data, validate=True), request["model"]
             if url := picture.get("url"):
@@ -1811,29 +1901,32 @@ class OpenAIProvider:
 
     async def _fetch(self, url: str) -> bytes:
         """A picture that the provider names by URL: no credentials, and no address inside the operator's network."""
-        import httpx2
+        import aiohttp
+        import yarl
 
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise FailJob(f"a picture at a {parts.scheme[:20]!r} URL", UNUSABLE)
-        pinned, headers = url, {}
+        pinned, headers = parts._replace(netloc=parts.netloc.rpartition("@")[2]), {}
         if parts.hostname != self._host:
             address = await public_address(parts.hostname, parts.port or 443)
-            pinned = parts._replace(netloc=f"{address}:{parts.port}" if parts.port else address).geturl()
-            headers = {"host": parts.netloc.rpartition("@")[2]}
+            headers = {"host": pinned.netloc}
+            pinned = pinned._replace(netloc=f"{address}:{parts.port}" if parts.port else address)
         # Asked for at the address that was checked: a name may resolve to another one the second time.
+        asked = yarl.URL(pinned.geturl(), encoded=True)  # as it is, since it may be signed
+        options = {"headers": headers, "server_hostname": parts.hostname, "proxy": proxy_to(url)}
         try:
-            answer = await self.http.get(pinned, headers=headers, extensions={"sni_hostname": parts.hostname})
-        except httpx2.HTTPError as error:  # of the picture's host: it says nothing of the provider
+            async with self._ask("GET", asked, **options) as answer:
+                if answer.status == 200:
+                    return await answer.read()
+        except (aiohttp.ClientError, OSError) as error:  # of the picture's host: it says nothing of the provider
             raise RetryJob(type(error).__name__, "The picture can't be fetched") from None
-        if answer.status_code != 200:
-            fault = status_error(answer.status_code, f"HTTP {answer.status_code} for the picture's URL", answer.headers)
-            raise RetryJob(fault.detail) if isinstance(fault, RetryJob) else fault
-        return answer.content
+        fault = status_error(answer.status, f"HTTP {answer.status} for the picture's URL", answer.headers)
+        raise RetryJob(fault.detail) if isinstance(fault, RetryJob) else fault
 
     async def speech(self, request: Document) -> tuple[bytes, str]:
         async with self.call("POST", "/audio/speech", request) as answer:
-            return await answer.aread(), request["model"]
+            return await answer.read(), request["model"]
 
 
 class Providers:
@@ -1846,7 +1939,7 @@ class Providers:
     def preload(self) -> None:
         """Imports the HTTP client before the first job needs it."""
         if not all(self._settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
-            importlib.import_module("httpx2")
+            importlib.import_module("aiohttp")
 
     def get(self, kind: ProviderKind) -> Provider:
         """The provider of one kind of generation. Call it on the event loop."""
@@ -2623,7 +2716,7 @@ LONGEST_TASK_ID = 200
 DAMAGED = "Your request reached us damaged. Please send it again."
 SHUTDOWN = ShutdownTime()  # made before the fork, so that children share it
 Outcome = Result | JobError
-Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 
 
 class EventLoopThread:
@@ -2782,7 +2875,7 @@ def message_limits(task: JobTask) -> Limits:
     return task.runtime.settings.limits(task.request.timelimit)
 
 
-def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Answer]) -> Answer:
+def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Reply]) -> Reply:
     """Does something in MongoDB before the job is claimed. While MongoDB is away it waits: no other job could run.
 
     Raises:
