@@ -269,6 +269,9 @@ class Contestant:
     queue: str
     task: str
     settings: Mapping[str, str] = field(default_factory=dict)  # more environment variables
+    python: str = sys.executable
+    ready: str = " ready."  # what its log says once it consumes
+    enqueue: Callable[[Mapping[str, str], Mapping[str, Document]], None] | None = None  # where it isn't Celery
 
 
 SOURCE: Final = Path(__file__).parent
@@ -377,16 +380,23 @@ class Bench:
             if not name.startswith(("cmdstat_config", "cmdstat_info")):
                 counts[name.removeprefix("cmdstat_")] += numbers["calls"]
 
-    @contextmanager
-    def worker(self, contestant: Contestant, *, ready: bool = True) -> Iterator[WorkerProcess]:
-        """Run the contestant's worker: ready, if asked for, and gone afterwards."""
+    def environment_of(self, contestant: Contestant) -> dict[str, str]:
+        """Return the variables that the contestant's processes are told."""
         environment = {**self.environment, "CELERY_QUEUE_NAME": contestant.queue, "TEXT_MODEL": MODEL}
         if contestant.queue == BARE_QUEUE:
             environment |= {"BENCH_BARE_WORKER": "1", "PYTHONPATH": str(SOURCE)}
-        environment |= contestant.settings
-        worker = WorkerProcess(environment, self.folder / f"{time.monotonic_ns()}.log", list(contestant.command))
+        return {**environment, **contestant.settings}
+
+    def jobs_of(self, contestant: Contestant) -> Collection[Document]:
+        return self.mongo[self.environment_of(contestant)["DATABASE_NAME"]]["jobs"]
+
+    @contextmanager
+    def worker(self, contestant: Contestant, *, ready: bool = True) -> Iterator[WorkerProcess]:
+        """Run the contestant's worker: ready, if asked for, and gone afterwards."""
+        log, command = self.folder / f"{time.monotonic_ns()}.log", list(contestant.command)
+        worker = WorkerProcess(self.environment_of(contestant), log, command, contestant.python)
         try:
-            yield worker.wait_ready() if ready else worker
+            yield worker.wait_ready(says=contestant.ready) if ready else worker
         finally:
             worker.kill()
 
@@ -411,12 +421,15 @@ class Bench:
 
     def send(self, contestant: Contestant, jobs: Mapping[str, Document]) -> None:
         """Enqueue jobs as the API does."""
+        if contestant.enqueue:
+            contestant.enqueue({**os.environ, **self.environment_of(contestant)}, jobs)
+            return
         for message in jobs.items():
             self._celery.send_task(contestant.task, args=message, queue=contestant.queue)
 
     def submit(self, contestant: Contestant, count: int = 1, prompt: str = PROMPT) -> dict[str, Document]:
         """Insert and enqueue."""
-        jobs = self.insert(count, prompt)
+        jobs = self.insert(count, prompt, self.jobs_of(contestant))
         self.send(contestant, jobs)
         return jobs
 
@@ -460,7 +473,7 @@ VISIBILITY_TIMEOUT_S: Final = 3600.0  # Celery's on Redis; not waited for
 
 Measurement = Callable[["Bench"], "list[Figure]"]
 MEASUREMENTS: dict[str, Measurement] = {}
-LONG: Final = frozenset({"memory-growth"})  # only where `--long` or their own command asks for them
+LONG: Final = frozenset({"memory-growth", "rivals-loss"})  # only where `--long` or their own command asks for them
 
 
 def measures(function: Measurement) -> Measurement:
@@ -510,9 +523,9 @@ def processes(worker: WorkerProcess) -> list[psutil.Process]:
 
 
 def cpu_s(worker: WorkerProcess) -> float:
-    """Return the CPU time that a worker and its children have used so far."""
+    """Return the CPU time that a worker and its children have used so far, those that have ended included."""
     times = [process.cpu_times() for process in processes(worker)]
-    return float(sum(time.user + time.system for time in times))
+    return float(sum(time.user + time.system + time.children_user + time.children_system for time in times))
 
 
 @measures

@@ -1856,10 +1856,12 @@ class WorkerProcess:
     It runs in the log's folder, so that no `.env` of the sources reaches it.
     """
 
-    def __init__(self, environment: Mapping[str, str], log: Path, command: list[str] | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], log: Path, command: list[str] | None = None, python: str = sys.executable
+    ) -> None:
         self.log = log
         arguments = command or [str(SOURCE / "worker.py")]
-        self.process = spawn([sys.executable, *arguments], log, {**os.environ, **environment}, log.parent)
+        self.process = spawn([python, *arguments], log, {**os.environ, **environment}, log.parent)
 
     @property
     def name(self) -> str:
@@ -1872,9 +1874,9 @@ class WorkerProcess:
         """Return the log so far."""
         return self.log.read_text(errors="replace")
 
-    def wait_ready(self, timeout_s: float = 20) -> WorkerProcess:
-        """Wait until it consumes."""
-        poll(lambda: " ready." in self.text() or self.process.poll() is not None, timeout_s, description="worker ready")
+    def wait_ready(self, timeout_s: float = 20, says: str = " ready.") -> WorkerProcess:
+        """Wait until it says that it consumes."""
+        poll(lambda: says in self.text() or self.process.poll() is not None, timeout_s, description="worker ready")
         assert self.process.poll() is None, self.text()
         return self
 
