@@ -192,6 +192,7 @@ PICTURE_TOO_LARGE = "The provider's picture is too large."
 COMPLETED = None
 TO_THE_LIMIT = ("raw interim-endless", "drip", "status 199")  # each goes on until the soft limit
 
+ENDLESS = ("interim-endless", "chunk-size-endless")  # not even a byte of the answer itself
 POISON: list[tuple[str, str, str | None]] = [
     *[(kind, "[big 500]", TOO_LARGE) for kind in JOBS],
     *[(kind, "[endless]", TOO_LARGE) for kind in (IMAGE, AUDIO)],
@@ -214,8 +215,9 @@ POISON: list[tuple[str, str, str | None]] = [
     *[(kind, "[status 204]", UNUSABLE) for kind in JOBS],
     *[(kind, "[status 304]", REFUSED) for kind in JOBS],
     (TEXT, "[status 199] to the limit", TOOK_TOO_LONG),
-    *[(TEXT, f"[raw {said}]", UNREACHABLE) for said in RAW_ANSWERS if said != "interim-endless"],
-    (TEXT, "[raw interim-endless] to the limit", TOOK_TOO_LONG),
+    *[(TEXT, f"[raw {said}]", UNREACHABLE) for said in RAW_ANSWERS if said not in {*ENDLESS, "switching"}],
+    *[(TEXT, f"[raw {said}] to the limit", TOOK_TOO_LONG) for said in ENDLESS],
+    (TEXT, "[raw switching]", REFUSED),
     *[(IMAGE, f"[url] [raw {said}]", NOT_FETCHED) for said in ("header-10mb", "chunk-garbage", "length-short")],
     (TEXT, "[half]", BROKE_OFF),
     (TEXT, "[cut]", UNREACHABLE),

@@ -1572,11 +1572,12 @@ FAILURES_BEFORE_PAUSE, LONGEST_PAUSE_S, POLL_PROVIDER_S = 3, 30.0, 0.5
 
 
 LAST_EVENT = b"[DONE]"
-LINGER_S, KEEP_CONNECTION_S = 0.25, 60.0
+LINGER_S, KEEP_CONNECTION_S, LOOK_AT_CONNECTION_S = 0.25, 60.0, 1.0
 MODEL_OFFLINE = "offline-stand-in"
 TOO_LARGE = "The provider's answer is too large."
 LONGEST_MODEL_NAME, MOST_TOKENS = 200, 2**31
 MOST_TEXT_CHARACTERS = 4_000_000  # at up to four bytes each a document can hold them
+MOST_LINE_BYTES = 4 * MOST_TEXT_CHARACTERS
 UNUSABLE = "The provider's answer could not be used."
 
 
@@ -1662,6 +1663,27 @@ def proxy_to(url: str) -> str | None:
     return None if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies().get(parts.scheme)
 
 
+@contextlib.contextmanager
+def connection_watched(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Tells who reads an answer that its connection is gone: aiohttp (3.14) forgets to, after a broken chunk."""
+    import aiohttp
+
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+
+    def look() -> None:
+        transport = response.connection and response.connection.transport
+        if response.connection and (transport is None or transport.is_closing()):
+            response.content.set_exception(aiohttp.ClientPayloadError("the connection is closed"))
+        timers[:] = [loop.call_later(LOOK_AT_CONNECTION_S, look)]
+
+    timers.append(loop.call_later(LOOK_AT_CONNECTION_S, look))
+    try:
+        yield
+    finally:
+        timers[0].cancel()
+
+
 class Answer:
     """A provider's answer, as it comes in and up to so many bytes."""
 
@@ -1709,22 +1731,15 @@ class EventReader:
     def __init__(self) -> None:
         self.is_ended = False
         self._line: list[bytes] = []  # the parts of one that isn't whole yet
+        self._line_bytes = 0
         self._data: list[bytes] = []
         self._had_half_an_end = False
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Yields the data of each event that ends in this piece, up to the provider's last one."""
-        if self._had_half_an_end:
-            piece = piece.removeprefix(b"\n")
-        self._had_half_an_end = piece.endswith(b"\r")
-        *lines, rest = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        if lines:
-            lines[0] = b"".join([*self._line, lines[0]])
-            self._line.clear()
-        self._line.append(rest)
-        for line in lines:
+        """Yields the data of each event that ends in this piece, up to the provider's last one. Raises FailJob."""
+        for line in self._lines(piece):
             if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" "))
+                self._data.append(line[6 if line.startswith(b"data: ") else 5 :])
             elif not line and self._data:
                 data = b"\n".join(self._data)
                 self._data.clear()
@@ -1733,6 +1748,21 @@ class EventReader:
                     return
                 if data:
                     yield data
+
+    def _lines(self, piece: bytes) -> list[bytes]:
+        """The lines that end in this piece; a line ends with CR, LF or both."""
+        if self._had_half_an_end:
+            piece = piece.removeprefix(b"\n")
+        self._had_half_an_end = piece.endswith(b"\r")
+        *lines, rest = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        if lines:
+            lines[0] = b"".join([*self._line, lines[0]])
+            self._line, self._line_bytes = [], 0
+        self._line.append(rest)
+        self._line_bytes += len(rest)
+        if self._line_bytes > MOST_LINE_BYTES:
+            raise FailJob(f"a line of over {MOST_LINE_BYTES} bytes in its stream", TOO_LARGE)
+        return lines
 
 
 class Breaker:
@@ -1860,7 +1890,8 @@ class OpenAIProvider:
     @contextlib.asynccontextmanager
     async def _ask(self, method: str, url: str | yarl.URL, **options: Any) -> AsyncIterator[Answer]:
         async with self.session.request(method, url, allow_redirects=False, **options) as response:
-            yield Answer(response, self._most_bytes)
+            with connection_watched(response):
+                yield Answer(response, self._most_bytes)
 
     @contextlib.asynccontextmanager
     async def call(self, method: str, path: str, body: Document | None = None) -> AsyncIterator[Answer]:
