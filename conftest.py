@@ -99,7 +99,7 @@ def worker_settings(
 def open_api(environment: dict[str, str]) -> Iterator[Api]:
     """The API's side of these settings; what it made in the database is dropped at the end."""
     names = ("MONGODB_URL", "REDIS_URL", "DATABASE_NAME", "CELERY_QUEUE_NAME")
-    api = Api(*(environment[name] for name in names))
+    api = Api(*(environment[name] for name in names), broker_url=environment.get("CELERY_BROKER_URL", ""))
     try:
         yield api
         for collection in api.database.list_collection_names():

@@ -1,7 +1,7 @@
 """Real servers and a misbehaving provider for tests and benchmarks.
 
-MongoDB and Redis are child processes taken from PATH or, failing that, from PyPI wheels; the provider is
-an OpenAI-compatible server in a thread. What it does wrong is asked for in the prompt, by directives in
+MongoDB and Redis are child processes taken from PATH or, failing that, from PyPI wheels, RabbitMQ is one where it is
+installed; the provider is an OpenAI-compatible server in a thread. What it does wrong is asked for in the prompt, by directives in
 brackets, since the prompt is the only thing that travels with a job::
 
     [delay 3]                    answer after 3 s                 [status 500]           an error as OpenAI's
@@ -76,6 +76,7 @@ from urllib.parse import urlsplit
 import click
 import psutil
 from aiohttp import web
+from amqp.exceptions import AMQPError
 from bson import ObjectId
 from celery import Celery
 from celery.result import AsyncResult
@@ -84,6 +85,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from kombu import Connection
 from PIL import Image
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure, PyMongoError
@@ -197,6 +199,7 @@ class Server:
     """A server as a child process, on the same port and data over restarts; a context manager."""
 
     name: ClassVar[str] = "server"
+    start_timeout_s: ClassVar[float] = START_TIMEOUT_S
 
     def __init__(self, port: int = 0, host: str = LOOPBACK, directory: Path | None = None) -> None:
         """Choose port and directory; a directory that isn't given is a temporary one, removed by `close`."""
@@ -244,7 +247,7 @@ class Server:
                 raise ServerFailed(f"{self.name} can't start: port {self.port} is taken")
             self._process = spawn(self._command(), self.log)
             description = f"{self.name} answers at {self.address}"
-            poll(self._answers_or_ended, START_TIMEOUT_S, description=description)
+            poll(self._answers_or_ended, self.start_timeout_s, description=description)
             self._prepare()
         return self
 
@@ -794,6 +797,94 @@ class RedisServer(Server):
         client = Redis.from_url(self.url, socket_timeout=2)
         with suppress(RedisError), client:
             return bool(client.ping())
+        return False
+
+
+# --- RabbitMQ -----------------------------------------------------------------------------------------------
+
+# Debian's own command on PATH lets only root and its service's user in.
+_RABBIT_FOLDERS: Final = ("/usr/lib/rabbitmq/bin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/sbin")
+
+
+def find_rabbit() -> Path:
+    """Return the folder of rabbitmq-server and rabbitmqctl.
+
+    Raises: ServerUnavailable.
+    """
+    found = shutil.which("rabbitmq-server", path=os.pathsep.join([*_RABBIT_FOLDERS, os.environ.get("PATH", "")]))
+    if found and shutil.which("epmd"):
+        return Path(found).parent
+    raise ServerUnavailable("no rabbitmq-server: install it with apt-get install rabbitmq-server (macOS: brew)")
+
+
+class RabbitServer(Server):
+    """A RabbitMQ node with data, log, ports and name service of its own, for whichever user runs it."""
+
+    name = "rabbitmq"
+    start_timeout_s = 60.0  # eight seconds of a whole core
+
+    def __init__(self, port: int = 0, host: str = LOOPBACK, directory: Path | None = None) -> None:
+        """Choose port and directory; nothing is started."""
+        super().__init__(port, host, directory)
+        self._node_port, self._names_port = free_port(), free_port()
+        self._names: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL of the default virtual host."""
+        return f"amqp://guest:guest@{self.address}//"
+
+    def start(self) -> RabbitServer:
+        """Start the server and wait until it answers; does nothing when it runs."""
+        if self._names is None:
+            find_rabbit()
+            # Erlang would start a name service that nobody ends.
+            command = ["epmd", "-port", str(self._names_port), "-address", LOOPBACK]
+            self._names = spawn(command, self.directory / "names.log")
+        return super().start()
+
+    def close(self) -> None:
+        """Stop the server and its name service, and remove its temporary directory."""
+        super().close()
+        if self._names and os.getpid() == self._owner_pid:
+            self._names.kill()
+            self._names.wait()
+            self._names = None
+
+    def control(self, *arguments: str) -> None:
+        """Run rabbitmqctl. Raises: subprocess.CalledProcessError."""
+        command = [str(find_rabbit() / "rabbitmqctl"), "--quiet", *arguments]
+        subprocess.run(command, env={**os.environ, **self._environment()}, check=True, timeout=30, capture_output=True)
+
+    def _environment(self) -> dict[str, str]:
+        """Return the variables that keep a node and its commands apart from all others."""
+        return {
+            "HOME": str(self.directory),  # of the secret that node and commands share
+            "RUNNING_UNDER_SYSTEMD": "true",  # becomes the server, which gets our signals then
+            "RABBITMQ_NODENAME": "testbed@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": self.host,
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._node_port),
+            "RABBITMQ_MNESIA_BASE": str(self.directory / "data"),
+            "RABBITMQ_LOGS": "-",
+            "RABBITMQ_LOG_BASE": str(self.directory),
+            "RABBITMQ_CONF_ENV_FILE": str(self.directory / "none"),
+            "RABBITMQ_CONFIG_FILE": str(self.directory / "none"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.directory / "none"),
+            "ERL_EPMD_PORT": str(self._names_port),
+            "ERL_EPMD_ADDRESS": LOOPBACK,
+        }
+
+    def _command(self) -> list[str]:
+        """Return the server's command line, which begins with its variables."""
+        variables = [f"{name}={value}" for name, value in self._environment().items()]
+        return ["env", *variables, str(find_rabbit() / "rabbitmq-server")]
+
+    def _answers(self) -> bool:
+        """Return whether a client can log in."""
+        connection = Connection(self.url, connect_timeout=2)
+        with suppress(OSError, AMQPError), connection:
+            return bool(connection.connect())
         return False
 
 
@@ -1735,13 +1826,15 @@ SOURCE: Final = Path(__file__).parent
 class Api:
     """Acts as the API does: inserts documents, enqueues, cancels, and hears every notification."""
 
-    def __init__(self, mongodb_url: str, redis_url: str, database: str = DATABASE, queue: str = "ai_jobs") -> None:
+    def __init__(
+        self, mongodb_url: str, redis_url: str, database: str = DATABASE, queue: str = "ai_jobs", broker_url: str = ""
+    ) -> None:
         self.queue = queue
         self.redis_url = redis_url
         self.mongo: MongoClient[dict[str, Any]] = MongoClient(mongodb_url, tz_aware=True)
         self.database = self.mongo[database]
         self.jobs = self.database["jobs"]
-        self.celery = Celery("api", broker=redis_url, backend=redis_url, set_as_current=False)
+        self.celery = Celery("api", broker=broker_url or redis_url, backend=redis_url, set_as_current=False)
         self.celery.conf.update(task_serializer="json", accept_content=["json"], task_ignore_result=False)
         self.redis = Redis.from_url(redis_url)
         self.heard: list[dict[str, Any]] = []
