@@ -52,6 +52,7 @@ import click
 import gridfs
 import pymongo
 import redis
+from amqp.exceptions import NotFound
 from bson import ObjectId, json_util
 from bson.errors import BSONError
 from celery import Celery, Task, signals, states
@@ -60,7 +61,9 @@ from celery.exceptions import Ignore, InvalidTaskError, Reject
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
+from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
+from kombu.transport.pyamqp import Transport as RabbitTransport
 from kombu.transport.redis import Channel as RedisChannel
 from kombu.transport.redis import QoS as KombuQoS
 from kombu.transport.virtual import QoS as VirtualQoS
@@ -452,6 +455,10 @@ class Settings(BaseSettings):
         return verified(self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value())
 
     @property
+    def is_rabbitmq(self) -> bool:
+        return self.broker_url.startswith("amqp")
+
+    @property
     def result_backend(self) -> str:
         return verified(self.celery_result_backend.get_secret_value() or self.redis_url.get_secret_value())
 
@@ -535,14 +542,29 @@ BROKER_LOGGERS = [
 URL_LOGGERS = ["httpx", "httpx2", "httpcore", "httpcore2"]  # their lines hold whole URLs
 
 
+class JobQueue(Queue):
+    """The queue on RabbitMQ as it is there: the API may have made it otherwise, as a quorum queue say."""
+
+    def declare(self, nowait: bool = False, channel: Any = None) -> str:
+        ours: Any = channel or self.channel
+        try:
+            with ours.connection.channel() as another:  # which a refusal closes
+                self.queue_declare(passive=True, channel=another)
+        except NotFound:
+            super().declare(nowait, channel)
+        return str(self.name)
+
+
 def celery_configuration(settings: Settings) -> Document:
     """Celery's settings: JSON only, acknowledged late, one job in hand per slot, reconnecting for ever."""
+    queue = settings.celery_queue_name
     redis_options = SOCKET_TIMEOUTS if settings.broker_url.startswith("redis") else {}
     return {
         "broker_url": settings.broker_url,
         "result_backend": f"{__name__}.ResultBackend+{settings.result_backend}",
         "imports": settings.handler_modules,
-        "task_default_queue": settings.celery_queue_name,
+        "task_default_queue": queue,
+        "task_queues": [JobQueue(queue, Exchange(queue), queue)] if settings.is_rabbitmq else None,
         "accept_content": ["json"],
         "task_serializer": "json",
         "result_serializer": "json",
@@ -710,6 +732,8 @@ class SafeConsumer(Consumer):
 RedisChannel.QoS = LenientQoS
 RedisChannel._create_client = kept_client  # type: ignore[attr-defined]
 RedisChannel.close = close_without_redis  # type: ignore[method-assign, assignment]
+# Quorum queues refuse a limit of unacknowledged messages per channel, and RabbitMQ 4 does: one per consumer serves all.
+RabbitTransport.qos_semantics_matches_spec = lambda *_: True  # type: ignore[method-assign]
 app = Celery("ai_backend_worker")
 
 
