@@ -2767,6 +2767,7 @@ PUT_BACK_S = 10.0
 POLL_STORE_S = 1.0
 SETTLE_TRY_S = 5.0
 MOMENT_S = 0.2
+WAITING_QUEUE_S = 60
 LONGEST_TASK_ID = 200
 DAMAGED = "Your request reached us damaged. Please send it again."
 SHUTDOWN = ShutdownTime()  # made before the fork, so that children share it
@@ -2917,11 +2918,21 @@ class JobTask(Task):  # type: ignore[type-arg]
         return Runtime(current_settings())
 
 
+def waiting_queue(name: str, wait_s: int) -> Queue:
+    """Where RabbitMQ keeps messages that wait so long; then they go to the queue. It ends when nobody uses it."""
+    back = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": name}
+    times = {"x-message-ttl": wait_s * 1000, "x-expires": (wait_s + WAITING_QUEUE_S) * 1000}
+    return Queue(f"{name}.waiting-{wait_s}s", queue_arguments={**back, **times})
+
+
 def put_back(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
     """What to raise to see the message again later, under the same task id and limits, without its prompt."""
-    arguments: Document = {"args": (str(job_id), {"job_id": str(job_id)}), "kwargs": {}}
+    arguments: Document = {"args": (str(job_id), {"job_id": str(job_id)}), "kwargs": {}, "countdown": wait_s}
+    settings = task.runtime.settings
+    if settings.is_rabbitmq:  # in a worker's memory it would hold a slot
+        arguments |= {"countdown": 0, "queue": waiting_queue(settings.celery_queue_name, math.ceil(wait_s))}
     try:
-        return task.retry(**arguments, countdown=wait_s, max_retries=None, throw=False)
+        return task.retry(**arguments, max_retries=None, throw=False)
     except Reject:  # the broker is away: Celery's own reject would throw the message away
         return Reject("the broker is away", requeue=True)
 
