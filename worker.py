@@ -526,6 +526,7 @@ current_settings = cache(load_settings)
 TASK_NAME = "src.infrastructure.queue.tasks.process_job"
 NODE = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # minted before the fork, so that siblings know each other
 SOCKET_TIMEOUTS = {"socket_connect_timeout": 5, "socket_timeout": 10, "health_check_interval": 25}
+RABBITMQ_TIMEOUTS = {"read_timeout": 5, "write_timeout": 5}  # one that is out of memory reads nothing, and says so late
 CHATTY_LOGGERS = [
     *("celery", "kombu", "amqp", "pymongo", "asyncio", "s3fs", "fsspec", "botocore", "urllib3", "PIL"),
     "openai",  # which a handler of one's own may use
@@ -555,10 +556,18 @@ class JobQueue(Queue):
         return str(self.name)
 
 
+def transport_options(settings: Settings) -> Document:
+    """What the broker's client gets; one that hangs must not hold anybody up for ever."""
+    if settings.is_rabbitmq:
+        return RABBITMQ_TIMEOUTS
+    # Long, since a job beyond it would run twice at a time; the lease's sweeper is what rescues.
+    options = {"visibility_timeout": max(3600, 2 * settings.celery_time_limit)}
+    return {**options, **SOCKET_TIMEOUTS} if settings.broker_url.startswith("redis") else options
+
+
 def celery_configuration(settings: Settings) -> Document:
     """Celery's settings: JSON only, acknowledged late, one job in hand per slot, reconnecting for ever."""
     queue = settings.celery_queue_name
-    redis_options = SOCKET_TIMEOUTS if settings.broker_url.startswith("redis") else {}
     return {
         "broker_url": settings.broker_url,
         "result_backend": f"{__name__}.ResultBackend+{settings.result_backend}",
@@ -585,8 +594,7 @@ def celery_configuration(settings: Settings) -> Document:
         "broker_connection_max_retries": None,
         "worker_consumer": f"{__name__}:SafeConsumer",
         "broker_channel_error_retry": True,  # a full or read-only Redis must not end the worker
-        # Long, since a job beyond it would run twice at a time; the lease's sweeper is what rescues.
-        "broker_transport_options": {"visibility_timeout": max(3600, 2 * settings.celery_time_limit), **redis_options},
+        "broker_transport_options": transport_options(settings),
         "worker_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
         "worker_task_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
     }
@@ -2315,7 +2323,7 @@ ARTIFACT_SWEEP_S = 3600.0
 ARTIFACT_NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{16}\.")
 INDEX_PATIENCE_S = 3600.0
 QUEUE_REST_S = 5.0
-BROKER_TIMEOUTS = {"socket_connect_timeout": 2, "socket_timeout": 2}
+BROKER_PATIENCE_S = 2
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
 STOPPED = "This was stopped by the operator."
 GAVE_UP = "This could not be finished after several tries. Please try again."
@@ -2396,7 +2404,8 @@ class Attempt:
 def broker_errors() -> tuple[type[BaseException], ...]:
     """What the broker's transport raises when it can't be reached; each has exceptions of its own."""
     connection = app.connection_for_write()
-    return (OperationalError, OSError, *connection.connection_errors, *connection.channel_errors)
+    unconfirmed = connection.recoverable_connection_errors
+    return (OperationalError, OSError, *connection.connection_errors, *connection.channel_errors, *unconfirmed)
 
 
 def final_sentence(document: Document) -> str:
@@ -2422,10 +2431,20 @@ def is_process_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def broker_connection() -> Iterator[Any]:
-    """A connection that gives up soon: a hung broker must not hold the keeper up."""
-    with app.connection_for_write() as connection:
-        connection.transport_options = {**(connection.transport_options or {}), **BROKER_TIMEOUTS}
+    """A connection that gives up soon: a hung broker must not hold the keeper up.
+
+    What is published by it is there: RabbitMQ has confirmed it.
+    """
+    connection = app.connection_for_write(connect_timeout=BROKER_PATIENCE_S)
+    of_redis = dict.fromkeys(("socket_connect_timeout", "socket_timeout"), BROKER_PATIENCE_S)
+    of_rabbitmq = {**dict.fromkeys(("read_timeout", "write_timeout"), BROKER_PATIENCE_S), "confirm_publish": True}
+    connection.transport_options = {**(connection.transport_options or {}), **of_redis, **of_rabbitmq}
+    try:
         yield connection
+    except BaseException:
+        connection.collect()  # a farewell would wait once more
+        raise
+    connection.release()
 
 
 def queue_length(settings: Settings) -> int:
