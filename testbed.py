@@ -1,8 +1,8 @@
 """Real servers and a misbehaving provider for tests and benchmarks.
 
 MongoDB and Redis are child processes taken from PATH or, failing that, from PyPI wheels, RabbitMQ is one where it is
-installed; the provider is an OpenAI-compatible server in a thread. What it does wrong is asked for in the prompt, by directives in
-brackets, since the prompt is the only thing that travels with a job::
+installed; the provider is an OpenAI-compatible server in a thread. What it does wrong is asked for in the prompt, by
+directives in brackets, since the prompt is the only thing that travels with a job::
 
     [delay 3]                    answer after 3 s                 [status 500]           an error as OpenAI's
     [tokens 50]                  number of words                  [status 429 times=2 retry-after=1]
