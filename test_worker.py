@@ -486,9 +486,26 @@ def test_no_running_job_is_delivered_again_for_its_length(time_limit_s: float, l
     assert configuration["broker_transport_options"]["visibility_timeout"] >= least_s
 
 
-def test_another_broker_gets_no_socket_options_of_redis() -> None:
-    configuration = worker.celery_configuration(bare_settings(celery_broker_url="amqp://rabbit"))
-    assert set(configuration["broker_transport_options"]) == {"visibility_timeout"}
+@table(
+    "url, options",
+    ("Redis", "redis://redis", {"visibility_timeout", *worker.SOCKET_TIMEOUTS}),
+    ("Sentinel", "sentinel://redis", {"visibility_timeout"}),
+    ("RabbitMQ", "amqp://rabbit", set(worker.RABBITMQ_TIMEOUTS)),
+    ("RabbitMQ with TLS", "amqps://rabbit", set(worker.RABBITMQ_TIMEOUTS)),
+)
+def test_each_broker_gets_the_options_that_it_knows(url: str, options: set[str]) -> None:
+    configuration = worker.celery_configuration(bare_settings(celery_broker_url=url))
+    assert set(configuration["broker_transport_options"]) == options
+
+
+def test_only_rabbitmqs_queue_is_declared_by_ourselves() -> None:
+    by_url = {url: worker.celery_configuration(bare_settings(celery_broker_url=url)) for url in ("", "amqp://rabbit")}
+    assert by_url[""]["task_queues"] is None
+    (queue,) = by_url["amqp://rabbit"]["task_queues"]
+    assert (queue.name, queue.exchange.name, queue.exchange.type, queue.routing_key) == ("ai_jobs",) * 2 + (
+        "direct",
+        "ai_jobs",
+    )
 
 
 def test_importing_the_worker_reads_no_settings_and_configures_nothing(tmp_path: Path) -> None:
