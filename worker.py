@@ -740,7 +740,7 @@ class SafeConsumer(Consumer):
 RedisChannel.QoS = LenientQoS
 RedisChannel._create_client = kept_client  # type: ignore[attr-defined]
 RedisChannel.close = close_without_redis  # type: ignore[method-assign, assignment]
-# Quorum queues refuse a limit of unacknowledged messages per channel, and RabbitMQ 4 does: one per consumer serves all.
+# Quorum queues refuse a limit of unacknowledged messages per channel; one per consumer serves every queue.
 RabbitTransport.qos_semantics_matches_spec = lambda *_: True  # type: ignore[method-assign]
 app = Celery("ai_backend_worker")
 
