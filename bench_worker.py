@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -23,11 +25,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import click
 from bson import ObjectId
@@ -1013,6 +1015,196 @@ def recovery(bench: Bench) -> list[Figure]:
             "recovery, worker killed", "s", [whole], "stock: not before", [VISIBILITY_TIMEOUT_S], Goal("ratio", 0.02)
         ),
     ]
+
+
+# --- scale --------------------------------------------------------------------------------------------------
+
+FLEETS: Final = (10, 100, 1000)
+REAL_WORKERS, REAL_JOBS = 10, 1000
+TRUE_PACE: Final = 200  # workers that one machine simulates without slowing them down
+DRIVERS: Final = 4  # processes that the simulated workers share
+WINDOW_S: Final = 11.0  # a sweep's longest interval is 12 s
+BACKLOG: Final = 10_000
+RUNNING, WAITING = "one job each", "10,000 waiting"
+STATES: Final = ("idle", RUNNING, WAITING)
+SCALE_QUEUE: Final = "bench_scale"
+MAX_CLIENTS: Final = 10_000  # Redis' own default
+FULL: Final = 100.0  # percent of a core
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the two servers do in a second, the share of a core they need for it, and their open connections."""
+
+    operations: float
+    examined: float
+    mongod_percent: float
+    mongod_connections: float
+    commands: float
+    redis_percent: float
+    redis_connections: float
+
+    def __sub__(self, other: Load) -> Load:
+        return Load(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, factor: float) -> Load:
+        return Load(*(value * factor for value in astuple(self)))
+
+
+class Beats:
+    """Takes a keeper's heartbeat, and counts it in memory that the drivers share."""
+
+    def __init__(self, total: Any) -> None:
+        self._total = total
+
+    def beat(self) -> None:
+        with self._total.get_lock():
+            self._total.value += 1
+
+
+def in_small_letters(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in environment.items()}
+
+
+def simulated_worker(number: int, settings: Mapping[str, Any], heartbeat: Beats, sharing: Any = None) -> Any:
+    """What a process has: a node, a keeper and, unless it shares another's, clients, as if it had run for a while."""
+    import worker
+
+    runtime: Any = worker.Runtime(worker.Settings(_env_file=None, **settings))
+    if sharing:
+        runtime.mongo, runtime.notifier = sharing.mongo, sharing.notifier
+    runtime.store = worker.JobStore(runtime.database, f"simulated-{number}", worker.Clock(), runtime.settings)
+    runtime.keeper = keeper = worker.Keeper(
+        runtime.store, runtime.sweeper, worker.SHUTDOWN, cast(Any, heartbeat), runtime.settings
+    )
+    runtime.store.synchronise_clock()
+    runtime.notifier.revoked()  # both connections are there
+    keeper._is_prepared = True
+    keeper._renew_at = time.monotonic() + random.uniform(0, runtime.settings.lease_seconds / 3)
+    keeper._sweep_at = time.monotonic() + random.uniform(0, runtime.settings.sweep_interval)
+    return runtime
+
+
+def drive_keepers(
+    numbers: range, environment: Mapping[str, str], job_ids: list[str], beats: Any, barrier: Any, slower: int
+) -> None:
+    """In a process of its own: run true keepers, idle at first; from the second signal on with a job each."""
+    os.environ.update(environment)  # for Celery's own connections
+    import worker
+
+    worker.TICK_S *= slower
+
+    settings = in_small_letters(environment)
+    runtimes: list[Any] = []
+    for index, number in enumerate(numbers):
+        sharing = runtimes[index // slower * slower] if index % slower else None
+        runtimes.append(simulated_worker(number, settings, Beats(beats), sharing))
+    for runtime in runtimes:
+        time.sleep(worker.TICK_S / len(runtimes))
+        runtime.keeper.start()
+    barrier.wait()
+    barrier.wait()
+    for runtime, job_id in zip(runtimes, job_ids, strict=True):
+        job = runtime.store.claim(ObjectId(job_id), f"{job_id[8:]}", worker.Limits(1800, 3600))
+        assert isinstance(job, worker.Job)
+        runtime.keeper.register(worker.Attempt(job, runtime.settings.lease_seconds))
+    barrier.wait()
+    threading.Event().wait()
+
+
+def counters(bench: Bench) -> Load:
+    """What the servers have done since their start, as they count it themselves; CPU in percent of a core x s."""
+    mongod, info = bench.mongo.admin.command("serverStatus"), bench.redis.info()
+    operations = sum(count for count in mongod["opcounters"].values() if isinstance(count, int))
+    used_s = [sum(psutil.Process(pid).cpu_times()[:2]) for pid in (mongod["pid"], info["process_id"])]
+    return Load(
+        operations,
+        mongod["metrics"]["queryExecutor"]["scannedObjects"],
+        used_s[0] * FULL,
+        mongod["connections"]["current"],
+        info["total_commands_processed"],
+        used_s[1] * FULL,
+        info["connected_clients"],
+    )
+
+
+def load(bench: Bench, seconds: float) -> Load:
+    """Watch the servers for so many seconds."""
+    before, began_at = counters(bench), time.monotonic()
+    time.sleep(seconds)
+    after = counters(bench)
+    rate = (after - before) * (1 / (time.monotonic() - began_at))
+    return replace(rate, mongod_connections=after.mongod_connections, redis_connections=after.redis_connections)
+
+
+def workers_at(bound: float, small: tuple[int, float], large: tuple[int, float]) -> float:
+    """How many workers cost so much, from two fleets' costs: a part grows with the fleet, another with its square."""
+    (n1, cost1), (n2, cost2) = small, large
+    square = max((cost2 / n2 - cost1 / n1) / (n2 - n1), 0.0)
+    line = cost2 / n2 - square * n2
+    return (math.sqrt(line**2 + 4 * square * bound) - line) / (2 * square) if square else bound / line
+
+
+def set_created(jobs: Collection[Document], status: str, ago: timedelta) -> None:
+    jobs.update_many({"status": status}, {"$set": {"created_at": datetime.now(UTC) - ago}})
+
+
+@contextmanager
+def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[tuple[Callable[[str], None], Any]]:
+    """Yield what brings so many keepers into their next state, and the number of their ticks so far."""
+    context, jobs = multiprocessing.get_context("spawn"), bench.mongo[f"{DATABASE}_{SCALE_QUEUE}"]["jobs"]
+    job_ids = list(bench.insert(count, collection=jobs))
+    set_created(jobs, "pending", timedelta(days=-1))  # from tomorrow: no sweep thinks them lost
+    make_api_indexes(jobs)
+    environment = {**bench.environment, "DATABASE_NAME": jobs.database.name, "CELERY_QUEUE_NAME": SCALE_QUEUE}
+    environment |= {"LEASE_SECONDS": str(30 * slower), "SWEEP_INTERVAL": str(10 * slower)}
+    simulated_worker(0, in_small_letters(environment), Beats(None)).store.ensure_indexes()
+    beats, barrier = context.Value("q", 0), context.Barrier(DRIVERS + 1, timeout=120)
+    shares = [range(count)[index::DRIVERS] for index in range(DRIVERS)]
+    drivers = [
+        context.Process(target=drive_keepers, args=(share, environment, ids, beats, barrier, slower))
+        for share, ids in zip(shares, [job_ids[index::DRIVERS] for index in range(DRIVERS)], strict=True)
+    ]
+
+    def enter(state: str) -> None:
+        if state != WAITING:
+            barrier.wait()
+        if state == RUNNING:
+            barrier.wait()
+            set_created(jobs, "processing", timedelta(minutes=10))  # older than what waits behind them
+        if state == WAITING:
+            bench.redis.lpush(SCALE_QUEUE, "a message")  # the broker has lost none of them
+            bench.insert(BACKLOG, "word " * 200, jobs)
+            set_created(jobs, "pending", timedelta(minutes=5))
+
+    try:
+        for driver in drivers:
+            driver.start()
+        yield enter, beats
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.join()
+        bench.redis.delete(SCALE_QUEUE)
+        bench.mongo.drop_database(jobs.database.name)
+
+
+def simulate(bench: Bench, count: int, alone: Load) -> dict[str, Load]:
+    """What so many keepers cost in each state.
+
+    This machine's cores can't simulate a large fleet: that runs slower, as many times as share a connection, and what
+    it costs is multiplied.
+    """
+    loads: dict[str, Load] = {}
+    slower = max(1, count // TRUE_PACE)
+    with simulated_fleet(bench, count, slower) as (enter, beats):
+        for state in STATES:
+            enter(state)
+            ticks_before = beats.value
+            loads[state] = (load(bench, WINDOW_S) - alone) * slower
+            pace = (beats.value - ticks_before) / (count * WINDOW_S) * slower
+            print(f"       {count:,} workers, {state}: {pace:.0%} of the ticks, {loads[state]}", file=sys.stderr)
+    return loads
 
 
 # --- chart --------------------------------------------------------------------------------------------------
