@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -475,7 +476,8 @@ VISIBILITY_TIMEOUT_S: Final = 3600.0  # Celery's on Redis; not waited for
 
 Measurement = Callable[["Bench"], "list[Figure]"]
 MEASUREMENTS: dict[str, Measurement] = {}
-LONG: Final = frozenset({"memory-growth", "rivals-loss"})  # only where `--long` or their own command asks for them
+# Only where `--long` or their own command asks for them.
+LONG: Final = frozenset({"memory-growth", "rivals-loss", "scale"})
 
 
 def measures(function: Measurement) -> Measurement:
@@ -1116,14 +1118,14 @@ def counters(bench: Bench) -> Load:
     """What the servers have done since their start, as they count it themselves; CPU in percent of a core x s."""
     mongod, info = bench.mongo.admin.command("serverStatus"), bench.redis.info()
     operations = sum(count for count in mongod["opcounters"].values() if isinstance(count, int))
-    used_s = [sum(psutil.Process(pid).cpu_times()[:2]) for pid in (mongod["pid"], info["process_id"])]
+    mongod_us = mongod["extra_info"]["user_time_us"] + mongod["extra_info"]["system_time_us"]
     return Load(
         operations,
         mongod["metrics"]["queryExecutor"]["scannedObjects"],
-        used_s[0] * FULL,
+        mongod_us / 1e6 * FULL,
         mongod["connections"]["current"],
         info["total_commands_processed"],
-        used_s[1] * FULL,
+        (info["used_cpu_user"] + info["used_cpu_sys"]) * FULL,
         info["connected_clients"],
     )
 
@@ -1205,6 +1207,117 @@ def simulate(bench: Bench, count: int, alone: Load) -> dict[str, Load]:
             pace = (beats.value - ticks_before) / (count * WINDOW_S) * slower
             print(f"       {count:,} workers, {state}: {pace:.0%} of the ticks, {loads[state]}", file=sys.stderr)
     return loads
+
+
+def per_job_load(bench: Bench, contestant: Contestant, idle: Load) -> tuple[Load, float]:
+    """What one job costs, from the API's insert to the last notice, besides upkeep; and Redis' memory in bytes."""
+    before, bytes_before, began_at = counters(bench), bench.redis.info()["used_memory"], time.monotonic()
+    jobs = bench.insert(REAL_JOBS, collection=bench.mongo[contestant.settings["DATABASE_NAME"]]["jobs"])
+    bench.send(contestant, jobs)
+    bench.hear(jobs, "completed", timeout_s=120)
+    time.sleep(OUTBOX_S)
+    used = counters(bench) - before - idle * (time.monotonic() - began_at)
+    return used * (1 / REAL_JOBS), (bench.redis.info()["used_memory"] - bytes_before) / REAL_JOBS
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What real workers cost: each of them while it is idle and while it runs a job, and a job that passes through."""
+
+    idle: Load
+    busy: Load
+    job: Load
+    job_bytes: float
+
+
+def real_fleet(bench: Bench, alone: Load) -> Fleet:
+    """Measure a few real workers (prefork, a child each), whose sweeps have begun."""
+    database, each = f"{DATABASE}_{SCALE_QUEUE}", 1 / REAL_WORKERS
+    contestant = replace(OURS, queue=SCALE_QUEUE, settings={"DATABASE_NAME": database})
+    with ExitStack() as stack:
+        stack.callback(bench.mongo.drop_database, database)
+        workers = [stack.enter_context(bench.worker(contestant, ready=False)) for _ in range(REAL_WORKERS)]
+        for worker in workers:
+            worker.wait_ready(60)
+        warm_up = bench.insert(REAL_JOBS // 10, collection=bench.mongo[database]["jobs"])
+        bench.send(contestant, warm_up)
+        bench.hear(warm_up, "completed")
+        time.sleep(FIRST_SWEEP_S)
+        idle = load(bench, WINDOW_S) - alone
+        job, job_bytes = per_job_load(bench, contestant, idle)
+        jobs = bench.insert(REAL_WORKERS, f"[delay {WINDOW_S * 3}] Tell.", bench.mongo[database]["jobs"])
+        bench.send(contestant, jobs)
+        bench.hear(jobs, "processing")
+        time.sleep(OUTBOX_S)
+        return Fleet(idle * each, (load(bench, WINDOW_S) - alone) * each, job, job_bytes)
+
+
+def journalled_writes(bench: Bench, writers: int) -> float:
+    """Writes a second, acknowledged when they are in the journal, by so many at a time."""
+    jobs = bench.mongo[DATABASE].get_collection("journal", write_concern=WriteConcern("majority", j=True))
+    until = time.monotonic() + SETTLE_S
+
+    def write(number: int) -> int:
+        for count in itertools.count(1):
+            jobs.update_one({"_id": number}, {"$inc": {"count": 1}}, upsert=True)
+            if time.monotonic() > until:
+                return count
+        raise AssertionError
+
+    with ThreadPoolExecutor(writers) as pool:
+        return sum(pool.map(write, range(writers))) / SETTLE_S
+
+
+def fleet_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[Figure]:
+    """A fleet's upkeep: MongoDB's from the simulation, Redis' (which is Celery's polling) from real workers."""
+    figures = []
+    for count, states in loads.items():
+        for state, cost in states.items():
+            name, note = f"{count:,} workers, {state}", f"{cost.examined:,.0f} documents examined a second"
+            figures.append(Figure(f"{name}: MongoDB operations", "/s", [cost.operations], note=note))
+            figures.append(Figure(f"{name}: mongod", "% of a core", [cost.mongod_percent]))
+        busy, note = real.busy * count, f"{REAL_WORKERS} real workers' share, multiplied"
+        figures += [
+            Figure(f"{count:,} workers: MongoDB connections", "", [busy.mongod_connections], note=note),
+            Figure(f"{count:,} workers: Redis commands", "/s", [busy.commands], note=note),
+            Figure(f"{count:,} workers: Redis", "% of a core", [busy.redis_percent]),
+            Figure(f"{count:,} workers: Redis connections", "", [busy.redis_connections]),
+        ]
+    return figures
+
+
+def wall_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[Figure]:
+    """How many workers fill a server, and how many jobs a second."""
+    small, large = ((count, loads[count][RUNNING].mongod_percent) for count in FLEETS[1:])
+    return [
+        Figure("workers that fill a core of mongod", "", [workers_at(FULL, small, large)], note="one job each"),
+        Figure("workers that fill Redis' core", "", [FULL / real.busy.redis_percent], note="one job each"),
+        Figure("workers that fill Redis' maxclients", "", [MAX_CLIENTS / real.busy.redis_connections]),
+        Figure("mongod per job", "ms", [real.job.mongod_percent * 10]),
+        Figure("Redis per job", "ms", [real.job.redis_percent * 10]),
+        Figure("jobs that fill a core of mongod", "/s", [FULL / real.job.mongod_percent], note="without upkeep"),
+        Figure("jobs that fill Redis' core", "/s", [FULL / real.job.redis_percent], note="without upkeep"),
+        Figure("Redis' memory per job", "bytes", [real.job_bytes], note="its result, for a day"),
+    ]
+
+
+@measures
+def scale(bench: Bench) -> list[Figure]:
+    """What 10, 100 and 1,000 workers cost MongoDB and Redis, and how many fill them (only with `--long`)."""
+    alone = load(bench, WINDOW_S)
+    real = real_fleet(bench, alone)
+    loads = {count: simulate(bench, count, alone) for count in FLEETS}
+    idle, busy = (loads[FLEETS[0]][state].operations / FLEETS[0] for state in STATES[:2])
+    label = "simulated"
+    return [
+        Figure("MongoDB operations of an idle worker", "/s", [real.idle.operations], label, [idle]),
+        Figure("MongoDB operations of a worker with a job", "/s", [real.busy.operations], label, [busy]),
+        *fleet_figures(loads, real),
+        *wall_figures(loads, real),
+        Figure(
+            "journalled writes, 32 at a time", "/s", [journalled_writes(bench, 32)], "1", [journalled_writes(bench, 1)]
+        ),
+    ]
 
 
 # --- chart --------------------------------------------------------------------------------------------------
