@@ -1151,6 +1151,19 @@ def set_created(jobs: Collection[Document], status: str, ago: timedelta) -> None
     jobs.update_many({"status": status}, {"$set": {"created_at": datetime.now(UTC) - ago}})
 
 
+def enter_state(bench: Bench, jobs: Collection[Document], barrier: Any, state: str) -> None:
+    """Let the drivers begin, claim, or find a backlog, and wait until they have."""
+    if state == WAITING:
+        bench.redis.lpush(SCALE_QUEUE, "a message")  # the broker has lost none of them
+        bench.insert(BACKLOG, "word " * 200, jobs)
+        set_created(jobs, "pending", timedelta(minutes=5))
+        return
+    barrier.wait()
+    if state == RUNNING:
+        barrier.wait()
+        set_created(jobs, "processing", timedelta(minutes=10))  # older than what waits behind them
+
+
 @contextmanager
 def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[tuple[Callable[[str], None], Any]]:
     """Yield what brings so many keepers into their next state, and the number of their ticks so far."""
@@ -1168,21 +1181,10 @@ def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[tuple[Cal
         for share, ids in zip(shares, [job_ids[index::DRIVERS] for index in range(DRIVERS)], strict=True)
     ]
 
-    def enter(state: str) -> None:
-        if state != WAITING:
-            barrier.wait()
-        if state == RUNNING:
-            barrier.wait()
-            set_created(jobs, "processing", timedelta(minutes=10))  # older than what waits behind them
-        if state == WAITING:
-            bench.redis.lpush(SCALE_QUEUE, "a message")  # the broker has lost none of them
-            bench.insert(BACKLOG, "word " * 200, jobs)
-            set_created(jobs, "pending", timedelta(minutes=5))
-
     try:
         for driver in drivers:
             driver.start()
-        yield enter, beats
+        yield partial(enter_state, bench, jobs, barrier), beats
     finally:
         for driver in drivers:
             driver.kill()
@@ -1204,8 +1206,8 @@ def simulate(bench: Bench, count: int, alone: Load) -> dict[str, Load]:
             enter(state)
             ticks_before = beats.value
             loads[state] = (load(bench, WINDOW_S) - alone) * slower
-            pace = (beats.value - ticks_before) / (count * WINDOW_S) * slower
-            print(f"       {count:,} workers, {state}: {pace:.0%} of the ticks, {loads[state]}", file=sys.stderr)
+            done = (beats.value - ticks_before) * slower / (count * WINDOW_S)
+            print(f"       {count:,} workers, {state}: {done:.0%} of the ticks", file=sys.stderr, flush=True)
     return loads
 
 
@@ -1272,18 +1274,19 @@ def fleet_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[
     """A fleet's upkeep: MongoDB's from the simulation, Redis' (which is Celery's polling) from real workers."""
     figures = []
     for count, states in loads.items():
+        pace = f", simulated {count // TRUE_PACE} times slower" if count > TRUE_PACE else ""
         for state, cost in states.items():
-            name, note = f"{count:,} workers, {state}", f"{cost.examined:,.0f} documents examined a second"
+            name, note = f"{count:,} workers, {state}", f"{cost.examined:,.0f} documents examined a second{pace}"
             figures.append(Figure(f"{name}: MongoDB operations", "/s", [cost.operations], note=note))
             figures.append(Figure(f"{name}: mongod", "% of a core", [cost.mongod_percent]))
-        busy, note = real.busy * count, f"{REAL_WORKERS} real workers' share, multiplied"
         figures += [
-            Figure(f"{count:,} workers: MongoDB connections", "", [busy.mongod_connections], note=note),
-            Figure(f"{count:,} workers: Redis commands", "/s", [busy.commands], note=note),
-            Figure(f"{count:,} workers: Redis", "% of a core", [busy.redis_percent]),
-            Figure(f"{count:,} workers: Redis connections", "", [busy.redis_connections]),
+            Figure(f"{count:,} workers: MongoDB connections", "", [real.busy.mongod_connections * count]),
+            Figure(f"{count:,} workers: Redis commands", "/s", [real.idle.commands * count]),
+            Figure(f"{count:,} workers: Redis", "% of a core", [real.idle.redis_percent * count]),
+            Figure(f"{count:,} workers: Redis connections", "", [real.busy.redis_connections * count]),
         ]
-    return figures
+    note = f"connections, and all of Redis: {REAL_WORKERS} real workers' share, multiplied"
+    return [*figures[:-1], replace(figures[-1], note=note)]
 
 
 def wall_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[Figure]:
@@ -1291,7 +1294,7 @@ def wall_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[F
     small, large = ((count, loads[count][RUNNING].mongod_percent) for count in FLEETS[1:])
     return [
         Figure("workers that fill a core of mongod", "", [workers_at(FULL, small, large)], note="one job each"),
-        Figure("workers that fill Redis' core", "", [FULL / real.busy.redis_percent], note="one job each"),
+        Figure("workers that fill Redis' core", "", [FULL / real.idle.redis_percent], note="idle: they poll"),
         Figure("workers that fill Redis' maxclients", "", [MAX_CLIENTS / real.busy.redis_connections]),
         Figure("mongod per job", "ms", [real.job.mongod_percent * 10]),
         Figure("Redis per job", "ms", [real.job.redis_percent * 10]),
