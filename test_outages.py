@@ -23,7 +23,7 @@ from bson import ObjectId
 from redis import Redis
 
 from conftest import StartWorker, open_api, start, worker_settings
-from testbed import SOURCE, Api, Gateway, MongoServer, Provider, RedisServer, WorkerProcess, poll
+from testbed import SOURCE, Api, Gateway, MongoServer, Provider, RedisServer, SentinelServer, WorkerProcess, poll
 
 POOLS = ("prefork", "threads")
 SHORT_WAITS = """
@@ -469,3 +469,27 @@ def test_a_killed_workers_job_is_rescued_once_though_clocks_differ_by_minutes(
     documents = [api.wait(job, timeout_s=30) for job in jobs]
     assert sorted(document["worker"]["attempt"] for document in documents) == [1, 2]
     assert sorted(len(provider.calls_for(prompt)) for prompt in words) == [1, 2]
+
+
+def test_jobs_go_on_by_the_new_master_that_sentinel_chose(
+    mongo_server: MongoServer, redis_server: RedisServer, running_provider: Provider, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        master, replica = (stack.enter_context(contextmanager(start)(RedisServer())) for _ in range(2))
+        Redis.from_url(replica.url).replicaof(master.host, master.port)  # type: ignore[attr-defined]
+        sentinel: Any = stack.enter_context(contextmanager(start)(SentinelServer(master)))  # type: ignore[arg-type]
+        settings = worker_settings(mongo_server, redis_server, running_provider, f"sentinel_{ObjectId()}")
+        environment = {**settings, "TMPDIR": str(tmp_path)}
+        before, after = (
+            stack.enter_context(open_api({**environment, "CELERY_BROKER_URL": server.url}))
+            for server in (master, replica)
+        )
+        worker = WorkerProcess({**environment, "CELERY_BROKER_URL": sentinel.broker_url}, tmp_path / "worker.log")
+        stack.callback(worker.kill)
+        worker.wait_ready()
+        assert before.wait(before.text("by the first master"))["status"] == "completed"
+        master.kill()
+        poll(lambda: sentinel.master_port() == replica.port, 20, description="another master")
+        assert after.wait(after.text("by the second master"), timeout_s=40)["status"] == "completed"
+        assert worker.process.poll() is None
+        assert "Traceback" not in worker.text()

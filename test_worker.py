@@ -20,6 +20,7 @@ import mimetypes
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -285,7 +286,8 @@ def test_lists_are_separated_by_commas(variables: pytest.MonkeyPatch) -> None:
     ("a name that MongoDB refuses", "DATABASE_NAME", "a b", "match pattern"),
     ("a Redis URL without scheme", "REDIS_URL", "localhost:6379", "redis://:password@host:6379/0"),
     ("an unescaped / in the password", "REDIS_URL", "redis://:a/b@host:6379/0", "redis://:password@host:6379/0"),
-    ("an unknown broker", "CELERY_BROKER_URL", "kafka://host", "redis://, sentinel:// or amqp://"),
+    ("an unknown broker", "CELERY_BROKER_URL", "kafka://host", "redis:// or amqp://"),
+    ("a Sentinel without its master's name", "CELERY_BROKER_URL", "sentinel://host:26379/0", "?master_name=NAME"),
     ("a result backend that isn't Redis", "CELERY_RESULT_BACKEND", "file:///x", "redis://"),
     ("a word for a number", "CELERY_SOFT_TIME_LIMIT", "ninety", "valid number"),
     ("no time at all", "CELERY_SOFT_TIME_LIMIT", "0", "greater than 0"),
@@ -489,13 +491,22 @@ def test_no_running_job_is_delivered_again_for_its_length(time_limit_s: float, l
 @table(
     "url, options",
     ("Redis", "redis://redis", {"visibility_timeout", *worker.SOCKET_TIMEOUTS}),
-    ("Sentinel", "sentinel://redis", {"visibility_timeout"}),
+    ("Sentinel", "sentinel://h:1/0?master_name=x", {"visibility_timeout", "master_name", *worker.SOCKET_TIMEOUTS}),
     ("RabbitMQ", "amqp://rabbit", set(worker.RABBITMQ_TIMEOUTS)),
     ("RabbitMQ with TLS", "amqps://rabbit", set(worker.RABBITMQ_TIMEOUTS)),
 )
 def test_each_broker_gets_the_options_that_it_knows(url: str, options: set[str]) -> None:
     configuration = worker.celery_configuration(bare_settings(celery_broker_url=url))
     assert set(configuration["broker_transport_options"]) == options
+
+
+def test_celery_takes_broker_and_results_from_the_settings_though_it_knows_the_variables_itself() -> None:
+    urls = {"CELERY_BROKER_URL": "rediss://broker/1", "CELERY_RESULT_BACKEND": "redis://results/2"}
+    script = "import worker; app = worker.app; print(app.connection_for_read().ssl, app.connection_for_write().ssl)"
+    command = [sys.executable, "-c", f"{script}; print(type(app.backend).__name__, app.backend.as_uri())"]
+    ended = subprocess.run(command, env={**os.environ, **urls}, cwd=SOURCE, capture_output=True, text=True, timeout=30)
+    verified = str({"ssl_cert_reqs": ssl.CERT_REQUIRED})
+    assert ended.stdout == f"{verified} {verified}\nResultBackend redis://results/2\n"
 
 
 def test_only_rabbitmqs_queue_is_declared_by_ourselves() -> None:

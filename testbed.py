@@ -800,6 +800,36 @@ class RedisServer(Server):
         return False
 
 
+class SentinelServer(RedisServer):
+    """A Sentinel that watches one master, which it calls by this name, and would do so alone."""
+
+    name, master_name = "sentinel", "the-master"
+
+    def __init__(self, master: RedisServer) -> None:
+        """Nothing is started."""
+        super().__init__(append_only=False)
+        self.master = master
+
+    @property
+    def broker_url(self) -> str:
+        """The URL that leads a worker to the master."""
+        return f"sentinel://{self.address}/0?master_name={self.master_name}"
+
+    def master_port(self) -> int:
+        """Return the port of whichever server is the master now."""
+        masters: Any = Redis(port=self.port, host=self.host).sentinel_master(self.master_name)
+        return int(masters["port"])
+
+    def _command(self) -> list[str]:
+        """Return the command line; the file is Sentinel's own, to which it writes what it learns."""
+        configuration = self.directory / "sentinel.conf"
+        lines = [f"port {self.port}", f"bind {self.host}", "protected-mode no"]
+        lines += [f"sentinel monitor {self.master_name} {self.master.host} {self.master.port} 1"]
+        lines += [f"sentinel down-after-milliseconds {self.master_name} 1000"]
+        configuration.write_text("\n".join(lines) + "\n")
+        return [str(find_redis(self.directory)), str(configuration), "--sentinel"]
+
+
 # --- RabbitMQ -----------------------------------------------------------------------------------------------
 
 # Debian's own command on PATH lets only root and its service's user in.

@@ -340,7 +340,11 @@ HttpUrl = Annotated[str, matching(r"|https?://[^/\s]+\S*", "look like http://hos
 MongoUrl = Annotated[SecretStr, AfterValidator(check_mongodb_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(check_redis_url)]
 BrokerUrl = Annotated[
-    SecretStr, matching(r"|(rediss?|sentinel|amqps?)://.*", "start with redis://, sentinel:// or amqp://")
+    SecretStr,
+    matching(
+        r"|(rediss?|amqps?)://.*|sentinel://[^?]+\?master_name=[^&]+",
+        "start with redis:// or amqp://, or look like sentinel://host:26379/0?master_name=NAME",
+    ),
 ]
 
 
@@ -452,7 +456,13 @@ class Settings(BaseSettings):
 
     @property
     def broker_url(self) -> str:
-        return verified(self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value())
+        """For Celery; the master's name, which a Sentinel's URL has, is for `transport_options`."""
+        url = verified(self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value())
+        return url.partition("?")[0] if url.startswith("sentinel") else url
+
+    @property
+    def sentinel_master(self) -> str:
+        return self.celery_broker_url.get_secret_value().partition("?master_name=")[2]
 
     @property
     def is_rabbitmq(self) -> bool:
@@ -561,15 +571,16 @@ def transport_options(settings: Settings) -> Document:
     if settings.is_rabbitmq:
         return RABBITMQ_TIMEOUTS
     # Long, since a job beyond it would run twice at a time; the lease's sweeper is what rescues.
-    options = {"visibility_timeout": max(3600, 2 * settings.celery_time_limit)}
-    return {**options, **SOCKET_TIMEOUTS} if settings.broker_url.startswith("redis") else options
+    options = {"visibility_timeout": max(3600, 2 * settings.celery_time_limit), **SOCKET_TIMEOUTS}
+    return {**options, "master_name": settings.sentinel_master} if settings.sentinel_master else options
 
 
 def celery_configuration(settings: Settings) -> Document:
     """Celery's settings: JSON only, acknowledged late, one job in hand per slot, reconnecting for ever."""
     queue = settings.celery_queue_name
     return {
-        "broker_url": settings.broker_url,
+        # Not broker_url and result_backend alone: Celery prefers the variables of these names, as they are.
+        **dict.fromkeys(("broker_url", "broker_read_url", "broker_write_url"), settings.broker_url),
         "result_backend": f"{__name__}.ResultBackend+{settings.result_backend}",
         "imports": settings.handler_modules,
         "task_default_queue": queue,
@@ -745,7 +756,11 @@ RabbitTransport.qos_semantics_matches_spec = lambda *_: True  # type: ignore[met
 app = Celery("ai_backend_worker")
 
 
-app.add_defaults(lambda: celery_configuration(current_settings()))
+@app.add_defaults
+def configure() -> Document:
+    configuration = celery_configuration(current_settings())
+    app.backend_cls = configuration["result_backend"]
+    return configuration
 
 
 class OnceAMinute(logging.Filter):
