@@ -166,7 +166,9 @@ def runtime(
 
     What it stored is deleted at the end, which is quicker than to drop the database.
     """
-    worker.app.conf.update(broker_url=redis_server.url, result_backend=redis_server.url)
+    worker.app.conf.update(broker_read_url=redis_server.url, broker_write_url=redis_server.url)
+    assert worker.app.conf.task_acks_late  # read for the first time it configures the app
+    worker.app.backend_cls = redis_server.url
     runtime = worker.Runtime(settings)
     adopt(runtime, monkeypatch, tmp_path)
     yield runtime
