@@ -1630,15 +1630,23 @@ def test_a_stream_that_stays_open_behind_its_last_event_is_not_waited_for(provid
     assert asked(text("[linger 30] [say done]"), where(provider), within_s=5).text == "done"
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+@pytest.mark.parametrize("scheme", ["http://", ""])
 def test_the_way_leads_through_the_proxy_that_the_environment_names(
-    provider: Provider, monkeypatch: pytest.MonkeyPatch
+    provider: Provider, monkeypatch: pytest.MonkeyPatch, variable: str, scheme: str
 ) -> None:
-    monkeypatch.setenv("http_proxy", provider.url.removesuffix("/v1"))
+    monkeypatch.setenv(variable, provider.url.removesuffix("/v1").replace("http://", scheme))
     monkeypatch.setenv("no_proxy", "elsewhere.invalid")
     beyond = ProviderSettings("http://provider.invalid/v1", KEY, "default-model", ())
     assert asked(text("[say hello]"), beyond).text == "hello"
     with pytest.raises(RetryJob):
         asked(text("[say hello]"), ProviderSettings("http://elsewhere.invalid/v1", KEY, "default-model", ()))
+
+
+def test_user_and_password_in_a_url_come_before_a_key(provider: Provider) -> None:
+    named = ProviderSettings(provider.url.replace("://", "://user:word@"), KEY, "default-model", ())
+    assert asked(text("[say hello]"), named).text == "hello"
+    assert provider.calls[0].authorization == f"Basic {base64.b64encode(b'user:word').decode()}"
 
 
 def test_calls_share_a_connection(provider: Provider) -> None:

@@ -723,6 +723,7 @@ class SafeConsumer(Consumer):
 
     Strategies = Strategies
     hub: Any
+    event_dispatcher: Any
     _flush_events: Callable[[], None]
     _batch_ends_at = 0.0
 
@@ -731,15 +732,23 @@ class SafeConsumer(Consumer):
             self.hub.call_soon(self._flush_events_in_time)  # from any thread of a pool
 
     def stop(self) -> None:
-        self._flush_events()
+        self._flush_batch()
         super().stop()
 
     def _flush_events_in_time(self) -> None:
-        if worker_state.should_stop is not None:
+        now = time.monotonic()
+        if worker_state.should_stop is not None or now >= self._batch_ends_at + EVENTS_BATCH_S:  # after a rest, at once
+            self._batch_ends_at = now
+            self._flush_batch()
+        elif now >= self._batch_ends_at:
+            self._batch_ends_at += EVENTS_BATCH_S
+            self.hub.call_later(self._batch_ends_at - now, self._flush_batch)
+
+    def _flush_batch(self) -> None:
+        if worker_state.should_stop is None:
             self._flush_events()
-        elif (now := time.monotonic()) >= self._batch_ends_at:
-            self._batch_ends_at = now + EVENTS_BATCH_S
-            self.hub.call_later(EVENTS_BATCH_S, self._flush_events)
+        elif self.event_dispatcher and not self.event_dispatcher._outbound_buffer:
+            self.event_dispatcher.flush(errors=False)  # at the end a broker that hangs is waited for once
 
     def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
         name = (message.headers or {}).get("task")
@@ -1706,8 +1715,11 @@ def open_session() -> aiohttp.ClientSession:
 
 def proxy_to(url: str) -> str | None:
     """The proxy that `https_proxy` and its like name for a server, as most programs read them."""
-    parts = urllib.parse.urlsplit(url)
-    return None if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies().get(parts.scheme)
+    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies()
+    found = proxies.get(parts.scheme) or proxies.get("all")
+    if not found or urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return found if "://" in found else f"http://{found}"
 
 
 @contextlib.contextmanager
@@ -1932,7 +1944,8 @@ class OpenAIProvider:
         self._most_bytes = most_bytes
         self._breaker = Breaker()
         self._host, self._proxy = urllib.parse.urlsplit(self.base_url).hostname, proxy_to(self.base_url)
-        self._headers = {"authorization": f"Bearer {where.api_key}"} if where.api_key else {}
+        has_key = where.api_key and "@" not in urllib.parse.urlsplit(self.base_url).netloc  # else that is what counts
+        self._headers = {"authorization": f"Bearer {where.api_key}"} if has_key else {}
 
     @contextlib.asynccontextmanager
     async def _ask(self, method: str, url: str | yarl.URL, **options: Any) -> AsyncIterator[Answer]:
@@ -1991,7 +2004,8 @@ class OpenAIProvider:
             headers = {"host": pinned.netloc}
             pinned = pinned._replace(netloc=f"{address}:{parts.port}" if parts.port else address)
         # Asked for at the address that was checked: a name may resolve to another one the second time.
-        asked = yarl.URL(pinned.geturl(), encoded=True)  # as it is, since it may be signed
+        quoted = urllib.parse.quote(pinned.geturl(), safe="%/:?#[]@!$&'()*+,;=~")
+        asked = yarl.URL(quoted, encoded=True)  # else as it is, since it may be signed
         options = {"headers": headers, "server_hostname": parts.hostname, "proxy": proxy_to(url)}
         try:
             async with self._ask("GET", asked, **options) as answer:
