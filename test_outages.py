@@ -135,6 +135,46 @@ class Lab:
         self.assert_completed_once(self.submit("the next job"), timeout_s)
         assert [site.worker.process.poll() for site in self.sites] == [None] * len(self.sites)
 
+    def wait_leases_renewed(self, jobs: Sequence[Sent]) -> None:
+        """Waits until each lease ends later than any could that was taken before now."""
+        since = datetime.now(UTC)
+
+        def leases() -> list[datetime]:
+            return [job.site.api.document(job.id)["worker"]["lease_until"] for job in jobs]
+
+        poll(lambda: min(leases()) > since + timedelta(seconds=LEASE_S + 1), 6, description="leases renewed")
+
+    def wait_released(self, jobs: Sequence[Sent]) -> None:
+        """Waits until each job waits for its next try."""
+        for job in jobs:
+            poll(lambda job=job: job.site.api.document(job.id)["worker"]["owner"] is None, 15)  # type: ignore[misc]
+
+    def cancel(self, jobs: Sequence[Sent]) -> None:
+        """Cancels jobs as the API does, and waits until nothing is generated for them any more."""
+        for job in jobs:
+            job.site.api.cancel(job.id)
+        calls = [self.provider.calls_for(job.words)[0] for job in jobs]
+        poll(lambda: all(call.outcome == "disconnected" for call in calls), 6)
+
+    def assert_log_readable(self) -> None:
+        for site in self.sites:
+            assert "Traceback" not in site.log()
+            of_the_outage = [line for line in site.log().splitlines() if "job=" not in line and "Task " not in line]
+            assert len(of_the_outage) <= 15, of_the_outage
+
+    def in_order(self) -> Iterator[None]:
+        """Before a test its workers run; after it what is left broken is mended, what is unfinished cancelled."""
+        for site in self.sites:
+            if site.worker.process.poll() is not None:  # an earlier test has ended it, and failed
+                site.end_worker()
+        for site in self.sites:
+            site.log_start = len(site.worker.wait_ready().text())
+        yield
+        self.mend()
+        for site in self.sites:
+            for job in site.api.jobs.find({"status": {"$in": ["pending", "processing"]}}, {"_id": 1}):
+                site.api.cancel(job["_id"])
+
     def mend(self) -> None:
         """Ends every outage."""
         self.redis.start()
@@ -167,17 +207,8 @@ def shared_lab(
 
 @pytest.fixture
 def lab(shared_lab: Lab) -> Iterator[Lab]:
-    """The shared lab; what a test leaves broken is mended, what it leaves unfinished is cancelled."""
-    for site in shared_lab.sites:
-        if site.worker.process.poll() is not None:  # an earlier test has ended it, and failed
-            site.end_worker()
-    for site in shared_lab.sites:
-        site.log_start = len(site.worker.wait_ready().text())
-    yield shared_lab
-    shared_lab.mend()
-    for site in shared_lab.sites:
-        for job in site.api.jobs.find({"status": {"$in": ["pending", "processing"]}}, {"_id": 1}):
-            site.api.cancel(job["_id"])
+    for _ in shared_lab.in_order():
+        yield shared_lab
 
 
 @contextmanager
@@ -269,13 +300,7 @@ def test_a_job_that_ends_while_redis_is_away_is_completed_and_told_afterwards(
 def test_a_job_keeps_its_lease_while_redis_is_away(lab: Lab, outage: Callable[[Lab], Any]) -> None:
     jobs = lab.run("long [delay 5]")
     with outage(lab):
-        away_since = datetime.now(UTC)
-
-        def leases() -> list[datetime]:
-            return [job.site.api.document(job.id)["worker"]["lease_until"] for job in jobs]
-
-        # later than any lease that was taken before the outage
-        poll(lambda: min(leases()) > away_since + timedelta(seconds=LEASE_S + 1), 6, description="leases renewed")
+        lab.wait_leases_renewed(jobs)
     lab.assert_completed_once(jobs)
 
 
@@ -283,10 +308,7 @@ def test_a_job_keeps_its_lease_while_redis_is_away(lab: Lab, outage: Callable[[L
 def test_a_cancel_by_the_api_stops_the_generation_while_redis_is_away(lab: Lab, outage: Callable[[Lab], Any]) -> None:
     jobs = lab.run("cancelled meanwhile [hang]")
     with outage(lab):
-        for job in jobs:
-            job.site.api.cancel(job.id)
-        calls = [lab.provider.calls_for(job.words)[0] for job in jobs]
-        poll(lambda: all(call.outcome == "disconnected" for call in calls), 6)
+        lab.cancel(jobs)
     lab.assert_goes_on()
     assert [job.site.api.document(job.id)["error_message"] for job in jobs] == ["Cancelled."] * len(jobs)
 
@@ -295,8 +317,7 @@ def test_a_cancel_by_the_api_stops_the_generation_while_redis_is_away(lab: Lab, 
 def test_a_retry_that_comes_due_while_redis_is_away_is_made_afterwards(lab: Lab, outage: Callable[[Lab], Any]) -> None:
     jobs = lab.run("again [delay 0.5] [status 500 times=1]")
     with outage(lab):
-        for job in jobs:
-            poll(lambda job=job: job.site.api.document(job.id)["worker"]["owner"] is None, 15)  # type: ignore[misc]
+        lab.wait_released(jobs)
         last(1.5)
     lab.assert_completed_once(jobs, calls=2)
 
@@ -308,10 +329,7 @@ def test_the_log_stays_readable_while_redis_is_away(lab: Lab, outage: Callable[[
         lab.wait_status(jobs, "completed", timeout_s=15)
         last(2)
     lab.assert_goes_on()
-    for site in lab.sites:
-        assert "Traceback" not in site.log()
-        of_the_outage = [line for line in site.log().splitlines() if "job=" not in line and "Task " not in line]
-        assert len(of_the_outage) <= 15, of_the_outage
+    lab.assert_log_readable()
 
 
 def test_health_stays_0_while_redis_hangs(lab: Lab) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +85,8 @@ def shared_lab(
 
 @pytest.fixture
 def lab(shared_lab: RabbitLab) -> Iterator[RabbitLab]:
-    """The shared lab; what a test leaves broken is mended, what it leaves unfinished is cancelled."""
-    for site in shared_lab.sites:
-        if site.worker.process.poll() is not None:  # an earlier test has ended it, and failed
-            site.end_worker()
-    for site in shared_lab.sites:
-        site.log_start = len(site.worker.wait_ready().text())
-    yield shared_lab
-    shared_lab.mend()
-    for site in shared_lab.sites:
-        for job in site.api.jobs.find({"status": {"$in": ["pending", "processing"]}}, {"_id": 1}):
-            site.api.cancel(job["_id"])
+    for _ in shared_lab.in_order():
+        yield shared_lab
 
 
 def command(environment: dict[str, str], *arguments: str) -> str:
@@ -160,8 +151,7 @@ def test_a_retry_that_comes_due_while_rabbitmq_is_away_is_made_afterwards(
 ) -> None:
     jobs = lab.run("again [delay 0.5] [status 500 times=1]")
     with outage(lab):
-        for job in jobs:
-            poll(lambda job=job: job.site.api.document(job.id)["worker"]["owner"] is None, 15)  # type: ignore[misc]
+        lab.wait_released(jobs)
         last(1.5)
     lab.assert_completed_once(jobs, calls=2)
 
@@ -172,12 +162,7 @@ def test_leases_are_kept_and_health_stays_0_while_rabbitmq_is_away(
 ) -> None:
     jobs = lab.run("long [delay 5]")
     with outage(lab):
-        away_since = datetime.now(UTC)
-
-        def leases() -> list[datetime]:
-            return [job.site.api.document(job.id)["worker"]["lease_until"] for job in jobs]
-
-        poll(lambda: min(leases()) > away_since + timedelta(seconds=LEASE_S + 1), 6, description="leases renewed")
+        lab.wait_leases_renewed(jobs)
         command(lab.sites[0].environment, "health")
     lab.assert_completed_once(jobs)
 
@@ -188,10 +173,7 @@ def test_a_cancel_by_the_api_stops_the_generation_while_rabbitmq_is_away(
 ) -> None:
     jobs = lab.run("cancelled meanwhile [hang]")
     with outage(lab):
-        for job in jobs:
-            job.site.api.cancel(job.id)
-        calls = [lab.provider.calls_for(job.words)[0] for job in jobs]
-        poll(lambda: all(call.outcome == "disconnected" for call in calls), 6)
+        lab.cancel(jobs)
     lab.assert_goes_on()
     assert [job.site.api.document(job.id)["error_message"] for job in jobs] == ["Cancelled."] * len(jobs)
 
@@ -202,10 +184,7 @@ def test_the_log_stays_readable_while_rabbitmq_is_away(lab: RabbitLab) -> None:
         lab.wait_status(jobs, "completed", timeout_s=15)
         last(3)
     lab.assert_goes_on()
-    for site in lab.sites:
-        assert "Traceback" not in site.log()
-        of_the_outage = [line for line in site.log().splitlines() if "job=" not in line and "Task " not in line]
-        assert len(of_the_outage) <= 15, of_the_outage
+    lab.assert_log_readable()
 
 
 def test_a_sweeper_that_rabbitmq_lets_wait_costs_no_lease(lab: RabbitLab) -> None:

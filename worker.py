@@ -543,6 +543,7 @@ CHATTY_LOGGERS = [
 ]
 
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(processName)s %(message)s"
 LONGEST_LINE = 1000
 EVENTS_BATCH_S = 0.05
 CELERY_CONSUMER = "celery.worker.consumer.consumer"
@@ -586,8 +587,7 @@ def celery_configuration(settings: Settings) -> Document:
         "task_default_queue": queue,
         "task_queues": [JobQueue(queue, Exchange(queue), queue)] if settings.is_rabbitmq else None,
         "accept_content": ["json"],
-        "task_serializer": "json",
-        "result_serializer": "json",
+        **dict.fromkeys(("task_serializer", "result_serializer"), "json"),
         "timezone": "UTC",
         "enable_utc": True,
         "task_acks_late": True,
@@ -599,15 +599,14 @@ def celery_configuration(settings: Settings) -> Document:
         "task_time_limit": settings.celery_time_limit,  # no task_soft_time_limit: ours is asyncio.timeout
         "result_expires": 86_400,
         "result_backend_transport_options": {"retry_policy": {"timeout": 5.0}},
-        "redis_socket_connect_timeout": 5,
-        "redis_socket_timeout": 5,  # a result is a copy: no job waits long for it
+        # A result is a copy: no job waits long for it.
+        **dict.fromkeys(("redis_socket_connect_timeout", "redis_socket_timeout"), 5),
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "worker_consumer": f"{__name__}:SafeConsumer",
         "broker_channel_error_retry": True,  # a full or read-only Redis must not end the worker
         "broker_transport_options": transport_options(settings),
-        "worker_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
-        "worker_task_log_format": "%(asctime)s %(levelname)s %(processName)s %(message)s",
+        **dict.fromkeys(("worker_log_format", "worker_task_log_format"), LOG_FORMAT),
     }
 
 
@@ -698,9 +697,9 @@ def kept_client(
     create: Callable[..., Any] = RedisChannel._create_client,  # type: ignore[attr-defined]
 ) -> Any:
     """A channel's client, made once for its connections. Kombu (5.7) makes one for each command, at a great cost."""
-    kept = vars(channel).get("kept_client")
     if asynchronous:  # these belong to one connection each
         return create(channel, asynchronous=True)
+    kept = vars(channel).get("kept_client")
     if kept is None or kept.connection_pool is not channel.pool:
         kept = vars(channel)["kept_client"] = create(channel)
     return kept
@@ -1943,8 +1942,9 @@ class OpenAIProvider:
         self.base_url = where.base_url.rstrip("/") or OPENAI_URL
         self._most_bytes = most_bytes
         self._breaker = Breaker()
-        self._host, self._proxy = urllib.parse.urlsplit(self.base_url).hostname, proxy_to(self.base_url)
-        has_key = where.api_key and "@" not in urllib.parse.urlsplit(self.base_url).netloc  # else that is what counts
+        self._proxy, parts = proxy_to(self.base_url), urllib.parse.urlsplit(self.base_url)
+        self._host = parts.hostname
+        has_key = where.api_key and "@" not in parts.netloc  # else that is what counts
         self._headers = {"authorization": f"Bearer {where.api_key}"} if has_key else {}
 
     @contextlib.asynccontextmanager
