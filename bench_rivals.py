@@ -54,7 +54,7 @@ Jobs = Mapping[str, Document]  # what a message says, by job id
 
 # --- the job, as bench_worker has it ------------------------------------------------------------------------
 
-MODEL: Final = "gpt-4o-mini"
+MODEL: Final = "gpt-6-luna"
 MOST_TOKENS: Final = 4096
 STATUS_CHANNEL: Final = "job_notifications"
 REDIS_URL: Final = os.environ.get("REDIS_URL", "")  # RQ looks for it by this name

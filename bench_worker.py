@@ -60,7 +60,7 @@ Document = dict[str, Any]
 
 # --- the bare worker: `celery -A bench_worker:bare worker` --------------------------------------------------
 
-MODEL: Final = "gpt-4o-mini"
+MODEL: Final = "gpt-6-luna"
 MOST_TOKENS: Final = 4096
 STATUS_CHANNEL: Final = "job_notifications"
 PROGRESS_CHANNEL: Final = "job_progress"

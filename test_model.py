@@ -173,15 +173,19 @@ class Model:
     @staticmethod
     def claim(call: Call, facts: Facts, _: Any) -> Facts | None:
         now, limits = call.now, call["limits"]
-        is_due = facts.status == "pending" or (facts.is_released and facts.available_at <= now)
-        if not is_due or (call["bounded"] and facts.is_past_bounds(limits.hard_s, now)):
-            return None
-        lease: Document = {"owner": call["owner"], "node": call.host.node, "pid": call.pid}
+        lease: Document = {"owner": call["owner"], "node": call.host.node, "pid": call.pid, "updated_at": now}
         lease |= {"lease_until": now + timedelta(seconds=LEASE_S), "limits": [limits.hard_s, limits.soft_s]}
         lease |= {"deadline": now + timedelta(seconds=limits.hard_s - call["waited_s"])}
-        lease |= {"started_at": now if facts.status == "pending" else facts.started_at, "updated_at": now}
+        if facts.status == "pending":
+            fresh = Facts(
+                "processing", facts.created_at, output_data=facts.output_data, artifact_url=facts.artifact_url
+            )
+            return replace(fresh, **lease, started_at=now, first_started_at=now, attempt=1)
+        is_due = facts.is_released and facts.available_at <= now
+        if not is_due or (call["bounded"] and facts.is_past_bounds(limits.hard_s, now)):
+            return None
         lease |= {"first_started_at": min(facts.first_started_at or now, now), "attempt": (facts.attempt or 0) + 1}
-        return replace(facts, status="processing", **lease)
+        return replace(facts, **lease)
 
     @staticmethod
     def renew_leases(call: Call, facts: Facts, job: Job) -> Facts | None:
@@ -282,6 +286,8 @@ class Model:
             return MissKind.UNKNOWN
         if not facts.is_active:
             return MissKind.TERMINAL
+        if facts.status == "pending":
+            return MissKind.WAITING
         if facts.owner is not None or facts.is_older_workers:
             return MissKind.HELD
         return MissKind.EXHAUSTED if facts.is_exhausted(now) else MissKind.WAITING

@@ -162,7 +162,7 @@ def test_a_text_job_completes_with_the_contracts_fields(site: Site) -> None:
     output = job["output_data"]
     assert (job["status"], job["artifact_url"], job["error_message"]) == ("completed", None, None)
     assert output["generated_text"]
-    assert output["model_used"] == "gpt-4o-mini"
+    assert output["model_used"] == "gpt-6-luna"
     assert output["tokens_used"] > 0
     assert job["created_at"] <= job["started_at"] <= job["completed_at"] <= job["updated_at"]
 
@@ -172,7 +172,7 @@ def test_an_image_job_completes_with_a_picture_of_its_resolution(site: Site) -> 
     output = job["output_data"]
     assert job["status"] == "completed"
     assert output["image_url"] == job["artifact_url"]
-    assert (output["resolution"], output["model_used"]) == ("512x512", "gpt-image-1")
+    assert (output["resolution"], output["model_used"]) == ("512x512", "gpt-image-2.6-flare")
 
 
 def test_an_audio_job_completes_with_a_sound_of_its_duration(site: Site) -> None:
@@ -455,6 +455,15 @@ def test_a_job_cancelled_before_it_starts_is_never_generated(site: Site) -> None
     assert site.goes_on()
     assert not site.provider.calls_for("cancelled early")
     assert {**site.api.document(job), "worker": None} == {**before, "worker": None}
+
+
+def test_a_failed_job_that_the_api_sets_back_to_pending_is_tried_afresh(site: Site) -> None:
+    job = site.api.text("refused at first [status 400 times=1]")
+    assert site.api.wait(job)["status"] == "failed"
+    site.api.jobs.update_one({"_id": job}, {"$set": {"status": "pending"}})
+    site.api.enqueue(job)
+    again = site.api.wait(job)
+    assert (again["status"], again["error_message"], again["worker"]["attempt"]) == ("completed", None, 1)
 
 
 @in_each_pool

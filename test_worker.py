@@ -423,9 +423,14 @@ def test_each_type_has_a_server_and_a_key(values: dict[str, str], url: str, key:
     ("offline", ProviderSettings("", "", "m", ()), "offline stand-in"),
     ("OpenAI", ProviderSettings("", "k", "m", ()), "m at https://api.openai.com/v1"),
     ("a server", ProviderSettings("http://u:p@host/v1", "k", "m", ()), "m at http://***@host/v1"),
+    ("another server's model of that name", ProviderSettings("http://host", "k", "tts-1", ()), "tts-1 at http://host"),
 )
 def test_a_provider_is_shown_without_its_credentials(where: ProviderSettings, label: str) -> None:
     assert where.label == label
+
+
+def test_a_model_that_openai_ends_soon_is_shown_with_its_last_day() -> None:
+    assert "OpenAI ends this model on 2027-01-06" in bare_settings(openai_api_key="k").provider("audio").label
 
 
 @table(
@@ -593,6 +598,26 @@ def test_started_at_is_the_first_start(runtime: Runtime) -> None:
     again = claim(runtime, job.id, "owner-2")
     assert read(runtime, job.id)["started_at"] == before["started_at"]
     assert again.first_started_at.replace(tzinfo=None) == before["worker"]["first_started_at"]
+
+
+@table(
+    "fields",
+    ("failed, and set back to pending", {}),
+    ("after all its attempts", {"worker__attempt": 4}),
+    ("after its deadline", {"worker__first_started_at": ago(3600), "worker__available_at": ago(-3600)}),
+    ("whatever its bookkeeping is", {"worker": "text"}),
+)
+def test_a_job_that_is_set_back_to_pending_starts_afresh(runtime: Runtime, fields: dict[str, Any]) -> None:
+    job = claim(runtime)
+    runtime.store.fail(job, "No.")
+    change(runtime, job.id, **fields)
+    change(runtime, job.id, status="pending")
+    again = claim(runtime, job.id, "owner-2")
+    document = read(runtime, job.id)
+    assert (again.attempt, again.owner, document["worker"]["attempt"]) == (1, "owner-2", 1)
+    assert (document["completed_at"], document["error_message"]) == (None, None)
+    assert document["started_at"] == document["worker"]["first_started_at"] == document["updated_at"]
+    assert not {"unnotified", "available_at"} & set(document["worker"])
 
 
 def test_a_claim_whose_reply_was_lost_is_recognised_by_its_owner(runtime: Runtime) -> None:
@@ -1592,6 +1617,16 @@ def text(prompt: str, on_delta: Callable[[str], None] = lambda _: None) -> Ask:
     return lambda provider: provider.text(request, on_delta)
 
 
+def ask_capped(prompt: str, times: int = 1) -> Ask:
+    """Asks for a text of at most seven tokens, so many times."""
+    request = {"model": "asked-model", "messages": [{"role": "user", "content": prompt}], "max_tokens": 7}
+
+    async def ask(provider: worker.Provider) -> Any:
+        return [await provider.text(request, lambda _: None) for _ in range(times)]
+
+    return ask
+
+
 def image(prompt: str) -> Ask:
     return lambda provider: provider.image({"model": "asked-model", "prompt": prompt, "size": "64x48"})
 
@@ -1615,6 +1650,25 @@ def test_a_text_is_streamed_in_order(provider: Provider) -> None:
 @pytest.mark.parametrize("dialect", ["crlf", "cr", "pings"])
 def test_a_stream_may_have_any_line_ends_and_empty_events(provider: Provider, dialect: str) -> None:
     assert asked(text(f"[sse {dialect}] [say one  two three]"), where(provider)).text == "one  two three"
+
+
+def test_an_answers_cap_is_renamed_for_a_model_that_wants_the_newer_name(provider: Provider) -> None:
+    asked(ask_capped("[refuse max_tokens] [say hello]", times=2), where(provider))
+    fields = [{name for name in call.body if name.startswith("max_")} for call in provider.calls]
+    assert fields == [{"max_tokens"}, {"max_completion_tokens"}, {"max_completion_tokens"}]
+    assert provider.calls[1].body["max_completion_tokens"] == 7 + worker.THINKING_TOKENS
+
+
+@table(
+    "prompt, calls",
+    ("of another cause, though the answer repeats the prompt", "[status 400] max_tokens", 1),
+    ("of another field", "[refuse model]", 1),
+    ("of the newer name, too", "[refuse max_tokens max_completion_tokens]", 2),
+)
+def test_a_refusal_that_a_new_name_does_not_mend_fails_the_job(provider: Provider, prompt: str, calls: int) -> None:
+    with pytest.raises(FailJob):
+        asked(ask_capped(prompt), where(provider))
+    assert len(provider.calls) == calls
 
 
 def test_an_error_within_a_stream_is_tried_again(provider: Provider) -> None:
@@ -2056,13 +2110,13 @@ def test_the_contracts_text_job_is_done_and_streamed(provider: Provider) -> None
     asked_for = {"prompt": "Generate a story about AI", "max_tokens": 200}
     result = generate("text_generation", asked_for, serving(provider), pieces)
     assert result.output["generated_text"] == "".join(pieces)
-    assert (result.output["model_used"], result.output["tokens_used"]) == ("gpt-4o-mini", 25)
+    assert (result.output["model_used"], result.output["tokens_used"]) == ("gpt-6-luna", 25)
     assert result.media is None
 
 
 def test_the_contracts_image_job_is_done(provider: Provider) -> None:
     result = generate("image_generation", {"prompt": "A futuristic city", "size": "512x512"}, serving(provider))
-    assert result.output == {"model_used": "gpt-image-1", "resolution": "512x512"}
+    assert result.output == {"model_used": "gpt-image-2.6-flare", "resolution": "512x512"}
     assert result.media == Media(picture(512, 512), "png", "image_url")
 
 
@@ -2099,7 +2153,7 @@ def test_system_messages_and_prompt_make_the_conversation_in_this_order(provider
 
 def test_picture_parameters_are_passed_on(provider: Provider) -> None:
     body = body_of(provider, "image_generation", {"prompt": "A city", "size": "256x128", "quality": "hd"})
-    assert body == {"model": "gpt-image-1", "prompt": "A city", "n": 1, "size": "256x128", "quality": "hd"}
+    assert body == {"model": "gpt-image-2.6-flare", "prompt": "A city", "n": 1, "size": "256x128", "quality": "hd"}
 
 
 def test_sound_parameters_are_passed_on(provider: Provider) -> None:
@@ -2201,8 +2255,8 @@ def test_more_tokens_than_configured_are_refused_before_anything_is_spent(provid
 
 @table(
     "model, used",
-    ("none", None, "gpt-4o-mini"),
-    ("the default", "gpt-4o-mini", "gpt-4o-mini"),
+    ("none", None, "gpt-6-luna"),
+    ("the default", "gpt-6-luna", "gpt-6-luna"),
     ("one on the list", "large", "large"),
 )
 def test_a_model_on_the_allow_list_is_used(provider: Provider, model: str | None, used: str) -> None:
@@ -2210,11 +2264,11 @@ def test_a_model_on_the_allow_list_is_used(provider: Provider, model: str | None
     assert body["model"] == used
 
 
-@table("model", ("unknown", "dear"), ("empty", ""), ("another type's", "gpt-image-1"))
+@table("model", ("unknown", "dear"), ("empty", ""), ("another type's", "gpt-image-2.6-flare"))
 def test_a_model_off_the_list_is_refused_with_the_list(provider: Provider, model: str) -> None:
     with pytest.raises(FailJob) as caught:
         generate(TEXT, {"prompt": "Hi", "model": model}, serving(provider, text_models="small"))
-    assert caught.value.sentence == "This model isn't offered. Choose one of: gpt-4o-mini, small."
+    assert caught.value.sentence == "This model isn't offered. Choose one of: gpt-6-luna, small."
     assert provider.calls == []
 
 
@@ -2332,7 +2386,7 @@ def test_the_readmes_job_type_works(provider: Provider, variables: pytest.Monkey
     variables.delitem(sys.modules, module, raising=False)
     importlib.import_module(module)
     result = generate("summary_generation", {"text": "A long text [say short]"}, serving(provider))
-    assert result.output == {"generated_text": "short", "model_used": "gpt-4o-mini", "tokens_used": 7}
+    assert result.output == {"generated_text": "short", "model_used": "gpt-6-luna", "tokens_used": 7}
 
 
 @table(
@@ -3030,7 +3084,7 @@ def test_a_text_job_goes_from_message_to_document_and_person(runtime: Runtime, a
     job_id = says(runtime, "[say one two three]")
     assert deliver(runtime, job_id) == {"job_id": str(job_id), "status": "completed"}
     document = read(runtime, job_id)
-    wanted = {"generated_text": "one two three", "model_used": "gpt-4o-mini", "tokens_used": 7}
+    wanted = {"generated_text": "one two three", "model_used": "gpt-6-luna", "tokens_used": 7}
     assert (document["output_data"], document["artifact_url"]) == (wanted, None)
     assert [notice["status"] for notice in heard(api, "job_status_update", 2)] == ["processing", "completed"]
     assert "".join(piece["delta"] for piece in heard(api, "job_progress", 1)) == "one two three"
@@ -3213,10 +3267,11 @@ def test_a_retry_that_is_due_completes_the_job(runtime: Runtime, api: Api) -> No
 
 
 def test_the_last_try_fails_the_job_and_says_how_many_there_were(runtime: Runtime) -> None:
-    job_id = says(runtime, "[status 503]")
-    change(runtime, job_id, worker={"attempt": 3})
+    job = claim(runtime, says(runtime, "[status 503]"))
+    runtime.store.release(job, ago(1), counted=True)
+    change(runtime, job.id, worker__attempt=3)
     with pytest.raises(worker.JobFailed, match="given up after 4 tries"):
-        deliver(runtime, job_id)
+        deliver(runtime, job.id)
 
 
 def in_thread(runtime: Runtime, job_id: ObjectId, provider: Provider) -> Future[Any]:

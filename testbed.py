@@ -13,6 +13,7 @@ directives in brackets, since the prompt is the only thing that travels with a j
     [empty]                      nothing where the answer goes    [endless]              data without end
     [filter]                     finish_reason content_filter     [big 500]              an answer of 500 MB
     [no-usage]                   no token counts                  [shape]                JSON of a wrong shape
+    [refuse max_tokens seed]     a 400 that names one of these fields, as long as the request has one
     [notpicture] [truncated]     damaged pictures                 [shape list|null|text|broken]
     [bomb] [bomb 30000x30000]    small file, huge picture         [wav-streaming]        sizes 0xFFFFFFFF
     [url] [url http://...]       a picture by URL instead of base64
@@ -1048,7 +1049,7 @@ FAULTS: Final = frozenset(
 DIRECTIVES: Final = (
     FAULTS
     | {"delay", "tokens", "pace", "say", "big", "drip", "tiny", "line", "type"}
-    | {"url", "wav-streaming", "no-usage", "sse", "linger"}
+    | {"url", "wav-streaming", "no-usage", "sse", "linger", "refuse"}
 )
 _DIRECTIVE: Final = re.compile(r"\[([a-z-]+)(?:\s+([^\]]*))?\]")
 _OPTION: Final = re.compile(r"(?<!\S)(times|retry-after)=(\S+)")
@@ -1510,7 +1511,7 @@ def _first_half(chunks: Iterable[bytes]) -> list[bytes]:
 
 Outcome = Literal["running", "answered", "disconnected", "fault"]
 Answerer = Callable[[Body, Plan, str], Answer]
-MODELS: Final = ("gpt-4o-mini", "gpt-image-1", "tts-1")
+MODELS: Final = ("gpt-6-luna", "gpt-image-2.6-flare", "gpt-4o-mini-tts")
 MAX_REQUEST_BYTES: Final = 64 * _MEGABYTE
 
 
@@ -1550,12 +1551,12 @@ class Exchange:
     call: Call
 
 
-def error_response(status: int, message: str, retry_after: str = "") -> web.Response:
-    """Return an error in OpenAI's form."""
+def error_response(status: int, message: str, retry_after: str = "", field: str | None = None) -> web.Response:
+    """Return an error in OpenAI's form, which may name a field of the request."""
     kind = {401: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
     kind = "invalid_request_error" if status in {400, 404, 413, 422} else kind
-    code = "invalid_api_key" if status == 401 else None
-    error = {"message": message, "type": kind, "param": None, "code": code}
+    code = "invalid_api_key" if status == 401 else "unsupported_parameter" if field else None
+    error = {"message": message, "type": kind, "param": field, "code": code}
     headers = {"Retry-After": retry_after} if retry_after else {}
     return web.json_response({"error": error}, status=status, headers=headers)
 
@@ -1763,6 +1764,9 @@ class Provider:
             await asyncio.sleep(plan.number("delay", 1))
         if failure := await _fail_as_a_whole(exchange.request, plan):
             return failure
+        if refused := [field for field in plan.text("refuse").split() if field in exchange.body]:
+            exchange.call.finish("fault")
+            return error_response(400, f"Unsupported parameter (testbed): {plan.prompt}", field=refused[0])
         if "raw" in plan:
             return await _send_raw(exchange, RAW_ANSWERS[plan.text("raw", "nothing")]())
         try:

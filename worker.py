@@ -196,6 +196,14 @@ class FailJob(JobError):
     """Trying again would not help, or the tries are used up: the job has failed."""
 
 
+class FieldRefused(FailJob):
+    """The provider refuses a field of the request, which `field` names."""
+
+    def __init__(self, detail: str, sentence: str, field: str) -> None:
+        super().__init__(detail, sentence)
+        self.field = field
+
+
 class HandBack(JobError):
     """This worker is shutting down: another one takes the job, and the attempt doesn't count."""
 
@@ -356,6 +364,8 @@ ArtifactUrl = Annotated[
 NO_SECRET = SecretStr("")
 OPENAI_URL = "https://api.openai.com/v1"
 MONGODB_URL = "mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"
+# The last models that OpenAI's speech interface has; the one that it names as their successor has another interface.
+OPENAI_ENDS = dict.fromkeys(("gpt-4o-mini-tts", "tts-1", "tts-1-hd"), "2027-01-06")
 
 
 @dataclass(frozen=True)
@@ -375,7 +385,9 @@ class ProviderSettings:
     def label(self) -> str:
         if self.is_offline:
             return "offline stand-in"
-        return f"{self.model} at {redact_url(self.base_url) or OPENAI_URL}"
+        ends = "" if self.base_url else OPENAI_ENDS.get(self.model)
+        warning = f" (OpenAI ends this model on {ends}: set another server and model before)" if ends else ""
+        return f"{self.model} at {redact_url(self.base_url) or OPENAI_URL}{warning}"
 
 
 class Settings(BaseSettings):
@@ -415,12 +427,12 @@ class Settings(BaseSettings):
     openai_base_url: HttpUrl = ""  # any OpenAI-compatible server; empty: OpenAI (with a key)
     text_base_url: HttpUrl = ""  # another server for text
     text_api_key: SecretStr = NO_SECRET  # its key
-    text_model: Name = "gpt-4o-mini"  # model for text
+    text_model: Name = "gpt-6-luna"  # model for text
     text_models: Names = ()  # more text models that a job may ask for
     text_max_tokens: int = Field(4096, ge=1)  # most tokens a job may ask for
     image_base_url: HttpUrl = ""  # another server for pictures
     image_api_key: SecretStr = NO_SECRET  # its key
-    image_model: Name = "gpt-image-1"  # model for pictures
+    image_model: Name = "gpt-image-2.6-flare"  # model for pictures
     image_models: Names = ()  # more picture models that a job may ask for
     image_sizes: Sizes = ()  # sizes the picture model knows, the nearest is used (set by itself for gpt-image)
     audio_base_url: HttpUrl = ""  # another server for sound
@@ -949,36 +961,43 @@ class JobStore:
     ) -> Job | Miss:
         """Takes a job that is pending, or released and due. Never an expired lease: those the sweeper releases first.
 
+        A pending job starts afresh, whatever bookkeeping it has: our own never go back there, so the API or an operator
+        has put it back to be tried again.
+
         Call it with the same `owner` until it answers: a claim whose reply was lost is then recognised.
         `bounded=False` ignores attempts and deadline, for a result that is already there; `waited_s` is how long ago
         the message was taken, which is when Celery's hard limit began.
         """
         now = self.now()
-        bounds = self._bounds(limits) if bounded else {}
         lease = self._lease(now, owner, limits, waited_s)
-        pending = {"_id": job_id, "status": Status.PENDING, **bounds}
-        released = {"_id": job_id, "status": Status.PROCESSING, "worker.owner": None, **bounds}
-        first = {"$inc": {"worker.attempt": 1}, "$min": {"worker.first_started_at": now}}
-        due = {**released, "worker.available_at": {"$lte": now}}
+        begun = {"status": Status.PROCESSING, "updated_at": now}
+        anew = {"started_at": now, "completed_at": None, "error_message": None}
+        fresh = {**begun, **anew, "worker": {**lease, "attempt": 1, "first_started_at": now}}
+        due = {
+            "_id": job_id,
+            "status": Status.PROCESSING,
+            "worker.owner": None,
+            "worker.available_at": {"$lte": now},
+            **(self._bounds(limits) if bounded else {}),
+        }
+        again = {
+            "$set": {**begun, **{f"worker.{name}": value for name, value in lease.items()}},
+            "$inc": {"worker.attempt": 1},
+            "$min": {"worker.first_started_at": now},
+        }
         take = partial(self._jobs.find_one_and_update, return_document=True)
-        document = self._mending(
-            job_id,
-            lambda: (
-                take(pending, {"$set": {**lease, "started_at": now}, **first}) or take(due, {"$set": lease, **first})
-            ),
-        )
+        pending = {"_id": job_id, "status": Status.PENDING}
+        document = self._mending(job_id, lambda: take(pending, {"$set": fresh}) or take(due, again))
         return self._job(document) if document else self._judge_miss(job_id, owner)
 
     def _lease(self, now: datetime, owner: str, limits: Limits, waited_s: float) -> Document:
         return {
-            "status": Status.PROCESSING,
-            "updated_at": now,
-            "worker.owner": owner,
-            "worker.node": self._node,
-            "worker.pid": os.getpid(),
-            "worker.lease_until": now + timedelta(seconds=self._settings.lease_seconds),
-            "worker.deadline": now + timedelta(seconds=limits.hard_s - waited_s),
-            "worker.limits": [limits.hard_s, limits.soft_s],
+            "owner": owner,
+            "node": self._node,
+            "pid": os.getpid(),
+            "lease_until": now + timedelta(seconds=self._settings.lease_seconds),
+            "deadline": now + timedelta(seconds=limits.hard_s - waited_s),
+            "limits": [limits.hard_s, limits.soft_s],
         }
 
     def _mending(self, job_id: ObjectId, write: Callable[[], Written]) -> Written:
@@ -1013,9 +1032,11 @@ class JobStore:
             return Miss(MissKind.TERMINAL, document)
         if status not in ACTIVE_STATUSES:
             return Miss(MissKind.UNKNOWN, document)
+        if status == Status.PENDING:  # put back since the claim: it can be taken at once
+            return Miss(MissKind.WAITING)
         if worker.get("owner") == owner:
             return self._job(document)
-        if worker.get("owner") or (status == Status.PROCESSING and "available_at" not in worker):
+        if worker.get("owner") or "available_at" not in worker:
             return Miss(MissKind.HELD, document)
         # Not by its absence alone: it may have been released since the claim.
         return Miss(MissKind.EXHAUSTED if self.is_past_bounds(document) else MissKind.WAITING, document)
@@ -1634,6 +1655,8 @@ LONGEST_MODEL_NAME, MOST_TOKENS = 200, 2**31
 MOST_TEXT_CHARACTERS = 4_000_000  # at up to four bytes each a document can hold them
 MOST_LINE_BYTES = 4 * MOST_TEXT_CHARACTERS
 UNUSABLE = "The provider's answer could not be used."
+# Newer models take the cap of an answer under another name, and count the thinking before the answer in.
+CAP, CAP_WITH_THINKING, THINKING_TOKENS = "max_tokens", "max_completion_tokens", 4096
 
 
 @dataclass(frozen=True)
@@ -1776,11 +1799,16 @@ class Answer:
 
     async def refusal(self) -> JobError:
         """What a status other than success means for the job. Of the provider's own words only a plain code goes on."""
-        code = ""
+        error: Document = {}
         with contextlib.suppress(RetryJob, FailJob), provider_errors():  # without it the status says enough
-            code = str((await self.json())["error"]["code"] or "")
+            error = dict((await self.json())["error"])
+        code = str(error.get("code") or "")
         safe_code = code if re.fullmatch(r"[\w.-]{1,64}", code) else ""
-        return status_error(self.status, f"HTTP {self.status} {safe_code}".rstrip(), self.headers)
+        fault = status_error(self.status, f"HTTP {self.status} {safe_code}".rstrip(), self.headers)
+        names_successor = not error.get("param") and CAP_WITH_THINKING in str(error.get("message"))
+        if self.status == 400 and (error.get("param") == CAP or names_successor):
+            return FieldRefused(fault.detail, fault.sentence, CAP)
+        return fault
 
 
 class EventReader:
@@ -1942,6 +1970,7 @@ class OpenAIProvider:
         self.base_url = where.base_url.rstrip("/") or OPENAI_URL
         self._most_bytes = most_bytes
         self._breaker = Breaker()
+        self._thinking_models: set[str] = set()
         self._proxy, parts = proxy_to(self.base_url), urllib.parse.urlsplit(self.base_url)
         self._host = parts.hostname
         has_key = where.api_key and "@" not in parts.netloc  # else that is what counts
@@ -1971,6 +2000,21 @@ class OpenAIProvider:
         await self._breaker.wait(patience_s)
 
     async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
+        """Asks again, where the model turns out to take the answer's cap under its newer name only."""
+        model, cap = request["model"], request.get(CAP)
+        if cap is not None and model not in self._thinking_models:
+            try:
+                return await self._stream(request, on_delta)
+            except FieldRefused as refused:
+                if refused.field != CAP:
+                    raise
+                self._thinking_models.add(model)
+        if cap is not None:
+            request = {**request, CAP_WITH_THINKING: cap + THINKING_TOKENS}
+            del request[CAP]
+        return await self._stream(request, on_delta)
+
+    async def _stream(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
         completion, events = Completion(request["model"]), EventReader()
         body = {**request, "stream": True, "stream_options": {"include_usage": True}}
         async with self.call("POST", "/chat/completions", body) as answer:
