@@ -47,7 +47,7 @@ if TYPE_CHECKING or not FRAMEWORK:  # a rival's processes have neither Celery no
 
     import bench_worker
     from bench_worker import OURS, REST_S, WARM_UP_JOBS, Bench, Contestant, Figure
-    from testbed import WorkerProcess
+    from testbed.api import WorkerProcess
 
 Document = dict[str, Any]
 Jobs = Mapping[str, Document]  # what a message says, by job id

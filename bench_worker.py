@@ -54,7 +54,9 @@ if TYPE_CHECKING or not IS_BARE_WORKER:  # the bare worker doesn't pay for what 
     from rich.console import Console
     from rich.table import Table
 
-    from testbed import DATABASE, MongoServer, RedisServer, WorkerProcess, poll, spawn
+    from testbed.api import WorkerProcess
+    from testbed.processes import poll, spawn
+    from testbed.servers import DATABASE, MongoServer, RedisServer
 
 Document = dict[str, Any]
 
@@ -342,7 +344,7 @@ class Bench:
     def provider(self) -> Iterator[str]:
         """Yield the URL of a provider in a process of its own, so that it shares no interpreter with a contestant."""
         log = self.folder / f"provider-{time.monotonic_ns()}.log"
-        process = spawn([sys.executable, str(SOURCE / "testbed.py"), "--provider-only"], log)
+        process = spawn([sys.executable, "-m", "testbed", "--provider-only"], log, directory=SOURCE)
         try:
             poll(lambda: "OPENAI_BASE_URL=" in log.read_text(), 20, description="the provider's URL")
             yield log.read_text().split("OPENAI_BASE_URL=")[1].split()[0]

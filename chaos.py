@@ -47,25 +47,11 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from testbed import (
-    DATABASE,
-    LOOPBACK,
-    SOUNDS,
-    SOURCE,
-    STATUS_CHANNEL,
-    TASK_NAME,
-    TERMINAL,
-    Call,
-    MongoServer,
-    Plan,
-    Provider,
-    RedisServer,
-    Server,
-    WorkerProcess,
-    parse_directives,
-    picture,
-    words_for,
-)
+from testbed.answers import SOUNDS, Plan, parse_directives, picture, words_for
+from testbed.api import SOURCE, STATUS_CHANNEL, TASK_NAME, TERMINAL, WorkerProcess
+from testbed.processes import LOOPBACK, Server
+from testbed.provider import Call, Provider
+from testbed.servers import DATABASE, MongoServer, RedisServer
 
 Document = dict[str, Any]
 

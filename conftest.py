@@ -14,7 +14,10 @@ from mongomock.gridfs import enable_gridfs_integration
 from redis import Redis
 
 import worker
-from testbed import Api, MongoServer, Provider, RedisServer, Server, ServerUnavailable, WorkerProcess
+from testbed.api import Api, WorkerProcess
+from testbed.processes import Server, ServerUnavailable
+from testbed.provider import Provider
+from testbed.servers import MongoServer, RedisServer
 
 # Settings of whoever runs the tests must not reach the workers that they start.
 FOREIGN_SETTINGS = (

@@ -18,7 +18,11 @@ import chaos
 import worker
 from chaos import Evidence, Happened, History, JobPlan, Notice, Step
 from conftest import StartWorker
-from testbed import SOURCE, Api, Call, Plan, Provider, RedisServer, poll, words_for
+from testbed.answers import Plan, words_for
+from testbed.api import SOURCE, Api
+from testbed.processes import poll
+from testbed.provider import Call, Provider
+from testbed.servers import RedisServer
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

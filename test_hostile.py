@@ -27,24 +27,12 @@ from bson import ObjectId, Timestamp
 
 from conftest import StartWorker, open_api, start, worker_settings
 from test_processes import JOBS, TOOK_TOO_LONG, Site, events_of, run_worker
-from testbed import (
-    DATABASE,
-    DATABASE_PASSWORD,
-    LOOPBACK,
-    RAW_ANSWERS,
-    SOURCE,
-    TASK_NAME,
-    Api,
-    Certificate,
-    MongoServer,
-    Provider,
-    RedisServer,
-    TlsProxy,
-    WorkerProcess,
-    free_port,
-    make_certificate,
-    poll,
-)
+from testbed.answers import RAW_ANSWERS
+from testbed.api import SOURCE, TASK_NAME, Api, WorkerProcess
+from testbed.network import Certificate, TlsProxy, make_certificate
+from testbed.processes import LOOPBACK, free_port, poll
+from testbed.provider import Provider
+from testbed.servers import DATABASE, DATABASE_PASSWORD, MongoServer, RedisServer
 
 TEXT, IMAGE, AUDIO = JOBS
 OWN_HANDLERS = '''

@@ -45,7 +45,7 @@ from kombu.exceptions import OperationalError
 from pymongo.errors import AutoReconnect, PyMongoError
 
 import worker
-from testbed import MongoServer
+from testbed.servers import MongoServer
 from worker import Job, JobStore, Limits, Miss, MissKind, Result, SpoolUnavailable, StoreUnavailable
 
 Document = dict[str, Any]

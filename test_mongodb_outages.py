@@ -28,7 +28,10 @@ from pymongo import MongoClient
 
 import worker
 from conftest import open_api, start, worker_settings
-from testbed import SOURCE, Answerer, Api, Exchange, MongoServer, Provider, RedisServer, ReplicaSet, WorkerProcess, poll
+from testbed.api import SOURCE, Api, WorkerProcess
+from testbed.processes import poll
+from testbed.provider import Answerer, Exchange, Provider
+from testbed.servers import MongoServer, RedisServer, ReplicaSet
 
 FAULTS: dict[str, tuple[Callable[[MongoServer], object], Callable[[MongoServer], object]]] = {
     "killed": (MongoServer.kill, MongoServer.start),

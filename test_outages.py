@@ -23,7 +23,11 @@ from bson import ObjectId
 from redis import Redis
 
 from conftest import StartWorker, open_api, start, worker_settings
-from testbed import SOURCE, Api, Gateway, MongoServer, Provider, RedisServer, SentinelServer, WorkerProcess, poll
+from testbed.api import SOURCE, Api, WorkerProcess
+from testbed.network import Gateway
+from testbed.processes import poll
+from testbed.provider import Provider
+from testbed.servers import MongoServer, RedisServer, SentinelServer
 
 POOLS = ("prefork", "threads")
 SHORT_WAITS = """

@@ -26,20 +26,10 @@ import pytest
 from bson import ObjectId
 
 from conftest import StartWorker, open_api, start, worker_settings
-from testbed import (
-    DATABASE,
-    DATABASE_PASSWORD,
-    SOURCE,
-    STATUS_CHANNEL,
-    TASK_NAME,
-    Api,
-    MongoServer,
-    Provider,
-    RedisServer,
-    WorkerProcess,
-    free_port,
-    poll,
-)
+from testbed.api import SOURCE, STATUS_CHANNEL, TASK_NAME, Api, WorkerProcess
+from testbed.processes import free_port, poll
+from testbed.provider import Provider
+from testbed.servers import DATABASE, DATABASE_PASSWORD, MongoServer, RedisServer
 
 POOLS = ("prefork", "threads", "solo")
 KEY = "sk-test-planted-key"

@@ -22,7 +22,11 @@ from kombu import Connection, Exchange, Queue
 
 from conftest import StartWorker, open_api, start, worker_settings
 from test_outages import LEASE_S, LIMITS, POOLS, SHORT_WAITS, Lab, Sent, Site, hung, last, stopped, swallowed
-from testbed import SOURCE, Api, Gateway, MongoServer, Provider, RabbitServer, RedisServer, WorkerProcess, poll
+from testbed.api import SOURCE, Api, WorkerProcess
+from testbed.network import Gateway
+from testbed.processes import poll
+from testbed.provider import Provider
+from testbed.servers import MongoServer, RabbitServer, RedisServer
 
 MORE_SHORT_WAITS = """
 worker.BROKER_PATIENCE_S = 1

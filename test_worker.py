@@ -55,20 +55,11 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 import worker
-from testbed import (
-    SOUND_DURATION_S,
-    Api,
-    MongoServer,
-    Provider,
-    free_port,
-    picture,
-    picture_bomb,
-    poll,
-    sound_flac,
-    sound_mp3,
-    sound_opus,
-    sound_wav,
-)
+from testbed.answers import SOUND_DURATION_S, picture, picture_bomb, sound_flac, sound_mp3, sound_opus, sound_wav
+from testbed.api import Api
+from testbed.processes import free_port, poll
+from testbed.provider import Provider
+from testbed.servers import MongoServer
 from worker import (
     Call,
     DropJob,
