@@ -31,7 +31,7 @@ from conftest import open_api, start, worker_settings
 from testbed.api import SOURCE, Api, WorkerProcess
 from testbed.processes import poll
 from testbed.provider import Answerer, Exchange, Provider
-from testbed.servers import MongoServer, RedisServer, ReplicaSet
+from testbed.servers import Member, MongoServer, RedisServer, ReplicaSet
 
 FAULTS: dict[str, tuple[Callable[[MongoServer], object], Callable[[MongoServer], object]]] = {
     "killed": (MongoServer.kill, MongoServer.start),
@@ -511,7 +511,7 @@ def members_place(
 def mend(replica_set: ReplicaSet) -> None:
     for member in replica_set.members:
         member.start().resume()
-        member.feed(True)
+    replica_set.copy_again()
     replica_set.wait_whole()
 
 
@@ -581,7 +581,7 @@ LOSSES = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "kind"), LOSSES.values(), ids=LOSSES)
 def test_a_result_that_only_the_old_primary_had_is_written_again(
-    replica_set: ReplicaSet, members_place: Place, loss: Callable[[ReplicaSet], object], kind: str
+    replica_set: ReplicaSet, members_place: Place, loss: Callable[[ReplicaSet], Member], kind: str
 ) -> None:
     """Whatever the URL says about writes."""
     place, gate = members_place, f"hold until_{ObjectId()}"
@@ -593,7 +593,7 @@ def test_a_result_that_only_the_old_primary_had_is_written_again(
     place.provider.let_go.add(gate)
     wait_for_a_write(old, place, job)
     assert "completed" not in place.api.notices(job)
-    loss(replica_set)
+    replica_set.end_isolation(loss(replica_set))
     place.api.wait_notice(job, "completed", timeout_s=60)
     mend(replica_set)
     if loss is ReplicaSet.overrule_primary:

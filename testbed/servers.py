@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +62,7 @@ ROOT_USER: Final = "root"
 ROOT_PASSWORD: Final = "root_password"
 REPLICA_SET: Final = "testbed"
 MONGODB_MAJOR_VERSION: Final = 6
+STOP_COPYING: Final = "stopReplProducer"  # a failpoint of MongoDB's own tests
 
 
 @cache
@@ -159,14 +160,10 @@ class MongoServer(Server):
     @contextmanager
     def _client(self, **options: Any) -> Iterator[MongoClient[dict[str, Any]]]:
         """Open a short-lived direct client, without credentials unless some are given."""
+        patience: dict[str, Any] = {"serverSelectionTimeoutMS": 500, "socketTimeoutMS": 10_000}
         trust: dict[str, Any] = {"tls": True, "tlsCAFile": str(self.certificate.authority)} if self.certificate else {}
         client: MongoClient[dict[str, Any]] = MongoClient(
-            f"mongodb://{self.address}/",
-            directConnection=True,
-            serverSelectionTimeoutMS=500,
-            socketTimeoutMS=10_000,
-            **trust,
-            **options,
+            f"mongodb://{self.address}/", directConnection=True, **{**patience, **trust, **options}
         )
         with client:
             yield client
@@ -206,7 +203,7 @@ class MongoServer(Server):
             client[DATABASE].command("createUser", DATABASE_USER, pwd=DATABASE_PASSWORD, roles=roles)
 
 
-class _Member(MongoServer):
+class Member(MongoServer):
     """One mongod of a larger set; the set itself initiates it. Test commands are on, for failpoints."""
 
     def __init__(self, port: int = 0, directory: Path | None = None) -> None:
@@ -229,18 +226,35 @@ class _Member(MongoServer):
             return next(str(member["stateStr"]) for member in members if member.get("self"))
         return ""
 
-    def feed(self, on: bool) -> None:
-        """Let others copy this member's writes, or not; it stays what it is."""
-        data = {"failCommands": ["find", "getMore"], "appName": "OplogFetcher", "failInternalCommands": True}
-        failpoint = {"configureFailPoint": "failCommand", "data": {**data, "closeConnection": True}}
-        with self._client() as client:
-            client.admin.command({**failpoint, "mode": "off" if on else "alwaysOn"})
+    def stop_copying(self) -> int:
+        """Make the member discard whatever it gets of other members' writes; it still answers and votes.
 
-    @property
-    def source(self) -> str:
-        """The address of the member whose writes it copies; empty where there is none."""
+        Return how often it has discarded or refused to copy before, which `wait_until_stopped` needs.
+        """
+        return self._set_failpoint("alwaysOn")
+
+    def wait_until_stopped(self, hits_before: int) -> None:
+        """Wait until `stop_copying` has taken effect. A primary copies from nobody, so it would never happen there.
+
+        Raises: pymongo.errors.ExecutionTimeout.
+        """
+        wanted, limit_ms = hits_before + 1, int(START_TIMEOUT_S * 1000)
+        with self._client(socketTimeoutMS=None) as client:
+            client.admin.command("waitForFailPoint", STOP_COPYING, timesEntered=wanted, maxTimeMS=limit_ms)
+
+    def copy_again(self) -> None:
+        """Undo `stop_copying`."""
+        self._set_failpoint("off")
+
+    def stand_again(self) -> None:
+        """Let a member that stepped down be elected at once, even where it was ruled out for a longer time."""
         with self._client() as client:
-            return str(client.admin.command("replSetGetStatus")["syncSourceHost"])
+            client.admin.command("replSetFreeze", 0)
+
+    def _set_failpoint(self, mode: str) -> int:
+        """Set MongoDB's failpoint and return how often the member has come across it so far."""
+        with self._client() as client:
+            return int(client.admin.command("configureFailPoint", STOP_COPYING, mode=mode)["count"])
 
 
 class ReplicaSet:
@@ -248,7 +262,7 @@ class ReplicaSet:
 
     def __init__(self, size: int = 3) -> None:
         """Choose the members; nothing is started."""
-        self.members = [_Member() for _ in range(size)]
+        self.members = [Member() for _ in range(size)]
 
     @property
     def url(self) -> str:
@@ -256,13 +270,13 @@ class ReplicaSet:
         return f"mongodb://{','.join(member.address for member in self.members)}/{DATABASE}?replicaSet={REPLICA_SET}"
 
     @property
-    def primary(self) -> _Member:
+    def primary(self) -> Member:
         """The member that takes writes; waits for an election. With two that think so it is the newer one."""
         found = poll(self._primaries, START_TIMEOUT_S, description="a primary")
         return max(found, key=lambda pair: pair[0])[1]
 
     @property
-    def secondaries(self) -> list[_Member]:
+    def secondaries(self) -> list[Member]:
         """The running members besides the primary."""
         primary = self.primary
         return [member for member in self.members if member is not primary and member.is_running]
@@ -291,37 +305,68 @@ class ReplicaSet:
 
         poll(is_whole, timeout_s, interval_s=0.2, description="a whole replica set")
 
-    def isolate_primary(self) -> _Member:
-        """Keep what the primary writes from now on from all others, though they go on to vote for it; return it."""
-        primary, secondaries = self.primary, self.secondaries
-        primary.feed(False)
-        poll(lambda: primary.address not in [member.source for member in secondaries], START_TIMEOUT_S)
+    def isolate_primary(self) -> Member:
+        """Let no member copy from another, so that what is written from now on stays on the primary; return it.
+
+        All members still vote, and the primary still takes writes, but these never reach a majority. The primary stops
+        to copy too: if another member were elected meanwhile, the old primary would otherwise give it a majority.
+        After the primary's loss `end_isolation` has to be called.
+        """
+        hits_before = {member: member.stop_copying() for member in self.members}
+        primary = self.primary
+        for member in self.secondaries:
+            member.wait_until_stopped(hits_before[member])
         return primary
 
-    def step_down(self, catch_up_s: int = 3) -> _Member:
-        """Make the primary a secondary, when others have its writes or the time for that is up; return it."""
+    def end_isolation(self, lost: Member) -> None:
+        """Wait until another member takes writes in place of the lost primary, then let all running members copy again.
+
+        They must not copy before that. A new primary catches up with the other members before it takes writes, so it
+        would copy from the old one just those writes that are to be lost.
+        """
+        is_replaced = partial(self._is_replaced, lost)
+        poll(is_replaced, START_TIMEOUT_S, description=f"a primary other than {lost.address}")
+        self.copy_again()
+        if lost.is_running:
+            lost.stand_again()
+
+    def copy_again(self) -> None:
+        """Let all running members copy again, whatever has become of the primary."""
+        for member in self.members:
+            if member.is_running:
+                member.copy_again()
+
+    def step_down(self, catch_up_s: int = 3, ineligible_s: int = 4) -> Member:
+        """Make the primary a secondary and return it.
+
+        It waits so long for others to have its writes, and is not elected again for so long.
+        """
         primary = self.primary
         with primary._client() as client:
-            client.admin.command("replSetStepDown", 4, secondaryCatchUpPeriodSecs=catch_up_s, force=True)
+            client.admin.command("replSetStepDown", ineligible_s, secondaryCatchUpPeriodSecs=catch_up_s, force=True)
         return primary
 
-    def overrule_primary(self) -> _Member:
-        """Make the primary a secondary that has writes which no other member has: these are rolled back; return it."""
-        return self.step_down(catch_up_s=0)
+    def overrule_primary(self) -> Member:
+        """Make the primary a secondary, although it has writes that no other member has, and return it.
 
-    def kill_primary(self) -> _Member:
+        The next primary lacks these writes, so the old one rolls them back. The old one can't be elected for a minute,
+        or until `end_isolation`: it has the newest writes, so it would win, and nothing would be rolled back.
+        """
+        return self.step_down(catch_up_s=0, ineligible_s=60)
+
+    def kill_primary(self) -> Member:
         """End the primary as a crash would; return it."""
         primary = self.primary
         primary.kill()
         return primary
 
-    def pause_primary(self) -> _Member:
+    def pause_primary(self) -> Member:
         """Freeze the primary, which doesn't learn that another one is elected; return it."""
         primary = self.primary
         primary.pause()
         return primary
 
-    def _primaries(self) -> list[tuple[int, _Member]]:
+    def _primaries(self) -> list[tuple[int, Member]]:
         """Return the members that take writes, each with its election's term."""
         found = []
         for member in self.members:
@@ -330,6 +375,10 @@ class ReplicaSet:
                 if hello["isWritablePrimary"]:
                     found.append((int(hello["electionId"].binary.hex()[8:], 16), member))
         return found
+
+    def _is_replaced(self, lost: Member) -> bool:
+        """Return whether another member than this one takes writes."""
+        return any(member is not lost for _, member in self._primaries())
 
     def _configuration(self) -> dict[str, Any]:
         """Return the set's configuration: members alike, elections quick."""
