@@ -33,7 +33,7 @@ def _wait_for_the_end() -> None:
 @click.option("--provider-port", default=0, help="Port of the provider; any free one by default.")
 @click.option("--provider-only", is_flag=True, help="Start neither MongoDB nor Redis.")
 def main(host: str, mongodb_port: int, redis_port: int, provider_port: int, provider_only: bool) -> None:
-    """Run MongoDB, Redis and the misbehaving provider until Ctrl-C or SIGTERM."""
+    """Run MongoDB, Redis and a provider that misbehaves on demand, until Ctrl-C or SIGTERM."""
     with ExitStack() as stack:
         lines = []
         try:

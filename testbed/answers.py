@@ -58,7 +58,7 @@ from typing import Any, Final
 
 from PIL import Image
 
-# --- what the prompt asks of the provider -------------------------------------------------------------------
+# --- directives ---------------------------------------------------------------------------------------------
 
 FAULTS: Final = frozenset(
     {"status", "cut", "half", "html", "shape", "empty", "endless", "hang", "redirect", "filter"}
@@ -75,15 +75,15 @@ _OPTION: Final = re.compile(r"(?<!\S)(times|retry-after)=(\S+)")
 
 @dataclass(frozen=True)
 class Directive:
-    """One bracketed request for (mis)behaviour."""
+    """One directive of a prompt."""
 
     argument: str = ""
-    times: float = math.inf
+    times: float = math.inf  # the number of calls with this prompt to which it applies
     retry_after: str = ""
 
 
 def parse_directives(prompt: str) -> dict[str, Directive]:
-    """Return the directives of a prompt by name; brackets that aren't one of ours are plain text."""
+    """Return the directives of a prompt by name. Brackets with any other name are ordinary text."""
     found: dict[str, Directive] = {}
     for name, argument in _DIRECTIVE.findall(prompt):
         if name == "say":
@@ -98,7 +98,7 @@ def parse_directives(prompt: str) -> dict[str, Directive]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The directives that are in force for one call."""
+    """The directives that apply to one call."""
 
     prompt: str
     directives: Mapping[str, Directive]
@@ -116,16 +116,16 @@ class Plan:
 
     @property
     def retry_after(self) -> str:
-        """The wait that an error advises, as its header has it; empty without one."""
+        """The value for an error's Retry-After header. Empty means that there is no such header."""
         return self.directives.get("status", Directive()).retry_after
 
     def without(self, name: str) -> Plan:
-        """Return the same plan less one directive."""
+        """Return the same plan without one of its directives."""
         return Plan(self.prompt, {key: value for key, value in self.directives.items() if key != name})
 
 
 def prompt_of(body: Mapping[str, Any]) -> str:
-    """Return the words that a request carries: prompt, input, or the text of all messages."""
+    """Return a request's prompt, its input, or the text of all its messages."""
     for key in ("prompt", "input"):
         if isinstance(body.get(key), str):
             return str(body[key])
@@ -147,7 +147,7 @@ MAX_PICTURE_SIDE: Final = 4096
 
 @lru_cache(maxsize=32)
 def picture(width: int, height: int) -> bytes:
-    """Return a real PNG of this size."""
+    """Return a valid PNG of this size."""
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((width, height)).convert("RGB").save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -155,7 +155,7 @@ def picture(width: int, height: int) -> bytes:
 
 @lru_cache(maxsize=4)
 def picture_bomb(width: int, height: int) -> bytes:
-    """Return a valid PNG of some kilobytes that is huge once decoded."""
+    """Return a valid PNG of some kilobytes that takes very much memory when it is decoded."""
 
     def block(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -168,7 +168,7 @@ def picture_bomb(width: int, height: int) -> bytes:
 
 
 def _checksum(data: bytes, bits: int, polynomial: int) -> int:
-    """Return a CRC as FLAC and Ogg use them: most significant bit first, from zero."""
+    """Return a CRC as FLAC and Ogg define it: the most significant bit comes first, the initial value is zero."""
     value = 0
     for byte in data:
         value ^= byte << (bits - 8)
@@ -180,7 +180,7 @@ def _checksum(data: bytes, bits: int, polynomial: int) -> int:
 
 @cache
 def sound_wav(streaming: bool = False) -> bytes:
-    """Return a tone as WAV; a streaming one doesn't know its sizes."""
+    """Return a tone as WAV. The header of a streaming one has 0xFFFFFFFF for the sizes."""
     count = round(SOUND_DURATION_S * SAMPLE_RATE_HZ)
     tone = [round(8000 * math.sin(math.tau * 440 * index / SAMPLE_RATE_HZ)) for index in range(count)]
     buffer = io.BytesIO()
@@ -196,14 +196,14 @@ def sound_wav(streaming: bool = False) -> bytes:
 
 @cache
 def sound_mp3() -> bytes:
-    """Return silence as MP3: frames of 1152 samples at 44.1 kHz and 128 kbit/s."""
+    """Return silence as MP3, in frames of 1152 samples at 44.1 kHz and 128 kbit/s."""
     frame = b"\xff\xfb\x90\x64" + bytes(413)
     return frame * round(SOUND_DURATION_S * 44_100 / 1152)
 
 
 @cache
 def sound_flac() -> bytes:
-    """Return silence as FLAC: one frame, one constant subframe."""
+    """Return silence as FLAC, in one frame with one constant subframe."""
     count = round(SOUND_DURATION_S * SAMPLE_RATE_HZ)
     format_bits = (SAMPLE_RATE_HZ << 44) | (15 << 36) | count
     information = struct.pack(">HH6xQ16x", count, count, format_bits)
@@ -215,7 +215,7 @@ def sound_flac() -> bytes:
 
 
 def _ogg_page(packets: list[bytes], number: int, flags: int, position: int) -> bytes:
-    """Return one Ogg page of packets that are each shorter than 255 bytes."""
+    """Return one Ogg page with these packets, each of which must be shorter than 255 bytes."""
     lengths = bytes(len(packet) for packet in packets)
     head = struct.pack("<4sBBqII", b"OggS", 0, flags, position, 1, number)
     tail = bytes([len(packets)]) + lengths + b"".join(packets)
@@ -224,8 +224,8 @@ def _ogg_page(packets: list[bytes], number: int, flags: int, position: int) -> b
 
 @cache
 def sound_opus() -> bytes:
-    """Return silence as Opus in Ogg: packets of 20 ms."""
-    count, skipped = round(SOUND_DURATION_S / 0.02), 312  # a packet more than heard covers what is skipped
+    """Return silence as Opus in Ogg, in packets of 20 ms."""
+    count, skipped = round(SOUND_DURATION_S / 0.02), 312  # players skip 312 samples, for which there is one more packet
     head = struct.pack("<8sBBHIHB", b"OpusHead", 1, 1, skipped, 48_000, 0, 0)
     tags = struct.pack("<8sI7sI", b"OpusTags", 7, b"testbed", 0)
     pages = [_ogg_page([head], 0, 2, 0), _ogg_page([tags], 1, 0, 0)]
@@ -254,19 +254,19 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """What goes over the wire; made of several chunks it is sent chunked, at the plan's pace."""
+    """The body of a response. Several chunks are sent one by one, at the pace of the plan."""
 
     content_type: str
     chunks: Iterable[bytes]
 
     @property
     def chunks_known(self) -> list[bytes]:
-        """The chunks if they are already made, else none."""
+        """The chunks if they are a list, or an empty list if they are generated while they are sent."""
         return self.chunks if isinstance(self.chunks, list) else []
 
 
 def words_for(plan: Plan) -> list[str]:
-    """Return the answer's words, each with the space before it: as told, else made from the prompt."""
+    """Return the words of the text, each with the space before it. The same prompt always gets the same words."""
     if "say" in plan:
         return re.findall(r"\s*\S+", plan.text("say"))
     chooser = random.Random(plan.prompt)
@@ -275,7 +275,7 @@ def words_for(plan: Plan) -> list[str]:
 
 
 def _padding(plan: Plan) -> Iterator[str] | None:
-    """Return the filling of a huge or endless answer, or None for an ordinary one."""
+    """Return the filling of a huge or endless answer, or None when the answer is of ordinary size."""
     if "endless" in plan:
         return itertools.repeat(PIECE)
     if "big" in plan:
@@ -284,7 +284,7 @@ def _padding(plan: Plan) -> Iterator[str] | None:
 
 
 def _json_answer(document: object, gap: Iterable[str] = ()) -> Answer:
-    """Return a JSON answer; pieces, which need no escaping, go where the document has the gap."""
+    """Return a JSON answer. The pieces replace _GAP in the document, and must not need any escaping."""
     head, *tail = json.dumps(document).split(_GAP)
     pieces = itertools.chain([head], gap, tail) if tail else [head]
     return Answer("application/json", (piece.encode() for piece in pieces) if tail else [head.encode()])
@@ -296,7 +296,7 @@ def _event(document: object) -> bytes:
 
 
 def _finish_reason(plan: Plan, is_cut_short: bool) -> str | None:
-    """Return why the text ends, as the provider tells it."""
+    """Return the finish_reason of the text."""
     if "half" in plan:
         return None
     return "content_filter" if "filter" in plan else "length" if is_cut_short else "stop"
@@ -304,7 +304,7 @@ def _finish_reason(plan: Plan, is_cut_short: bool) -> str | None:
 
 @dataclass(frozen=True)
 class Completion:
-    """A chat answer before it takes the form of JSON or of events."""
+    """The content of a chat answer, which can be sent as one JSON document or as events."""
 
     plan: Plan
     model: str
@@ -313,14 +313,14 @@ class Completion:
 
     @property
     def usage(self) -> Body | None:
-        """The token counts, unless the plan forbids them."""
+        """The token counts, or None where the plan says that there are none."""
         if "no-usage" in self.plan:
             return None
         spent, made = len(self.plan.prompt.split()), len(self.words)
         return {"prompt_tokens": spent, "completion_tokens": made, "total_tokens": spent + made}
 
     def envelope(self, kind: str, choices: list[Body], **more: object) -> Body:
-        """Return the fields that chunks and whole answers share."""
+        """Return a document with the fields that events and whole answers have in common."""
         head: Body = {"id": "chatcmpl-testbed", "object": kind, "created": CREATED_AT, "model": self.model}
         return {**head, "choices": choices, **more}
 
@@ -338,7 +338,7 @@ class Completion:
         return _event(self.envelope("chat.completion.chunk", [choice]))
 
     def events(self, include_usage: bool) -> Iterator[bytes]:
-        """Yield the answer as a stream: role, words, reason, usage, end mark."""
+        """Yield the events of a stream: the role, each word, the finish_reason, the usage and the end mark."""
         words: Iterable[str] = self.words
         if "endless" in self.plan:
             words = itertools.cycle(self.words or [" more"])
@@ -356,7 +356,7 @@ class Completion:
             yield b"data: [DONE]\n\n"
 
 
-# What else a server may make of an event.
+# How `[sse NAME]` changes each event of a stream.
 DIALECTS: Final[Mapping[str, Callable[[bytes], bytes]]] = {
     "crlf": lambda event: event.replace(b"\n", b"\r\n"),
     "cr": lambda event: event.replace(b"\n", b"\r"),
@@ -366,14 +366,14 @@ DIALECTS: Final[Mapping[str, Callable[[bytes], bytes]]] = {
 
 
 def tiny_events(count: int) -> Iterator[bytes]:
-    """Yield this many of the smallest events that still hold a letter of text, many in a piece."""
+    """Yield this many very small events, each with one letter of text. A chunk has a thousand of them."""
     event, at_once = b'data:{"choices":[{"delta":{"content":"x"}}]}\n\n', 1000
     yield from itertools.repeat(event * at_once, count // at_once)
     yield event * (count % at_once)
 
 
 def _one_line(megabytes: int) -> Iterator[bytes]:
-    """Yield an event whose text is this long, in pieces, and nothing that ends the line before."""
+    """Yield one event with a text of this length, in many chunks and without a line break in between."""
     head, tail = json.dumps({"choices": [{"index": 0, "delta": {"content": _GAP}}]}).split(_GAP)
     yield f"data: {head}".encode()
     yield from itertools.repeat(PIECE.encode(), megabytes * MEGABYTE // len(PIECE))
@@ -381,7 +381,7 @@ def _one_line(megabytes: int) -> Iterator[bytes]:
 
 
 def chat_answer(body: Body, plan: Plan, _origin: str) -> Answer:
-    """Answer a chat completion, streamed or whole."""
+    """Return the answer to a chat completion, as a stream if the request wants one."""
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or sys.maxsize
     words = [] if "empty" in plan else words_for(plan)
     reason = _finish_reason(plan, len(words) > limit)
@@ -403,7 +403,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def picture_for(body: Body, plan: Plan) -> bytes:
-    """Return the picture's bytes, damaged as the plan says."""
+    """Return the bytes of the picture, or whatever the plan wants in their place."""
     if "empty" in plan:
         return b""
     if "notpicture" in plan:
@@ -417,7 +417,7 @@ def picture_for(body: Body, plan: Plan) -> bytes:
 
 
 def image_answer(body: Body, plan: Plan, origin: str) -> Answer:
-    """Answer a picture: base64 in the JSON, or a URL."""
+    """Return the answer to a request for a picture, which has the picture in base64 or its URL."""
     padding = _padding(plan)
     if "url" in plan:
         item = {"url": plan.text("url", origin)}
@@ -429,7 +429,7 @@ def image_answer(body: Body, plan: Plan, origin: str) -> Answer:
 
 
 def _bytes_answer(content_type: str, data: bytes, plan: Plan) -> Answer:
-    """Return bytes as they are, with the padding behind them."""
+    """Return an answer with these bytes, followed by the filling of a huge or endless answer."""
     padding = _padding(plan)
     if padding is None:
         return Answer(content_type, [data])
@@ -437,12 +437,12 @@ def _bytes_answer(content_type: str, data: bytes, plan: Plan) -> Answer:
 
 
 def file_answer(body: Body, plan: Plan, _origin: str) -> Answer:
-    """Answer the file behind a picture's URL."""
+    """Return the answer to a request for the URL of a picture."""
     return _bytes_answer("image/png", picture_for(body, plan), plan)
 
 
 def speech_answer(body: Body, plan: Plan, _origin: str) -> Answer:
-    """Answer a sound in the wanted format (WAV for one we can't make)."""
+    """Return the answer to a request for a sound. It is WAV where the wanted format is not in SOUNDS."""
     if "wav-streaming" in plan:
         data = sound_wav(streaming=True)
         return Answer("audio/wav", [data[index : index + 4096] for index in range(0, len(data), 4096)])
@@ -482,7 +482,7 @@ SHAPES: Final[dict[str, Callable[[], str]]] = {
 
 
 def shape_answer(body: Body, plan: Plan, _origin: str) -> Answer:
-    """Answer JSON that isn't what the interface promises; streamed where a stream was asked for."""
+    """Return JSON that is not what the interface promises, as a stream if the request wants one."""
     data = SHAPES.get(plan.text("shape"), SHAPES["broken"])().encode(errors="surrogateescape")
     if body.get("stream") and plan.text("shape") != "error":
         return Answer("text/event-stream", [b"data: " + data + b"\n\n", b"data: [DONE]\n\n"])
@@ -513,13 +513,13 @@ RAW_ANSWERS: Final[dict[str, Callable[[], Iterable[bytes]]]] = {
 
 @lru_cache(maxsize=2)
 def gzip_bomb(megabytes: int) -> bytes:
-    """Return a small gzip file that unpacks to so many megabytes."""
+    """Return a small gzip file that unpacks to this many megabytes."""
     compressor = zlib.compressobj(1, zlib.DEFLATED, 31)
     piece = b" " * MEGABYTE
     return b"".join(compressor.compress(piece) for _ in range(megabytes)) + compressor.flush()
 
 
 def first_half(chunks: Iterable[bytes]) -> list[bytes]:
-    """Return about half of an answer; of an endless one a good deal."""
+    """Return about half of an answer, or some thousand chunks of an endless one."""
     known = list(itertools.islice(chunks, 4096))
     return known[: len(known) // 2] if len(known) > 1 else [chunk[: len(chunk) // 2] for chunk in known]

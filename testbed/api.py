@@ -33,11 +33,15 @@ SOURCE: Final = Path(__file__).parent.parent  # the folder of worker.py
 
 
 class Api:
-    """Acts as the API does: inserts documents, enqueues, cancels, and hears every notification."""
+    """Does what the API does: inserts documents, sends messages, cancels jobs, and receives all notifications.
+
+    `heard` is the list of the notifications so far.
+    """
 
     def __init__(
         self, mongodb_url: str, redis_url: str, database: str = DATABASE, queue: str = "ai_jobs", broker_url: str = ""
     ) -> None:
+        """Connect to MongoDB and the broker, which is Redis without a broker URL, and subscribe to both channels."""
         self.queue = queue
         self.redis_url = redis_url
         self.mongo: MongoClient[dict[str, Any]] = MongoClient(mongodb_url, tz_aware=True)
@@ -52,11 +56,13 @@ class Api:
         self._listener = self._pubsub.run_in_thread(0.05, daemon=True, exception_handler=self._ignore_outage)
 
     def _hear(self, message: dict[str, Any]) -> None:
+        """Keep a notification, with the time of its arrival."""
         self.heard.append({**json.loads(message["data"]), "heard_at": time.time()})
 
     @staticmethod
     def _ignore_outage(_error: BaseException, _pubsub: object, _thread: object) -> None:
-        time.sleep(0.2)  # the server is away on purpose; the client connects again by itself
+        """Wait a little while Redis is away, which tests cause on purpose. The client connects again by itself."""
+        time.sleep(0.2)
 
     def close(self) -> None:
         """Stop listening and close the connections."""
@@ -67,7 +73,7 @@ class Api:
         self.mongo.close()
 
     def insert(self, job_type: str, input_data: object, **fields: object) -> ObjectId:
-        """Insert a document as the API does and return its id; fields replace or add to the usual ones."""
+        """Insert a document as the API does and return its id. The fields replace the usual ones or are added."""
         now = datetime.now(UTC)
         document = {
             "user_id": "user-1",
@@ -83,34 +89,34 @@ class Api:
         return inserted
 
     def send(self, *args: object, kwargs: dict[str, Any] | None = None, **options: Any) -> AsyncResult[Any]:
-        """Send a message with these very arguments."""
+        """Send a message with exactly these arguments."""
         return self.celery.send_task(TASK_NAME, args=args, kwargs=kwargs, queue=self.queue, **options)
 
     def send_body(self, body: object, headers: Mapping[str, object] | None = None, **options: Any) -> None:
-        """Send a message of the task with this very body, whatever its shape, and with some headers replaced."""
+        """Send a message of the task with exactly this body, which may be malformed, and replace some headers."""
         usual, properties, _, event = self.celery.amqp.as_task_v2(str(uuid.uuid4()), TASK_NAME, args=(), kwargs={})
         with self.celery.producer_pool.acquire() as producer:
             message = ({**usual, **(headers or {})}, properties, body, event)
             self.celery.amqp.send_task_message(producer, TASK_NAME, message, queue=self.queue, **options)
 
     def enqueue(self, job_id: ObjectId, **options: Any) -> AsyncResult[Any]:
-        """Send the message that belongs to a document."""
+        """Send the message for a document, with copies of some fields, as the API does."""
         document = self.document(job_id)
         copied = {key: document.get(key) for key in ("job_type", "input_data", "user_id", "session_id")}
         return self.send(str(job_id), {"job_id": str(job_id), **copied}, **options)
 
     def submit(self, job_type: str, input_data: object, **options: Any) -> ObjectId:
-        """Insert and enqueue."""
+        """Insert a document, send its message, and return the id."""
         job_id = self.insert(job_type, input_data)
         self.enqueue(job_id, **options)
         return job_id
 
     def text(self, prompt: str, **options: Any) -> ObjectId:
-        """Submit a text job with this prompt, which may hold directives for the provider."""
+        """Submit a text job with this prompt, which may contain directives for the provider."""
         return self.submit("text_generation", {"prompt": prompt}, **options)
 
     def cancel(self, job_id: ObjectId) -> None:
-        """Cancel as the API does: by the document alone."""
+        """Cancel a job as the API does, which only changes the document."""
         self.jobs.update_one({"_id": job_id}, {"$set": {"status": "failed", "error_message": "Cancelled."}})
 
     def document(self, job_id: ObjectId) -> dict[str, Any]:
@@ -124,7 +130,7 @@ class Api:
         return str(self.document(job_id)["status"])
 
     def wait(self, job_id: ObjectId, *statuses: str, timeout_s: float = 20) -> dict[str, Any]:
-        """Wait until the job has one of these statuses (by default a terminal one); return its document."""
+        """Wait until the job has one of these statuses, by default a terminal one, and return its document."""
         wanted = statuses or TERMINAL
         poll(lambda: self.status(job_id) in wanted, timeout_s, description=f"job {job_id} {' or '.join(wanted)}")
         return self.document(job_id)
@@ -142,7 +148,7 @@ class Api:
         return [m for m in list(self.heard) if m["job_id"] == str(job_id) and m["type"] == "job_progress"]
 
     def wait_notice(self, job_id: ObjectId, status: str, timeout_s: float = 10) -> dict[str, Any]:
-        """Wait for the first message with this status about the job."""
+        """Wait for a message with this status about the job, and return the first one."""
 
         def find() -> dict[str, Any] | None:
             return next((m for m in self.updates(job_id) if m["status"] == status), None)
@@ -153,21 +159,22 @@ class Api:
 
 
 class WorkerProcess:
-    """`python worker.py` as a process of its own, in a session of its own, with its log in a file.
+    """`python worker.py` as a child process in a session of its own, which writes its log to a file.
 
-    It runs in the log's folder, so that no `.env` of the sources reaches it.
+    It runs in the folder of the log, so that a `.env` beside worker.py does not change its settings.
     """
 
     def __init__(
         self, environment: Mapping[str, str], log: Path, command: list[str] | None = None, python: str = sys.executable
     ) -> None:
+        """Start the worker, or another command. The environment adds to that of this process."""
         self.log = log
         arguments = command or [str(SOURCE / "worker.py")]
         self.process = spawn([python, *arguments], log, {**os.environ, **environment}, log.parent)
 
     @property
     def name(self) -> str:
-        """The name under which Celery knows it, once it is ready."""
+        """Celery's name for the worker, which has to be ready."""
         found = re.search(r"(\S+@\S+) ready\.", self.text())
         assert found, self.text()
         return found[1]
@@ -177,13 +184,13 @@ class WorkerProcess:
         return self.log.read_text(errors="replace")
 
     def wait_ready(self, timeout_s: float = 20, says: str = " ready.") -> WorkerProcess:
-        """Wait until it says that it consumes."""
+        """Wait until the log says that the worker is ready to take jobs."""
         poll(lambda: says in self.text() or self.process.poll() is not None, timeout_s, description="worker ready")
         assert self.process.poll() is None, self.text()
         return self
 
     def children(self) -> list[int]:
-        """Return the process ids of its pool."""
+        """Return the process ids of the worker's pool."""
         return [child.pid for child in psutil.Process(self.process.pid).children()]
 
     def signal(self, number: int) -> None:
@@ -191,13 +198,13 @@ class WorkerProcess:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill it with its children, as a power cut does."""
+        """Kill the worker and its children at the same time, as a power cut does."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
 
     def stop(self, timeout_s: float = 20) -> int:
-        """Send SIGTERM and return the exit code; a worker that doesn't end is killed."""
+        """Send SIGTERM and return the exit code. A worker that does not end in time is killed."""
         if self.process.poll() is None:
             self.process.terminate()
         try:

@@ -30,20 +30,20 @@ PrivateKey = ec.EllipticCurvePrivateKey
 
 @dataclass(frozen=True)
 class Certificate:
-    """A server's certificate for this machine, made by an authority of its own; paths of PEM files."""
+    """A server's certificate for this machine, signed by an authority that exists only for it. Both are PEM files."""
 
-    authority: Path
-    pair: Path
+    authority: Path  # what a client has to trust
+    pair: Path  # the server's certificate and its private key
 
     def context(self) -> ssl.SSLContext:
-        """Return what a server needs to speak TLS with it."""
+        """Return the context with which a server uses this certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.pair)
         return context
 
 
 def make_certificate(directory: Path) -> Certificate:
-    """Make an authority and a server's certificate for 127.0.0.1 and localhost, in two files of the directory."""
+    """Make an authority and a server's certificate for 127.0.0.1 and localhost, as two files in the directory."""
     now = datetime.now(UTC)
 
     def issue(name: str, key: PrivateKey, issuer: str, signer: PrivateKey, *extensions: x509.ExtensionType) -> bytes:
@@ -69,12 +69,12 @@ def make_certificate(directory: Path) -> Certificate:
 
 
 class TlsProxy:
-    """Speaks TLS in front of a local server that can't, in a thread; a context manager."""
+    """Accepts TLS on behalf of a local server that has none. It runs in a thread and is a context manager."""
 
     def __init__(self, target_port: int, certificate: Certificate, port: int = 0) -> None:
-        """Choose the server behind it; nothing is started."""
+        """Choose the server by its port, but start nothing."""
         self.port = port or free_port()
-        self.handshakes = 0  # connections whose client trusted the certificate
+        self.handshakes = 0  # how many connections were made by clients that trust the certificate
         self._target_port, self._certificate = target_port, certificate
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tls-proxy", daemon=True)
@@ -91,11 +91,11 @@ class TlsProxy:
         self._loop.close()
 
     async def _start(self) -> None:
-        """Listen, in the proxy's thread."""
+        """Begin to listen. Runs in the proxy's thread."""
         self._server = await asyncio.start_server(self._serve, LOOPBACK, self.port, ssl=self._certificate.context())
 
     async def _stop(self) -> None:
-        """Close everything, in the proxy's thread."""
+        """Stop listening and end all connections. Runs in the proxy's thread."""
         self._server.close()
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
@@ -103,7 +103,7 @@ class TlsProxy:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry bytes both ways until one side ends."""
+        """Forward bytes in both directions until one side closes its connection."""
         self.handshakes += 1
         behind_reader, behind_writer = await asyncio.open_connection(LOOPBACK, self._target_port)
         ways = [self._carry(reader, behind_writer), self._carry(behind_reader, writer)]
@@ -114,6 +114,7 @@ class TlsProxy:
 
     @staticmethod
     async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward one direction. Raises: ConnectionError at its end, so that `_serve` ends the other one too."""
         while data := await reader.read(65_536):
             writer.write(data)
             await writer.drain()
@@ -124,16 +125,17 @@ class TlsProxy:
 
 
 class Gateway:
-    """Forwards TCP to a server, and fails as a network does; a context manager.
+    """Forwards TCP connections to a server and fails as a network does. It is a context manager.
 
-    `swallow` is a cable pulled out: nothing is closed or refused, and what was sent stays on its way until `pass_on`.
+    `swallow` has the effect of a cable that is pulled out: no connection is closed or refused, but nothing arrives.
+    What was sent meanwhile arrives after `pass_on`.
     """
 
     CHUNK_BYTES: ClassVar[int] = 65_536
     BACKLOG: ClassVar[int] = 128
 
     def __init__(self, url: str, host: str = LOOPBACK) -> None:
-        """Choose the server by its URL; nothing is started."""
+        """Choose the server by its URL, but start nothing."""
         self.host = host
         self.port = free_port(host)
         target = urlsplit(url)
@@ -148,14 +150,14 @@ class Gateway:
         self._listener: socket.socket | None = None
 
     def start(self) -> Gateway:
-        """Listen and pass on."""
+        """Begin to listen and to forward."""
         self._listener = socket.create_server((self.host, self.port), backlog=self.BACKLOG)
         self._passing.set()
         threading.Thread(target=self._accept, args=(self._listener,), name="gateway", daemon=True).start()
         return self
 
     def close(self) -> None:
-        """Stop listening and cut all connections."""
+        """Stop listening and close all connections."""
         if self._listener:
             self.pass_on()
             listener, self._listener = self._listener, None
@@ -171,11 +173,12 @@ class Gateway:
         self.close()
 
     def swallow(self) -> None:
-        """Forward nothing, accept nobody, close nothing."""
+        """Forward nothing, accept no new connection, and close none."""
         assert self._listener
         self._passing.clear()
         self._listener.listen(0)
-        # A full backlog makes Linux drop what else wants to connect, as a dead network does.
+        # These connections fill the backlog. Linux then drops the packets of further clients without an answer, as if
+        # the network were gone.
         for _ in range(3):
             filler = socket.socket()
             filler.setblocking(False)
@@ -183,7 +186,7 @@ class Gateway:
             self._fillers.append(filler)
 
     def pass_on(self) -> None:
-        """Forward again, first of all what was held."""
+        """Forward again, beginning with what was held back."""
         assert self._listener
         for filler in self._fillers:
             filler.close()
@@ -192,7 +195,7 @@ class Gateway:
         self._passing.set()
 
     def cut(self) -> int:
-        """Close all connections, and return how many there were; new ones are welcome."""
+        """Close all connections and return how many there were. New ones are accepted."""
         with self._lock:
             pairs = list(self._pairs)
         for pair in pairs:
@@ -200,7 +203,10 @@ class Gateway:
         return len(pairs)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Take connections until the listener is closed; one that was given up meanwhile is no reason to stop."""
+        """Accept connections until the listener is closed.
+
+        `accept` fails too when a client has given up its connection meanwhile, so its errors do not end the loop.
+        """
         while listener.fileno() >= 0:
             with suppress(OSError):
                 client, _ = listener.accept()
@@ -208,7 +214,7 @@ class Gateway:
                 self._connect(client)
 
     def _connect(self, client: socket.socket) -> None:
-        """Pair a client with a connection to the server; hang up where there is none, as the server would."""
+        """Connect a client with the server, or close its connection when the server can't be reached."""
         try:
             server = socket.create_connection(self._target, timeout=5)
         except OSError:
@@ -223,7 +229,7 @@ class Gateway:
             threading.Thread(target=self._pump, args=arguments, name="gateway-pump", daemon=True).start()
 
     def _pump(self, source: socket.socket, target: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
-        """Forward one direction until either side ends; an end is held back like data."""
+        """Forward one direction until either side closes. After `swallow` the closing is held back too, like data."""
         with suppress(OSError):
             while data := source.recv(self.CHUNK_BYTES):
                 self._passing.wait()
@@ -232,7 +238,7 @@ class Gateway:
         self._hang_up(pair)
 
     def _hang_up(self, pair: tuple[socket.socket, socket.socket]) -> None:
-        """Close both sides; a thread that waits for one of them ends."""
+        """Close both sides. The threads that read from them end by that."""
         with self._lock:
             self._pairs.discard(pair)
         for side in pair:

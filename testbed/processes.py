@@ -29,9 +29,9 @@ STOP_TIMEOUT_S: Final = 10.0
 
 
 def poll(condition: Callable[[], T], timeout_s: float, interval_s: float = 0.02, description: str = "") -> T:
-    """Wait until the condition is truthy and return its value.
+    """Call the condition again and again until it returns something truthy, and return that.
 
-    Raises: TimeoutError, which says what was waited for (the description, or where the condition stands).
+    Raises: TimeoutError, whose message has the description or, without one, the condition's name, file and line.
     """
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -43,21 +43,24 @@ def poll(condition: Callable[[], T], timeout_s: float, interval_s: float = 0.02,
 
 
 def _describe(condition: Callable[[], object]) -> str:
-    """Name a condition by its qualified name, file and line."""
+    """Return a condition's qualified name, file and line."""
     name = getattr(condition, "__qualname__", repr(condition))
     code = getattr(condition, "__code__", None)
     return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name
 
 
 def free_port(host: str = LOOPBACK) -> int:
-    """Return a TCP port that nothing listens on at the moment."""
+    """Return a TCP port on which no process listens at the moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def _is_free(host: str, port: int) -> bool:
-    """Return whether a server could listen there; old connections that still fade away don't matter."""
+    """Return whether a server could listen there.
+
+    SO_REUSEADDR, which the servers set too, allows that while the kernel still keeps closed connections of that port.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with suppress(OSError):
@@ -66,24 +69,26 @@ def _is_free(host: str, port: int) -> bool:
     return False
 
 
-def reachable(host: str) -> str:
-    """Return the address under which this machine reaches a server bound to the host."""
+def reachable_host(host: str) -> str:
+    """Return the host by which clients on this machine reach a server that is bound to the given host."""
     return LOOPBACK if host in {"0.0.0.0", "::", ""} else host
 
 
-# --- child processes that die with us -----------------------------------------------------------------------
+# --- child processes that end with their parent -------------------------------------------------------------
 
 
 class ServerUnavailable(RuntimeError):
-    """No usable binary of this server on this machine; the message says how to get one."""
+    """This machine has no usable binary of the server. The message says how to get one."""
 
 
 class ServerFailed(RuntimeError):
-    """The server was found but ended at its start; the message has the end of its log."""
+    """The server could not start. The message has the end of its log."""
 
 
-# Runs in the child before its exec: PR_SET_PDEATHSIG (1) with SIGKILL, which reaches a paused server too.
-# A preexec_fn would run in a copy of this process, where a lock held by another thread stays locked for ever.
+# The child runs this before it becomes the server. PR_SET_PDEATHSIG (1) makes the kernel send it a signal when its
+# parent ends. The signal is SIGKILL (9), since a paused server would not react to any other. A preexec_fn of
+# subprocess could do the same, but it runs in a fork of this process, where a lock that another thread holds at that
+# moment is never released.
 _DIE_WITH_PARENT: Final = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
@@ -92,14 +97,18 @@ if os.getppid() != int(sys.argv[1]):
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 
-# The signal comes when the *thread* that made the child ends, so one thread makes all of them and never ends.
+# The kernel sends that signal as soon as the *thread* ends that started the child. So all children are started by one
+# thread, which lasts as long as the process.
 _spawner: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawner")
 
 
 def spawn(
     command: list[str], output: Path, environment: Mapping[str, str] | None = None, directory: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a child in a session of its own, output appended to a file; on Linux it is killed when we end."""
+    """Start a child process in a session of its own, and append its output to a file.
+
+    On Linux the kernel kills the child when this process ends, even by SIGKILL.
+    """
     launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
     full_command = [*launcher, *command] if sys.platform == "linux" else command
 
@@ -119,13 +128,16 @@ def spawn(
 
 
 class Server:
-    """A server as a child process, on the same port and data over restarts; a context manager."""
+    """A server as a child process, which keeps its port and its data over restarts. It is a context manager."""
 
     name: ClassVar[str] = "server"
     start_timeout_s: ClassVar[float] = START_TIMEOUT_S
 
     def __init__(self, port: int = 0, host: str = LOOPBACK, directory: Path | None = None) -> None:
-        """Choose port and directory; a directory that isn't given is a temporary one, removed by `close`."""
+        """Choose the port and the directory, but start nothing.
+
+        Without a directory the server gets a temporary one, which `close` removes.
+        """
         self.host = host
         self.port = port or free_port()
         self.directory = directory or Path(tempfile.mkdtemp(prefix=f"testbed-{self.name}-"))
@@ -137,31 +149,31 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The URL under which clients reach the server."""
+        """The URL that clients use."""
         raise NotImplementedError
 
     @property
     def address(self) -> str:
-        """Host and port as a client on this machine needs them."""
-        return f"{reachable(self.host)}:{self.port}"
+        """The host and port that clients on this machine use."""
+        return f"{reachable_host(self.host)}:{self.port}"
 
     @property
     def log(self) -> Path:
-        """The file that the server's output goes to."""
+        """The file to which the server's output is written."""
         return self.directory / f"{self.name}.log"
 
     @property
     def pid(self) -> int | None:
-        """The process id while the server runs, else None."""
+        """The process id, or None when the server does not run."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is alive (a paused one is)."""
+        """Whether the process exists. That of a paused server does."""
         return self.pid is not None
 
     def start(self: ServerType) -> ServerType:
-        """Start the server and wait until it answers; does nothing when it runs.
+        """Start the server, unless it runs already, and wait until it answers.
 
         Raises: ServerUnavailable, ServerFailed, TimeoutError.
         """
@@ -175,23 +187,23 @@ class Server:
         return self
 
     def stop(self) -> None:
-        """End the server in an orderly way, by force when that takes too long."""
+        """Send SIGTERM and wait for the end. A server that does not end within STOP_TIMEOUT_S is killed."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the server at once, as a crash would."""
+        """Send SIGKILL, as if the server had crashed."""
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Freeze the server: connections stay open and nothing is answered."""
+        """Stop the process by SIGSTOP: its connections stay open, but it does not answer."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Let a paused server continue."""
         self._signal(signal.SIGCONT)
 
     def restart(self: ServerType, crash: bool = False) -> ServerType:
-        """Stop (or kill) the server and start it again on the same data."""
+        """Stop the server, or kill it, and start it again on the same data."""
         if crash:
             self.kill()
         else:
@@ -199,7 +211,11 @@ class Server:
         return self.start()
 
     def close(self) -> None:
-        """Stop the server and remove its temporary directory; harmless in a forked child."""
+        """Stop the server and remove its temporary directory.
+
+        In a fork of the process that made this object it does nothing. A fork inherits the atexit handler, and its end
+        must not stop the server of its parent.
+        """
         if os.getpid() != self._owner_pid:
             return
         self.stop()
@@ -218,26 +234,29 @@ class Server:
         raise NotImplementedError
 
     def _answers(self) -> bool:
-        """Return whether the server answers a ping of its own protocol."""
+        """Return whether the server answers a request in its own protocol."""
         raise NotImplementedError
 
     def _prepare(self) -> None:
-        """Bring a server that answers into the state that was asked for."""
+        """Do what remains to be done once the server answers, for example create its users."""
 
     def _answers_or_ended(self) -> bool:
-        """Return whether the server answers; raises ServerFailed as soon as its process has ended."""
+        """Return whether the server answers. Raises: ServerFailed, when its process has ended."""
         if not self.is_running:
             tail = self.log.read_text(errors="replace")[-2000:] if self.log.exists() else ""
             raise ServerFailed(f"{self.name} ended at its start on port {self.port}:\n{tail}")
         return self._answers()
 
     def _signal(self, number: signal.Signals) -> None:
-        """Send a signal to a running server."""
+        """Send a signal to the server if it runs."""
         if self._process and self._process.poll() is None:
             self._process.send_signal(number)
 
     def _end(self, number: signal.Signals) -> None:
-        """Send the signal, wake a paused process so that it sees it, and wait for the end."""
+        """Send the signal and wait for the end.
+
+        SIGCONT follows it, since a paused process would otherwise not react to SIGTERM.
+        """
         if self._process is None:
             return
         self._signal(number)

@@ -36,7 +36,7 @@ from testbed.answers import (
     speech_answer,
 )
 from testbed.network import Certificate
-from testbed.processes import LOOPBACK, START_TIMEOUT_S, STOP_TIMEOUT_S, free_port, reachable
+from testbed.processes import LOOPBACK, START_TIMEOUT_S, STOP_TIMEOUT_S, free_port, reachable_host
 
 Outcome = Literal["running", "answered", "disconnected", "fault"]
 Answerer = Callable[[Body, Plan, str], Answer]
@@ -46,7 +46,7 @@ MAX_REQUEST_BYTES: Final = 64 * MEGABYTE
 
 @dataclass
 class Call:
-    """One request as the provider saw it; times in Unix seconds."""
+    """The record of one request. Its times are Unix times."""
 
     route: str
     prompt: str
@@ -54,17 +54,17 @@ class Call:
     body: Body
     authorization: str | None
     started_at: float
-    connection: object = None  # the same one for calls that came over one connection
+    connection: object = None  # the client's address, which is the same for all calls over one connection
     ended_at: float | None = None
     outcome: Outcome = "running"
 
     @property
     def duration_s(self) -> float:
-        """Seconds from the request to its end, or to now while it runs."""
+        """The seconds from the request to its end or, while it runs, to now."""
         return (self.ended_at or time.time()) - self.started_at
 
     def finish(self, outcome: Outcome) -> None:
-        """Note how the call ended; the first note stays."""
+        """Record how the call ended. Only the first outcome is kept."""
         if self.outcome == "running":
             self.ended_at = time.time()
             self.outcome = outcome
@@ -72,7 +72,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request on its way to an answer."""
+    """A request that is being answered, with what belongs to it."""
 
     request: web.Request
     body: Body
@@ -81,7 +81,7 @@ class Exchange:
 
 
 def error_response(status: int, message: str, retry_after: str = "", field: str | None = None) -> web.Response:
-    """Return an error in OpenAI's form, which may name a field of the request."""
+    """Return an error in OpenAI's form. It can name the field of the request that is wrong."""
     kind = {401: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
     kind = "invalid_request_error" if status in {400, 404, 413, 422} else kind
     code = "invalid_api_key" if status == 401 else "unsupported_parameter" if field else None
@@ -91,18 +91,21 @@ def error_response(status: int, message: str, retry_after: str = "", field: str 
 
 
 def _key_error(request: web.Request, prompt: str = "") -> web.Response:
-    """Return the answer to a wrong key, which repeats the key and the words."""
+    """Return the answer to a wrong key. It repeats key and prompt, so that tests can look for them in logs."""
     key = request.headers.get("Authorization", "").removeprefix("Bearer ")
     return error_response(401, f"Incorrect API key provided: {key}. You can find it in your account. {prompt}")
 
 
 class Provider:
-    """An OpenAI-compatible server in a thread, on the same port over restarts; a context manager."""
+    """An OpenAI-compatible server in a thread, which keeps its port over restarts. It is a context manager."""
 
     def __init__(
         self, port: int = 0, host: str = LOOPBACK, api_key: str | None = None, certificate: Certificate | None = None
     ) -> None:
-        """Choose the address and the key that requests must carry; nothing is started. With a certificate: https."""
+        """Choose the address and the key that requests must have, but start nothing.
+
+        Without a key all requests are accepted. With a certificate the provider speaks https only.
+        """
         self.certificate = certificate
         self.host = host
         self.port = port or free_port()
@@ -120,36 +123,36 @@ class Provider:
     def url(self) -> str:
         """The base URL for an OpenAI client."""
         scheme = "https" if self.certificate else "http"
-        return f"{scheme}://{reachable(self.host)}:{self.port}/v1"
+        return f"{scheme}://{reachable_host(self.host)}:{self.port}/v1"
 
     @property
     def is_running(self) -> bool:
-        """Whether the provider takes requests."""
+        """Whether the provider accepts requests."""
         return self._thread is not None
 
     @property
     def calls(self) -> list[Call]:
-        """All calls so far, oldest first, those that still run included."""
+        """All calls so far, including those that still run, oldest first."""
         with self._lock:
             return list(self._calls)
 
     @property
     def running(self) -> list[Call]:
-        """The calls that are being answered."""
+        """The calls that are not answered yet."""
         return [call for call in self.calls if call.outcome == "running"]
 
     def calls_for(self, prompt_fragment: str) -> list[Call]:
-        """Return the calls whose prompt has this in it, oldest first."""
+        """Return the calls whose prompt contains this text, oldest first."""
         return [call for call in self.calls if prompt_fragment in call.prompt]
 
     def clear(self) -> None:
-        """Forget all calls, and with them how often each prompt was seen."""
+        """Delete the record of calls. For `times=N` the count begins anew."""
         with self._lock:
             self._calls.clear()
             self._calls_by_prompt.clear()
 
     def start(self) -> Provider:
-        """Start to listen; does nothing when it does already. Raises: OSError when the port is taken."""
+        """Start to listen, unless the provider does already. Raises: OSError, when the port is taken."""
         if self._thread is None:
             self._started, self._is_stopping = Future(), False
             self._thread = threading.Thread(target=self._run, name="provider", daemon=True)
@@ -162,7 +165,7 @@ class Provider:
         return self
 
     def stop(self) -> None:
-        """Go down at once: running calls are cut, new connections refused; the record stays."""
+        """Cut the running calls and refuse new connections, as if the provider were down. The record is kept."""
         if self._thread and self._loop:
             self._is_stopping = True
             self._loop.call_soon_threadsafe(self._stop_requested.set)
@@ -176,11 +179,11 @@ class Provider:
         self.stop()
 
     def _run(self) -> None:
-        """Run the event loop, in the provider's thread."""
+        """Run the event loop. This is what the provider's thread does."""
         asyncio.run(self._main())
 
     async def _main(self) -> None:
-        """Serve until told to stop, in the provider's thread."""
+        """Serve until `stop` is called. Runs in the provider's thread."""
         self._loop, self._stop_requested = asyncio.get_running_loop(), asyncio.Event()
         runner = web.AppRunner(self._application(), handler_cancellation=True, access_log=None, shutdown_timeout=0.01)
         try:
@@ -212,7 +215,7 @@ class Provider:
         return application
 
     async def _list_models(self, request: web.Request) -> web.Response:
-        """Answer the list of models."""
+        """Respond with the list of models."""
         if not self._is_authorized(request):
             return _key_error(request)
         common = {"object": "model", "created": CREATED_AT, "owned_by": "testbed"}
@@ -220,11 +223,11 @@ class Provider:
         return web.json_response({"object": "list", "data": models})
 
     async def _list_calls(self, _request: web.Request) -> web.Response:
-        """Answer the record, for a test in another process."""
+        """Respond with the record of calls, for a test in another process."""
         return web.json_response([asdict(call) for call in self.calls])
 
     def _generation(self, answerer: Answerer) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        """Return the handler of a route that generates something."""
+        """Return the handler of a route that generates texts, pictures or sounds."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
@@ -244,7 +247,7 @@ class Provider:
         return handle
 
     async def _serve_file(self, request: web.Request) -> web.StreamResponse:
-        """Answer a picture that an earlier answer named, as that prompt asked."""
+        """Respond with a picture whose URL was in an earlier answer, by the plan of that answer's prompt."""
         if request.match_info["name"] not in self._files:
             return error_response(404, "There is no such file.")
         body, plan = self._files[request.match_info["name"]]
@@ -253,11 +256,11 @@ class Provider:
             return await self._respond(exchange, file_answer)
 
     def _is_authorized(self, request: web.Request) -> bool:
-        """Return whether the request has the key, if one is needed."""
+        """Return whether the request has the right key, or needs none."""
         return self.api_key is None or request.headers.get("Authorization") == f"Bearer {self.api_key}"
 
     def _record(self, request: web.Request, body: Body, prompt: str) -> Call:
-        """Enter a call that begins now."""
+        """Add a call that begins now to the record, and return it."""
         authorization = request.headers.get("Authorization")
         connection = request.transport and request.transport.get_extra_info("peername")
         call = Call(request.path, prompt, str(body.get("model", "")), body, authorization, time.time(), connection)
@@ -266,7 +269,7 @@ class Provider:
         return call
 
     def _plan_for(self, prompt: str) -> Plan:
-        """Count the call and return what is in force for it."""
+        """Count the call and return the directives that apply to it."""
         directives = parse_directives(prompt)
         with self._lock:
             self._calls_by_prompt[prompt] += 1
@@ -275,7 +278,7 @@ class Provider:
 
     @contextmanager
     def _noting_the_end(self, exchange: Exchange) -> Iterator[None]:
-        """Note how the call ended: its client left, we went down, a fault, or in good order."""
+        """Record how the call ended: by its client, by `stop`, with a fault, or with a good answer."""
         try:
             yield
         except (asyncio.CancelledError, ConnectionError):
@@ -285,7 +288,7 @@ class Provider:
             exchange.call.finish("fault" if FAULTS & exchange.plan.directives.keys() else "answered")
 
     async def _respond(self, exchange: Exchange, answerer: Answerer) -> web.StreamResponse:
-        """Answer as the plan says: wait, fail as a whole, or send an answer (which may be a bad one)."""
+        """Respond as the plan says: wait, fail, or send an answer, which may be a wrong one."""
         origin, plan = "", exchange.plan
         if "url" in plan and answerer is image_answer:
             origin, plan = self._publish_file(exchange)
@@ -309,9 +312,9 @@ class Provider:
         return await _send_in_chunks(exchange, answer, plan)
 
     def _publish_file(self, exchange: Exchange) -> tuple[str, Plan]:
-        """Return the URL of the picture to come and the plan of the answer that names it.
+        """Return the URL of the picture and the plan of the answer that names it.
 
-        With a bare `[url]` the rest of the plan goes to the file.
+        With a bare `[url]` the provider serves the picture itself, and all other directives apply to that file.
         """
         if exchange.plan.text("url"):
             return "", exchange.plan
@@ -322,7 +325,7 @@ class Provider:
 
 
 async def _fail_as_a_whole(request: web.Request, plan: Plan) -> web.StreamResponse | None:
-    """Return a response that has nothing to do with the question, or None where none is wanted."""
+    """Return the response of a directive that takes the place of any answer, or None without such a directive."""
     if "hang" in plan:
         await asyncio.Event().wait()
     if "status" in plan:
@@ -341,7 +344,7 @@ async def _fail_as_a_whole(request: web.Request, plan: Plan) -> web.StreamRespon
 
 
 async def _send_raw(exchange: Exchange, pieces: Iterable[bytes]) -> web.StreamResponse:
-    """Write bytes past the HTTP library, as fast as the other side takes them, and hang up."""
+    """Write bytes to the connection without the HTTP library, as fast as the client reads, and close it."""
     transport = exchange.request.transport
     assert transport is not None
     for piece in pieces:
@@ -357,7 +360,7 @@ async def _send_raw(exchange: Exchange, pieces: Iterable[bytes]) -> web.StreamRe
 
 
 async def _send_in_chunks(exchange: Exchange, answer: Answer, plan: Plan) -> web.StreamResponse:
-    """Send an answer bit by bit, at the plan's pace, as far as the plan lets it come."""
+    """Send an answer chunk by chunk, at the pace of the plan, and cut it where the plan says so."""
     response = web.StreamResponse(headers={"Content-Type": answer.content_type})
     await response.prepare(exchange.request)
     chunks, pace_s = answer.chunks, plan.number("pace", 0)

