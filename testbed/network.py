@@ -141,6 +141,7 @@ class Gateway:
         target = urlsplit(url)
         assert target.hostname
         assert target.port
+        self.accepted = 0  # how many connections clients have made so far
         self._target = (target.hostname, target.port)
         self.url = url.replace(f"{target.hostname}:{target.port}", f"{host}:{self.port}", 1)
         self._passing = threading.Event()
@@ -210,6 +211,7 @@ class Gateway:
         while listener.fileno() >= 0:
             with suppress(OSError):
                 client, _ = listener.accept()
+                self.accepted += 1
                 self._passing.wait()
                 self._connect(client)
 

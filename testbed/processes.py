@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ ServerType = TypeVar("ServerType", bound="Server")
 LOOPBACK: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 10.0
+PORTS: Final = range(20_000, 32_000)
 
 
 # --- waiting and ports --------------------------------------------------------------------------------------
@@ -49,13 +51,6 @@ def _describe(condition: Callable[[], object]) -> str:
     return f"{name} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else name
 
 
-def free_port(host: str = LOOPBACK) -> int:
-    """Return a TCP port on which no process listens at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 def _is_free(host: str, port: int) -> bool:
     """Return whether a server could listen there.
 
@@ -67,6 +62,17 @@ def _is_free(host: str, port: int) -> bool:
             probe.bind((host, port))
             return True
     return False
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """Return a TCP port on which no process listens at the moment.
+
+    Systems take no port of this range for an outgoing connection. So a server that was stopped finds its own port free
+    when it starts again.
+    """
+    while not _is_free(host, port := random.SystemRandom().choice(PORTS)):
+        pass
+    return port
 
 
 def reachable_host(host: str) -> str:

@@ -146,7 +146,7 @@ class Provider:
         return [call for call in self.calls if prompt_fragment in call.prompt]
 
     def clear(self) -> None:
-        """Delete the record of calls. For `times=N` the count begins anew."""
+        """Delete the record of calls. For `times=N` the count begins again."""
         with self._lock:
             self._calls.clear()
             self._calls_by_prompt.clear()

@@ -21,7 +21,7 @@ from typing import Any, Final
 from amqp.exceptions import AMQPError
 from kombu import Connection
 from pymongo import MongoClient
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import AutoReconnect, OperationFailure, PyMongoError
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -229,6 +229,13 @@ class Member(MongoServer):
             return next(str(member["stateStr"]) for member in members if member.get("self"))
         return ""
 
+    @property
+    def copies(self) -> bool:
+        """Whether the member has found another one from which it copies."""
+        with suppress(PyMongoError), self._client(timeoutMS=1000) as client:
+            return bool(client.admin.command("replSetGetStatus")["syncSourceHost"])
+        return False
+
     def stop_copying(self) -> int:
         """Make the member discard other members' writes instead of copying them. It still answers and votes.
 
@@ -251,13 +258,24 @@ class Member(MongoServer):
 
     def allow_election(self) -> None:
         """Let a secondary be elected, although it stepped down and the time it must wait is not over."""
-        with self._client() as client:
-            client.admin.command("replSetFreeze", 0)
+        self._repeatable_command("replSetFreeze", 0)
 
     def _set_failpoint(self, mode: str) -> int:
         """Set the mode of the failpoint and return how often the member has come across it so far."""
-        with self._client() as client:
-            return int(client.admin.command("configureFailPoint", STOP_COPYING, mode=mode)["count"])
+        return int(self._repeatable_command("configureFailPoint", STOP_COPYING, mode=mode)["count"])
+
+    def _repeatable_command(self, *command: Any, **options: Any) -> dict[str, Any]:
+        """Run a command that does no harm when it is repeated, and return the answer.
+
+        A member that steps down or rolls back closes its connections. Then the command needs another try.
+        """
+
+        def try_once() -> dict[str, Any]:
+            with suppress(AutoReconnect), self._client() as client:
+                return client.admin.command(*command, **options)
+            return {}
+
+        return poll(try_once, START_TIMEOUT_S, description=f"{command[0]} at {self.address}")
 
 
 class ReplicaSet:
@@ -303,11 +321,17 @@ class ReplicaSet:
             member.close()
 
     def wait_whole(self, timeout_s: float = 60) -> None:
-        """Wait until one member is the primary and all others are secondaries."""
+        """Wait until one member is the primary, and all others are secondaries that copy.
+
+        A secondary that has just started connects to its source first. If the source hung at this moment, the
+        secondary would wait 20 s for it, and with three members no write would reach a majority meanwhile.
+        """
         wanted = ["PRIMARY"] + ["SECONDARY"] * (len(self.members) - 1)
 
         def is_whole() -> bool:
-            return sorted(member.state for member in self.members) == wanted
+            states = {member: member.state for member in self.members}
+            secondaries = [member for member, state in states.items() if state == "SECONDARY"]
+            return sorted(states.values()) == wanted and all(member.copies for member in secondaries)
 
         poll(is_whole, timeout_s, interval_s=0.2, description="a whole replica set")
 
@@ -332,9 +356,9 @@ class ReplicaSet:
         """
         is_replaced = partial(self._is_replaced, lost)
         poll(is_replaced, START_TIMEOUT_S, description=f"a primary other than {lost.address}")
-        self.copy_again()
         if lost.is_running:
-            lost.allow_election()
+            lost.allow_election()  # before it copies: a rollback can interrupt commands
+        self.copy_again()
 
     def copy_again(self) -> None:
         """Let all running members copy again, with or without a new primary."""
@@ -385,13 +409,19 @@ class ReplicaSet:
 
     def _is_replaced(self, lost: Member) -> bool:
         """Return whether another member than the lost one accepts writes."""
-        return any(member is not lost for _, member in self._primaries())
+        others = (member for member in self.members if member is not lost and member.is_running)
+        return any(member._is_primary() for member in others)
 
     def _configuration(self) -> dict[str, Any]:
-        """Return the set's configuration, by which all members are alike and elections are quick."""
+        """Return the set's configuration, by which all members are alike and elections are quick.
+
+        Members copy from the primary only. Otherwise, while the set is new, a secondary may try another one whose oplog
+        begins too late for it, and avoid that one for a minute. Were that one elected within the minute, there would be
+        no majority for its writes until then.
+        """
         members = [{"_id": index, "host": member.address} for index, member in enumerate(self.members)]
         settings = {"electionTimeoutMillis": 1500, "heartbeatIntervalMillis": 500}
-        settings |= {"heartbeatTimeoutSecs": 2, "catchUpTimeoutMillis": 2000}
+        settings |= {"heartbeatTimeoutSecs": 2, "catchUpTimeoutMillis": 2000, "chainingAllowed": False}
         return {"_id": REPLICA_SET, "members": members, "settings": settings}
 
     def __enter__(self) -> ReplicaSet:
@@ -548,7 +578,7 @@ class RabbitServer(Server):
     def control(self, *arguments: str) -> None:
         """Run rabbitmqctl. Raises: subprocess.CalledProcessError."""
         command = [str(find_rabbit() / "rabbitmqctl"), "--quiet", *arguments]
-        subprocess.run(command, env={**os.environ, **self._environment()}, check=True, timeout=30, capture_output=True)
+        subprocess.run(command, env={**os.environ, **self._environment()}, check=True, timeout=90, capture_output=True)
 
     def _environment(self) -> dict[str, str]:
         """Return the variables that separate this node and its commands from other nodes on the machine."""
@@ -565,6 +595,8 @@ class RabbitServer(Server):
             "RABBITMQ_CONF_ENV_FILE": str(self.directory / "none"),
             "RABBITMQ_CONFIG_FILE": str(self.directory / "none"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.directory / "none"),
+            # Erlang's schedulers would spin for work before they sleep, and take that time from the tests.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+sbwt none +sbwtdcpu none +sbwtdio none",
             "ERL_EPMD_PORT": str(self._names_port),
             "ERL_EPMD_ADDRESS": LOOPBACK,
         }
