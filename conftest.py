@@ -1,33 +1,65 @@
-"""Fixtures: one set of real servers a session, a database, a queue and an API of its own for each test."""
+"""Fixtures for test_worker.py and tests/: real servers, one set a session, and fakes for what needs no server."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import fakeredis
 import mongomock
+import pymongo
 import pytest
+import redis
 from mongomock.gridfs import enable_gridfs_integration
-from redis import Redis
+from pydantic import BaseModel
 
 import worker
-from testbed.api import Api, WorkerProcess
+import workerkit.logs
+import workerkit.process
+from testbed.api import Api, WorkerProcess, remove_foreign_settings
 from testbed.processes import Server, ServerUnavailable
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
+from tests.lab import TEXT, Notices, SetHandler, bare_settings
+from worker_commands.demo import embedded_redis
+from workerkit.process import Heartbeat
+from workerkit.settings import Settings
 
-# Settings of whoever runs the tests must not reach the workers that they start.
-FOREIGN_SETTINGS = (
-    *("OPENAI_", "TEXT_", "IMAGE_", "AUDIO_", "CELERY_", "MONGODB_", "REDIS_", "AWS_ACCESS", "S3_"),
-    *("WORKER_", "ARTIFACT_", "HANDLER_MODULES", "DEBUG"),
-)
+SERVER_FIXTURES = {"mongo_server", "redis_server"}
+# Each of these files takes half a minute or more, so they begin first. One that began last would run alone.
+LONGEST = ("rabbitmq_outages", "elections", "redis_outages", "mongodb_outages", "secrets", "jobs", "recovery", "model")
+LONGEST_FILES = [f"test_{name}.py" for name in (*LONGEST, "rabbitmq", "shutdown", "chaos", "command_line")]
+
+
+def rank(item: pytest.Item) -> int:
+    """The place of the item's file in the order: the longest first, the others in the order in which they are."""
+    name = item.path.name
+    return LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs a real server, so that `make test-fast` can leave it out. Sorts the longest files first."""
+    for item in items:
+        if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("servers")
+    items.sort(key=rank)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> None:
+    remove_foreign_settings()
+
+
+# ── real servers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def start(server: Server) -> Iterator[Server]:
-    """Starts a real server. One that can't be had fails in CI and skips elsewhere, saying how to get it."""
+    """Starts a real server. One that can't be had fails in CI, and skips elsewhere with a sentence on how to get it."""
     try:
         server.start()
     except ServerUnavailable as error:
@@ -38,11 +70,11 @@ def start(server: Server) -> Iterator[Server]:
     server.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def clean_environment() -> None:
-    for name in list(os.environ):
-        if name.startswith(FOREIGN_SETTINGS):
-            del os.environ[name]
+class ExternalServer:
+    """A server that was running already. Only its address is known."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +93,6 @@ def redis_server() -> Iterator[RedisServer]:
         yield from start(RedisServer())  # type: ignore[misc]
 
 
-class ExternalServer:
-    """A server that was running already: only its address is known."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-
 @pytest.fixture(scope="session")
 def running_provider() -> Iterator[Provider]:
     with Provider() as provider:
@@ -76,8 +101,12 @@ def running_provider() -> Iterator[Provider]:
 
 @pytest.fixture
 def provider(running_provider: Provider) -> Provider:
+    """A scripted provider in this process, reached over HTTP."""
     running_provider.clear()
     return running_provider
+
+
+# ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def worker_settings(
@@ -100,9 +129,11 @@ def worker_settings(
 
 @contextmanager
 def open_api(environment: dict[str, str]) -> Iterator[Api]:
-    """The API's side of these settings; what it made in the database is dropped at the end."""
-    names = ("MONGODB_URL", "REDIS_URL", "DATABASE_NAME", "CELERY_QUEUE_NAME")
-    api = Api(*(environment[name] for name in names), broker_url=environment.get("CELERY_BROKER_URL", ""))
+    """The API's side of these settings. What it made in the database is dropped at the end."""
+    mongodb_url, redis_url, database, queue = map(
+        environment.__getitem__, ("MONGODB_URL", "REDIS_URL", "DATABASE_NAME", "CELERY_QUEUE_NAME")
+    )
+    api = Api(mongodb_url, redis_url, database, queue, environment.get("CELERY_BROKER_URL", ""))
     try:
         yield api
         for collection in api.database.list_collection_names():
@@ -131,63 +162,98 @@ StartWorker = Callable[..., WorkerProcess]
 
 @pytest.fixture
 def start_worker(environment: dict[str, str], tmp_path: Path) -> Iterator[StartWorker]:
-    """Starts worker processes, ready to take jobs; keyword arguments are settings. Each is killed at the end."""
+    """Starts worker processes, ready to take jobs. Keyword arguments are settings. Each is killed at the end."""
     started: list[WorkerProcess] = []
 
     def start_one(*, command: list[str] | None = None, ready: bool = True, **settings: str) -> WorkerProcess:
-        worker = WorkerProcess({**environment, **settings}, tmp_path / f"worker-{len(started)}.log", command)
-        started.append(worker)
-        return worker.wait_ready() if ready else worker
+        process = WorkerProcess({**environment, **settings}, tmp_path / f"worker-{len(started)}.log", command)
+        started.append(process)
+        return process.wait_ready() if ready else process
 
     yield start_one
     for process in started:
         process.kill()
 
 
-# In-process use: the worker's parts in the test's own process.
+# ── the worker's parts in this process ───────────────────────────────────────────────────────────────────────────
+
+
+def adopt(runtime: worker.Runtime, folder: Path) -> worker.Runtime:
+    """Configures this process with the runtime. Its keeper beats there, and ticks only when a test calls tick()."""
+    vars(worker.app).pop("amqp", None)  # with the connections of the test before
+    runtime.heartbeat = Heartbeat(folder / "heartbeat")
+    return worker.configure(runtime.settings, runtime)
+
+
+@pytest.fixture(scope="session")
+def shared_database(mongo_server: MongoServer) -> Iterator[str]:
+    """One database for all runtimes of this process. A test empties it, which takes less time than to drop it."""
+    yield (name := f"test_in_process_{os.getpid()}")
+    with pymongo.MongoClient[Any](mongo_server.url) as client:
+        client.drop_database(name)
 
 
 @pytest.fixture
-def settings(environment: dict[str, str]) -> worker.Settings:
-    """The settings of `environment`, whatever the variables and the `.env` around the tests say."""
-    return worker.Settings(_env_file=None, **{name.lower(): value for name, value in environment.items()})
-
-
-def adopt(runtime: worker.Runtime, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Makes the runtime the task's own, with no shutdown announced and its heartbeat in the test's folder."""
-    monkeypatch.setattr(worker, "SHUTDOWN", worker.ShutdownTime())
-    monkeypatch.setattr(worker.process_job, "runtime", runtime, raising=False)
-    heartbeat = worker.Heartbeat(folder / "heartbeat")
-    runtime.keeper = worker.Keeper(runtime.store, runtime.sweeper, worker.SHUTDOWN, heartbeat, runtime.settings)
+def settings(environment: dict[str, str], shared_database: str) -> Settings:
+    values: dict[str, Any] = {name.lower(): value for name, value in environment.items()}
+    return bare_settings(**{**values, "database_name": shared_database})
 
 
 @pytest.fixture
-def runtime(
-    settings: worker.Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[worker.Runtime]:
-    """What one worker process works with, on real MongoDB and Redis. Its keeper ticks only when told to.
-
-    What it stored is deleted at the end, which is quicker than to drop the database.
-    """
-    worker.app.conf.update(broker_read_url=redis_server.url, broker_write_url=redis_server.url)
-    assert worker.app.conf.task_acks_late  # read for the first time it configures the app
-    worker.app.backend_cls = redis_server.url
-    runtime = worker.Runtime(settings)
-    adopt(runtime, monkeypatch, tmp_path)
+def runtime(settings: Settings, tmp_path: Path) -> Iterator[worker.Runtime]:
+    """What one worker process works with, on real MongoDB and Redis."""
+    runtime = adopt(worker.Runtime(settings), tmp_path)
     yield runtime
     for collection in runtime.database.list_collection_names():
         runtime.database[collection].delete_many({})
-    runtime.mongo.close()
-    with Redis.from_url(redis_server.url) as client:
-        client.delete(settings.celery_queue_name, f"artifact_sweep:{settings.database_name}")
+    runtime.redis.delete(settings.celery_queue_name, f"artifact_sweep:{settings.database_name}")
+    runtime.close()
+
+
+@pytest.fixture(scope="session")
+def fake_redis_url() -> Iterator[str]:
+    with embedded_redis() as url:
+        yield url
 
 
 @pytest.fixture
-def light_runtime(provider: Provider, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> worker.Runtime:
-    """The same on mongomock and fakeredis, for what these can stand for: shapes and decisions, no races."""
-    enable_gridfs_integration()
-    settings = worker.Settings(_env_file=None, openai_base_url=provider.url, openai_api_key="sk-test-planted-key")
-    runtime = worker.Runtime(settings, mongomock.MongoClient())
-    runtime.notifier = worker.Notifier(fakeredis.FakeRedis())
-    adopt(runtime, monkeypatch, tmp_path)
-    return runtime
+def light_runtime(fake_redis_url: str, provider: Provider, tmp_path: Path) -> Iterator[worker.Runtime]:
+    """The same on mongomock and fakeredis, which stand for shapes and decisions, but not for races."""
+    enable_gridfs_integration()  # type: ignore[no-untyped-call]
+    settings = bare_settings(
+        redis_url=fake_redis_url, openai_base_url=provider.url, openai_api_key="sk-test-planted-key", audio_format="wav"
+    )
+    runtime = adopt(worker.Runtime(settings, mongomock.MongoClient()), tmp_path)
+    yield runtime
+    runtime.redis.flushall()
+    runtime.close()
+
+
+@pytest.fixture
+def notices(runtime: worker.Runtime) -> Iterator[Notices]:
+    """What the runtime publishes for the API."""
+    with redis.Redis.from_url(runtime.settings.redis_url.get_secret_value()) as client:
+        notices = Notices(client)
+        yield notices
+        notices.close()
+
+
+@pytest.fixture
+def handler(monkeypatch: pytest.MonkeyPatch) -> SetHandler:
+    """Makes a function the handler of text jobs."""
+
+    class Anything(BaseModel):
+        prompt: str = ""
+
+    monkeypatch.setattr(worker, "HANDLERS", dict(worker.HANDLERS))
+    return lambda run: worker.HANDLERS.update({TEXT: worker.Handler(run, Anything, "text")})
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The worker's monotonic clock, to be set by hand."""
+    now = [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time, sleep=time.sleep)
+    for module in (worker, workerkit.logs, workerkit.process):
+        monkeypatch.setattr(module, "time", clock)
+    return now

@@ -1,7 +1,4 @@
-"""The operator's screens: `check` tries every connection, `status` shows what is going on.
-
-Imported by those two commands only; no part of what handles jobs.
-"""
+"""`python worker.py check`: tries every connection, and gives advice where one fails."""
 
 from __future__ import annotations
 
@@ -14,39 +11,30 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import click
 import pymongo
 import redis
-from pymongo.write_concern import WriteConcern
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from worker import (
-    PROVIDER_KINDS,
-    STATUS_CHANNEL,
-    JobError,
-    OpenAIProvider,
-    ProviderSettings,
-    Runtime,
-    Settings,
-    StoreUnavailable,
-    queue_length,
-    redact_url,
-)
+from worker import STATUS_CHANNEL, Runtime, configure
+from worker_commands.terminal import open_console
+from workerkit.errors import FailJob, JobError, StoreUnavailable
+from workerkit.provider import OpenAIProvider
+from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings, load_settings, redact_url
 
 CHECK_TIMEOUT_S = 5
-PLAIN_WIDTH = 140
 TRUST_ADVICE = "name the authority: tlsCAFile=… in MONGODB_URL, ssl_ca_certs=… in REDIS_URL, SSL_CERT_FILE for others"
 NOT_LISTED = "does not list it among its"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A row of `check`: `advice` is empty where all is well."""
+    """A row of the table. `advice` is empty where all is well."""
 
     what: str
     seen: str
@@ -54,16 +42,12 @@ class Finding:
     is_fault: bool = False
 
 
-def console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
-
-
 def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
-    """Runs one look; whatever goes wrong becomes a row with advice, without URLs or keys."""
+    """Tries one thing. Whatever goes wrong becomes a row with advice, without URLs or keys."""
     try:
         with pymongo.timeout(CHECK_TIMEOUT_S):
             return Finding(what, look())
-    except Exception as error:  # the edge of the command: any library's error is an answer here
+    except Exception as error:  # any library's error is an answer here
         if fault := certificate_fault(error):
             return Finding(what, fault, TRUST_ADVICE, is_fault=True)
         if isinstance(error, JobError):
@@ -72,7 +56,7 @@ def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
 
 
 def certificate_fault(error: BaseException | None) -> str:
-    """Why a server's certificate was refused, which libraries bury under errors of their own; empty if it was not."""
+    """Why a server's certificate was refused, or an empty string. Libraries wrap this error in errors of their own."""
     while error is not None:
         if found := re.search(r"certificate verify failed: ([\w ,'.:-]+)", str(error)):
             return f"the certificate isn't trusted: {found[1].strip()}"
@@ -91,7 +75,7 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
         return f"reached, version {runtime.mongo.server_info()['version']}"
 
     def write() -> str:
-        probes = runtime.database.get_collection("worker_check", write_concern=WriteConcern("majority", j=True))
+        probes = runtime.database["worker_check"]
         written = probes.insert_one({"at": datetime.now(UTC)}).inserted_id
         read = probes.find_one({"_id": written})
         probes.delete_one({"_id": written})
@@ -109,14 +93,14 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
     yield probe("MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes)
 
 
-def check_redis(settings: Settings) -> Iterator[Finding]:
-    client = redis.Redis.from_url(settings.redis_url.get_secret_value(), socket_timeout=5, socket_connect_timeout=5)
+def check_redis(runtime: Runtime) -> Iterator[Finding]:
+    client = runtime.redis
 
     def publish() -> str:
         return f"reached; {client.publish(STATUS_CHANNEL, '{}')} listening on {STATUS_CHANNEL}"
 
     def broker() -> str:
-        return f"reached; {queue_length(settings)} waiting in {settings.celery_queue_name}"
+        return f"reached; {runtime.broker.queue_length()} waiting in {runtime.settings.celery_queue_name}"
 
     yield probe("Redis", "is REDIS_URL right?", publish)
     yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", broker)
@@ -124,7 +108,9 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
         ("maxmemory-policy", "noeviction", "another policy lets Redis throw jobs away: set noeviction"),
         ("appendonly", "yes", "without it a restart of Redis loses the queue (the sweeper then takes minutes)"),
     ):
-        finding = probe(f"Redis {name}", "could not be read: look at it yourself", partial(redis_setting, client, name))
+        finding = probe(
+            f"Redis {name}", "could not be read: check it on the server", partial(redis_setting, client, name)
+        )
         yield finding if finding.is_fault or finding.seen == good else replace(finding, advice=advice)
 
 
@@ -138,7 +124,7 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
     urls: list[str] = []
 
     def store() -> str:
-        urls.append(runtime.artifacts.publish_file(name, data))
+        urls.append(runtime.artifacts.publish(name, data))
         return f"stored in {redact_url(runtime.settings.artifact_url)}"
 
     def fetch() -> str:
@@ -152,10 +138,10 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
         is_loopback = urllib.parse.urlsplit(urls[0]).hostname in ("localhost", "127.0.0.1", "::1")
         yield replace(finding, is_fault=finding.is_fault and not is_loopback)  # in a container that's another host
     elif urls and not urls[0].startswith("data:"):
-        advice = "the API must serve this path (README.md has the route), or set ARTIFACT_BASE_URL"
+        advice = "the API must serve this path (examples/ has the route), or set ARTIFACT_BASE_URL"
         yield Finding("artifact URL", f"{runtime.settings.artifact_base_url}/…", advice)
     if urls:
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailable, FailJob):
             runtime.artifacts.delete(name)
 
 
@@ -182,49 +168,27 @@ async def list_models(where: ProviderSettings, settings: Settings) -> str:
     return f"{where.label}: {known}"
 
 
+def find_all(runtime: Runtime) -> Iterator[Finding]:
+    """Tries everything that the worker uses, one after the other."""
+    yield from check_mongodb(runtime)
+    yield from check_redis(runtime)
+    yield from check_artifacts(runtime)
+    yield from check_providers(runtime.settings)
+
+
 def check(runtime: Runtime) -> int:
-    """Prints a row per thing tried; 1 if one is wrong."""
-    settings = runtime.settings
-    looks = (check_mongodb(runtime), check_redis(settings), check_artifacts(runtime), check_providers(settings))
-    findings = [finding for look in looks for finding in look]
+    """Prints a row for each thing tried; returns 1 if one is wrong."""
+    findings = list(find_all(runtime))
     table = Table("", "what", "seen", "what to do")
     for finding in findings:
         mark = "[red]FAULT[/]" if finding.is_fault else "[yellow]note[/]" if finding.advice else "[green]ok[/]"
         table.add_row(mark, escape(finding.what), escape(finding.seen), escape(finding.advice))
-    console().print(table)
+    open_console().print(table)
     return int(any(finding.is_fault for finding in findings))
 
 
-def status(runtime: Runtime) -> int:
-    """Prints the 3 a.m. screen; 1 if MongoDB can't be reached."""
-    try:
-        seen = runtime.store.overview()
-    except StoreUnavailable as error:
-        print(f"MongoDB can't be reached ({error}); try `python worker.py check`", file=sys.stderr)
-        return 1
-    queue = runtime.settings.celery_queue_name
-    table = Table("jobs", "")
-    for name, count in seen["counts"].items():
-        table.add_row(name, str(count))
-    table.add_row("oldest pending", age_text(seen["oldest_pending"]))
-    table.add_row("expired leases", f"{seen['expired_leases']} (a running worker takes them up within seconds)")
-    table.add_row("notices not confirmed", str(seen["unnotified"]))
-    table.add_row(f"waiting in {escape(queue)}", probe("queue", "", lambda: str(queue_length(runtime.settings))).seen)
-    console().print(table)
-    console().print(errors_table(seen["last_errors"]))
-    return 0
-
-
-def errors_table(jobs: list[dict[str, Any]]) -> Table:
-    """The last jobs that failed; what a job's document says is data, never markup."""
-    table = Table("when", "job", "type", "last errors")
-    for job in jobs:
-        what = (str(job.get("job_type"))[:30], str(job.get("error_message"))[:200])
-        table.add_row(age_text(job.get("completed_at")), str(job["_id"]), *map(escape, what))
-    return table
-
-
-def age_text(at: datetime | None) -> str:
-    if at is None:
-        return "-"
-    return f"{timedelta(seconds=int((datetime.now(UTC) - at.replace(tzinfo=UTC)).total_seconds()))} ago"
+@click.command("check", short_help="Try every connection and say what to do.")
+def command() -> None:
+    """Try every connection and say what to do; exits with 1 if something is wrong."""
+    with contextlib.closing(configure(load_settings())) as runtime:
+        sys.exit(check(runtime))

@@ -1,60 +1,105 @@
-"""The chaos run in short, the faults that long ones have found, and proof that its audit finds what it should."""
+"""The chaos run in short, the faults that long runs have found, and proof that its audit finds what it should."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
+from pathlib import Path
 
 import pytest
 from bson import ObjectId
 from celery.exceptions import Ignore
 
-import chaos
 import worker
-from chaos import Evidence, Happened, History, JobPlan, Notice, Step
+from bench.chaos import FIXED_WAITS
+from bench.chaos_audit import JOB_CHECKS, PLANTED_KEY, RUN_CHECKS, audit
+from bench.chaos_plan import (
+    IMAGE,
+    PROCESS_FAULTS,
+    SERVER_FAULTS,
+    TEXT,
+    JobPlan,
+    Options,
+    faults_of_processes,
+    faults_of_servers,
+    make_plans,
+    pace_of,
+)
+from bench.chaos_records import CANCELLED, ChangeRecorder, Evidence, Happened, History, Notice, Step, fold
 from conftest import StartWorker
 from testbed.answers import Plan, words_for
+from testbed.api import CANCELLED as CANCEL_SENTENCE
 from testbed.api import SOURCE, Api
 from testbed.processes import poll
 from testbed.provider import Call, Provider
 from testbed.servers import RedisServer
+from tests.lab import LIMITS, ago, change, claim, gone_pid, insert
+from workerkit.errors import HandBack
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+# By this seed each kind of fault comes at least once, and processes are stopped first, while all servers are well.
+SEED = 2911
+HURRIED = Options(jobs=120, workers=2, minutes=0.17, seed=int(os.environ.get("CHAOS_SEED", SEED)), hurry=20)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_amid_chaos_no_job_is_lost_doubled_or_left_hanging() -> None:
-    command = [sys.executable, str(SOURCE / "bench_worker.py"), "chaos", "--seed", os.environ.get("CHAOS_SEED", "2")]
-    command += ["--jobs", "300", "--workers", "2", "--minutes", "0.6", "--hurry", "10"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_amid_chaos_no_job_is_lost_doubled_or_left_hanging(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "chaos", "--json", str(tmp_path / "figures.json")]
+    command += [part for name, value in vars(HURRIED).items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
     assert "violations: 0" in done.stdout
+    planned = {fault.kind for fault in faults_of_processes(HURRIED) + faults_of_servers(HURRIED)}
+    assert set(json.loads((tmp_path / "figures.json").read_text())["faults"]) == planned
+
+
+def test_the_short_run_meets_every_kind_of_fault_and_jobs_of_every_kind() -> None:
+    options = replace(HURRIED, seed=SEED)
+    assert {fault.kind for fault in faults_of_processes(options)} == set(PROCESS_FAULTS)
+    assert {fault.kind for fault in faults_of_servers(options)} == set(SERVER_FAULTS)
+    plans = make_plans(SEED, HURRIED.jobs, pace_of(options))
+    for kind in ("is_sent", "is_usable", "is_good", "limits", "cancel_after_s", "repeat_after_s"):
+        assert {bool(getattr(plan, kind) or 0) for plan in plans} == {True, False}, kind
+
+
+@pytest.mark.parametrize("name", FIXED_WAITS)
+def test_a_run_in_a_hurry_divides_a_wait_that_the_worker_has(name: str) -> None:
+    assert attrgetter(name)(worker) > 0
 
 
 # ── what it has found ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_redis_dying_while_a_job_runs_and_a_slot_is_free_does_not_end_the_worker(
-    pool: str, environment: dict[str, str], provider: Provider, start_worker: StartWorker
+    environment: dict[str, str], provider: Provider, start_worker: StartWorker
 ) -> None:
-    with RedisServer() as redis:
-        own = {"REDIS_URL": redis.url, "WORKER_POOL": pool, "WORKER_CONCURRENCY": "2"}
-        running = start_worker(**own)
-        place = environment["DATABASE_NAME"], environment["CELERY_QUEUE_NAME"]
-        with closing(Api(environment["MONGODB_URL"], redis.url, *place)) as api:
-            first = api.text("[delay 2] while Redis dies")
-            poll(lambda: provider.calls_for("while Redis dies"), 20, description="the provider is asked")
-            redis.restart(crash=True)
-            assert api.wait(first)["status"] == "completed"
-            assert api.wait(api.text("after that"), timeout_s=40)["status"] == "completed"
-        assert running.process.poll() is None
+    database, pools = environment["DATABASE_NAME"], ("prefork", "threads")
+    with RedisServer() as redis, ExitStack() as stack:
+        own = {"REDIS_URL": redis.url, "WORKER_CONCURRENCY": "2"}
+        running = [start_worker(**own, WORKER_POOL=pool, CELERY_QUEUE_NAME=pool, ready=False) for pool in pools]
+        apis = [
+            stack.enter_context(closing(Api(environment["MONGODB_URL"], redis.url, database, pool))) for pool in pools
+        ]
+        jobs = [api.text("[delay 2] while Redis dies") for api in apis]
+        poll(lambda: len(provider.calls_for("while Redis dies")) == len(jobs), 60)
+        redis.restart(crash=True)
+        assert [api.wait(job, timeout_s=60)["status"] for api, job in zip(apis, jobs, strict=True)] == ["completed"] * 2
+        later = [api.text("after that") for api in apis]
+        assert [api.wait(job, timeout_s=60)["status"] for api, job in zip(apis, later, strict=True)] == [
+            "completed"
+        ] * 2
+        assert [worker.process.poll() for worker in running] == [None, None]
 
 
 def test_a_whole_file_is_left_alone_when_it_is_put_again(
@@ -76,22 +121,11 @@ def test_half_a_file_is_put_again(runtime: worker.Runtime) -> None:
 
 
 def test_chunks_of_a_file_that_was_never_finished_are_deleted(runtime: worker.Runtime) -> None:
-    job_id = runtime.database["jobs"].insert_one({"status": "failed"}).inserted_id
+    job_id = insert(runtime, status="failed")
     chunk = {"files_id": f"{job_id}-0123456789abcdef.png", "n": 0, "data": b"half a picture"}
     runtime.database["artifacts.chunks"].insert_one(chunk)
-    runtime.sweeper.sweep_artifacts()
+    runtime.files.sweep()
     assert runtime.database["artifacts.chunks"].count_documents({}) == 0
-
-
-def insert(runtime: worker.Runtime) -> ObjectId:
-    what = {"status": "pending", "job_type": "text_generation", "input_data": {"prompt": "words"}, "user_id": "u"}
-    return ObjectId(runtime.database["jobs"].insert_one({**what, "created_at": datetime.now(UTC)}).inserted_id)
-
-
-def claim(runtime: worker.Runtime, job_id: ObjectId) -> worker.Job:
-    claimed = runtime.store.claim(job_id, str(ObjectId()), worker.Limits(5, 10))
-    assert isinstance(claimed, worker.Job)
-    return claimed
 
 
 def take_away(runtime: worker.Runtime, job_id: ObjectId) -> None:
@@ -102,7 +136,7 @@ def take_away(runtime: worker.Runtime, job_id: ObjectId) -> None:
 
 
 @pytest.fixture
-def told(runtime: worker.Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def published(runtime: worker.Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The statuses that this process has published."""
     statuses: list[str] = []
 
@@ -114,69 +148,63 @@ def told(runtime: worker.Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return statuses
 
 
-def test_an_attempt_that_slept_through_its_job_does_not_have_the_last_word(
-    runtime: worker.Runtime, told: list[str]
+def test_an_attempt_that_slept_through_its_job_publishes_nothing_after_the_end(
+    runtime: worker.Runtime, published: list[str]
 ) -> None:
-    slept = claim(runtime, insert(runtime))
+    slept = claim(runtime)
     take_away(runtime, slept.id)
-    runtime.store.complete(claim(runtime, slept.id), {}, None)
+    runtime.store.complete(claim(runtime, slept.id, "owner-2"), {}, None)
     attempt = worker.Attempt(slept, 30)
     worker.announce_job(runtime, slept, worker.Status.PROCESSING, "as it does when it wakes up")
     with pytest.raises(Ignore):
         worker.conclude(worker.process_job, attempt, worker.settle(runtime, attempt, worker.Result({})))
-    assert told == ["processing", "completed"]
+    assert published == ["processing", "completed"]
 
 
-def test_an_attempt_whose_job_was_cancelled_tells_nobody(runtime: worker.Runtime, told: list[str]) -> None:
-    attempt = worker.Attempt(claim(runtime, insert(runtime)), 30)
-    runtime.database["jobs"].update_one({"_id": attempt.job.id}, {"$set": {"status": "failed"}})
+def test_an_attempt_whose_job_was_cancelled_publishes_nothing(runtime: worker.Runtime, published: list[str]) -> None:
+    attempt = worker.Attempt(claim(runtime), 30)
+    change(runtime, attempt.job.id, status="failed")
     with pytest.raises(Ignore):
         worker.conclude(worker.process_job, attempt, worker.settle(runtime, attempt, worker.Result({})))
-    assert told == []
+    assert published == []
 
 
-def test_an_attempt_whose_lease_has_run_out_before_it_begins_asks_no_provider(
-    runtime: worker.Runtime, told: list[str], provider: Provider
+def test_an_attempt_whose_lease_has_run_out_before_it_begins_calls_no_provider(
+    runtime: worker.Runtime, published: list[str], provider: Provider
 ) -> None:
-    job_id = insert(runtime)
-    owner = str(ObjectId())
-    assert isinstance(runtime.store.claim(job_id, owner, worker.Limits(5, 10)), worker.Job)
-    late = {"worker.lease_until": datetime.now(UTC) - timedelta(seconds=1)}
-    runtime.database["jobs"].update_one({"_id": job_id}, {"$set": late})
-    claimed = runtime.store.claim(job_id, owner, worker.Limits(5, 10))  # whose reply was lost the first time
-    assert isinstance(claimed, worker.Job)
+    job_id = claim(runtime).id
+    change(runtime, job_id, worker__lease_until=ago(1))
+    claimed = claim(runtime, job_id)  # by the same owner, whose first claim's reply was lost
     attempt = worker.Attempt(claimed, runtime.settings.lease_seconds)
-    assert isinstance(worker.run(runtime, attempt), worker.HandBack)
-    assert (told, provider.calls) == ([], [])
+    assert isinstance(worker.run(runtime, attempt), HandBack)
+    assert (published, provider.calls) == ([], [])
 
 
-def test_an_attempt_that_sleeps_between_its_start_and_its_call_asks_no_provider(
+def test_an_attempt_that_sleeps_between_its_start_and_its_call_calls_no_provider(
     runtime: worker.Runtime, provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempt = worker.Attempt(claim(runtime, insert(runtime)), runtime.settings.lease_seconds)
+    attempt = worker.Attempt(claim(runtime), runtime.settings.lease_seconds)
     monkeypatch.setattr(worker, "announce_job", lambda *_: setattr(attempt, "renewed_at", -1e9))
-    assert isinstance(worker.run(runtime, attempt), worker.HandBack)
+    assert isinstance(worker.run(runtime, attempt), HandBack)
     assert provider.calls == []
 
 
 def test_the_job_of_a_killed_child_is_put_into_the_queue_again_since_another_worker_may_have_dropped_its_message(
     runtime: worker.Runtime,
 ) -> None:
-    job_id = claim(runtime, insert(runtime)).id
-    with subprocess.Popen(["true"]) as dead:
-        pass
-    runtime.database["jobs"].update_one({"_id": job_id}, {"$set": {"worker.pid": dead.pid}})
-    before = worker.queue_length(runtime.settings)
+    job_id = claim(runtime).id
+    change(runtime, job_id, worker__pid=gone_pid())
+    before = runtime.broker.queue_length()
     assert len(runtime.sweeper.release_dead_siblings()) == 1
-    assert worker.queue_length(runtime.settings) == before + 1
+    assert runtime.broker.queue_length() == before + 1
 
 
-# ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plans and records ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def recorder(runtime: worker.Runtime) -> Iterator[chaos.ChangeRecorder]:
-    recorder = chaos.ChangeRecorder(runtime.settings.mongodb_url.get_secret_value(), runtime.settings.database_name)
+def recorder(runtime: worker.Runtime) -> Iterator[ChangeRecorder]:
+    recorder = ChangeRecorder(runtime.settings.mongodb_url.get_secret_value(), runtime.settings.database_name)
     recorder.start()
     assert recorder.is_open.wait(20)
     yield recorder
@@ -184,22 +212,22 @@ def recorder(runtime: worker.Runtime) -> Iterator[chaos.ChangeRecorder]:
         recorder.end()
 
 
-def test_every_write_to_a_job_is_recorded_by_its_name(runtime: worker.Runtime, recorder: chaos.ChangeRecorder) -> None:
-    store = runtime.store
-    job_id, a_second_ago = insert(runtime), datetime.now(UTC) - timedelta(seconds=1)
-    held = claim(runtime, job_id)
+def test_every_write_to_a_job_is_recorded_by_its_name(runtime: worker.Runtime, recorder: ChangeRecorder) -> None:
+    store, owners = runtime.store, iter("abcdef")
+    job_id, a_second_ago = insert(runtime), ago(1)
+    held = claim(runtime, job_id, next(owners))
     time.sleep(0.002)  # another lease than before
     store.renew_leases([held])
     store.release(held, a_second_ago, counted=True)
-    store.release(claim(runtime, job_id), a_second_ago, counted=False)
-    store.release(claim(runtime, job_id), datetime.now(UTC) + timedelta(seconds=0.3), counted=False)
-    time.sleep(0.4)
-    claim(runtime, job_id)
+    store.release(claim(runtime, job_id, next(owners)), a_second_ago, counted=False)
+    store.release(claim(runtime, job_id, next(owners)), datetime.now(UTC) + timedelta(seconds=2), counted=False)
+    owner = next(owners)
+    poll(lambda: isinstance(store.claim(job_id, owner, LIMITS), worker.Job), 30, description="a job that is due")
     take_away(runtime, job_id)
-    store.complete(claim(runtime, job_id), {}, None)
+    store.complete(claim(runtime, job_id, next(owners)), {}, None)
     store.mark_notified([job_id])
     recorder.end()
-    kinds = [step.kind for step in chaos.fold(recorder.events[job_id])]
+    kinds = [step.kind for step in fold(recorder.events[job_id])]
     assert kinds == [
         *("insert", "claimed", "renewed", "released", "claimed", "handed back"),
         *("claimed", "put off", "claimed", "rescued", "claimed", "completed", "noticed"),
@@ -207,15 +235,15 @@ def test_every_write_to_a_job_is_recorded_by_its_name(runtime: worker.Runtime, r
 
 
 def test_the_same_seed_gives_the_same_jobs_and_faults() -> None:
-    assert chaos.make_plans(7, 50) == chaos.make_plans(7, 50) != chaos.make_plans(8, 50)
-    faults = [chaos.make_faults(seed, chaos.PROCESS_FAULTS, 1, 4, 4) for seed in (7, 7, 8)]
+    assert make_plans(7, 50) == make_plans(7, 50) != make_plans(8, 50)
+    faults = [faults_of_processes(Options(1, 1, minutes=1, seed=seed, hurry=1)) for seed in (7, 7, 8)]
     assert faults[0] == faults[1] != faults[2]
 
 
 # ── the audit ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 PROMPT = "chaos-1-00000 something"
-OPTIONS = chaos.Options(jobs=1, workers=1, minutes=1, seed=1, hurry=1)
+OPTIONS = Options(jobs=1, workers=1, minutes=1, seed=1, hurry=1)
 
 
 def step(at: float, kind: str, status: str, owner: str | None = "a") -> Step:
@@ -227,7 +255,7 @@ def call(at: float) -> Call:
 
 
 def a_good_history() -> History:
-    plan = JobPlan(0, chaos.TEXT, {"prompt": PROMPT}, PROMPT, True, None, None, (), True)
+    plan = JobPlan(0, TEXT, {"prompt": PROMPT}, PROMPT)
     text = "".join(words_for(Plan(PROMPT, {})))
     document = {"status": "completed", "output_data": {"generated_text": text}, "artifact_url": None}
     steps = [step(0, "insert", "pending", None), step(1, "claimed", "processing")]
@@ -237,8 +265,8 @@ def a_good_history() -> History:
 
 
 def evidence_of(history: History) -> Evidence:
-    gaps, logs = [(0.0, 0.0)], {"worker.log": "job=1 started"}
-    return Evidence(OPTIONS, {history.job_id: history}, [], gaps, {}, set(), [], logs, "exit code 0: ", 1.0)
+    logs = {"worker.log": "job=1 started"}
+    return Evidence(OPTIONS, {history.job_id: history}, [], [], {}, set(), [], logs, "exit code 0: ", 1.0)
 
 
 def lose(history: History) -> None:
@@ -246,8 +274,8 @@ def lose(history: History) -> None:
 
 
 def cancel(history: History) -> None:
-    history.document = {"status": "failed", "error_message": chaos.CANCELLED}
-    history.steps[2] = step(3, chaos.CANCELLED, "failed")
+    history.document = {"status": "failed", "error_message": CANCEL_SENTENCE}
+    history.steps[2] = step(3, CANCELLED, "failed")
 
 
 JOB_FAULTS: dict[str, tuple[str, Callable[[History], object]]] = {
@@ -263,10 +291,13 @@ JOB_FAULTS: dict[str, tuple[str, Callable[[History], object]]] = {
     ),
     "its text is another": ("has_its_result", lambda h: h.document["output_data"].update(generated_text="half")),
     "it failed with half an output": ("has_its_result", lambda h: h.document.update(status="failed")),
-    "it was told too early": ("is_told_the_truth", lambda h: h.notices.append(Notice(2, "", "completed"))),
-    "it was told as failed too": ("is_told_the_truth", lambda h: h.notices.append(Notice(5, "", "failed"))),
-    "its end was not told": ("is_told_the_truth", lambda h: h.notices.pop()),
-    "its end was told, then its start": ("is_told_the_truth", lambda h: h.notices.append(Notice(5, "", "processing"))),
+    "it was published too early": ("is_announced_truthfully", lambda h: h.notices.append(Notice(2, "", "completed"))),
+    "it was published as failed too": ("is_announced_truthfully", lambda h: h.notices.append(Notice(5, "", "failed"))),
+    "its end was not published": ("is_announced_truthfully", lambda h: h.notices.pop()),
+    "its end was published, then its start": (
+        "is_announced_truthfully",
+        lambda h: h.notices.append(Notice(5, "", "processing")),
+    ),
     "it was generated twice": ("is_generated_no_more_than_claimed", lambda h: h.calls.append(call(2))),
     "it was generated after its end": ("is_generated_no_more_than_claimed", lambda h: h.calls.append(call(9))),
     "it was never generated": ("is_generated_no_more_than_claimed", lambda h: h.calls.clear()),
@@ -275,17 +306,19 @@ JOB_FAULTS: dict[str, tuple[str, Callable[[History], object]]] = {
 
 
 def checks_that_find(evidence: Evidence) -> set[str]:
-    return {line.split(":")[0] for finding in chaos.audit(evidence) for line in finding.splitlines()} & {
-        check.__name__ for check in (*chaos.JOB_CHECKS, *chaos.RUN_CHECKS)
+    return {line.split(":")[0] for finding in audit(evidence) for line in finding.splitlines()} & {
+        check.__name__ for check in (*JOB_CHECKS, *RUN_CHECKS)
     }
 
 
 def test_a_good_history_passes_the_audit() -> None:
-    assert chaos.audit(evidence_of(a_good_history())) == []
+    assert audit(evidence_of(a_good_history())) == []
 
 
 @pytest.mark.parametrize(("check", "spoil"), JOB_FAULTS.values(), ids=JOB_FAULTS)
-def test_the_audit_finds_a_job(check: str, spoil: Callable[[History], object]) -> None:
+def test_the_audit_finds_each_fault_planted_in_the_history_of_a_job(
+    check: str, spoil: Callable[[History], object]
+) -> None:
     history = a_good_history()
     spoil(history)
     assert check in checks_that_find(evidence_of(history))
@@ -296,40 +329,48 @@ def test_a_job_lost_by_a_killed_process_is_no_finding() -> None:
     lose(history)
     evidence = evidence_of(history)
     evidence.happened = [Happened("kill a child", 1.55, frozenset({11}), 1.55)]
-    assert chaos.audit(evidence) == []
+    assert audit(evidence) == []
 
 
-def test_an_end_told_while_the_subscriber_was_away_is_no_finding() -> None:
+def test_an_end_published_while_the_subscriber_was_away_is_no_finding() -> None:
     history = a_good_history()
     history.notices.pop()
     evidence = evidence_of(history)
     evidence.gaps.append((2.9, 3.2))
-    assert chaos.audit(evidence) == []
+    assert audit(evidence) == []
 
 
-TRACE = f'Traceback (most recent call last):\n  File "{SOURCE / "worker.py"}", line 1, in claim\nKeyError: 1\n'
 RUN_FAULTS: dict[str, tuple[str, Callable[[Evidence], object]]] = {
     "a file without a job": ("every_artifact_has_a_job", lambda e: e.files.update({"stray.png": b"x"})),
     "chunks without a file": ("every_artifact_has_a_job", lambda e: e.chunk_owners.add("stray.png")),
     "a worker that broke down": ("every_worker_ends_well", lambda e: e.fleet_faults.append("exit code 1")),
     "a recovery that failed": ("every_worker_ends_well", lambda e: setattr(e, "recovered", "exit code 1")),
-    "a key in a log": ("logs_hold_no_secret_and_no_crash", lambda e: e.logs.update(a=chaos.PLANTED_KEY)),
-    "a prompt in a log": ("logs_hold_no_secret_and_no_crash", lambda e: e.logs.update(a=PROMPT)),
-    "a stack trace of the worker's": ("logs_hold_no_secret_and_no_crash", lambda e: e.logs.update(a=TRACE)),
+    "a key in a log": ("logs_have_no_secret_and_no_stack_trace", lambda e: e.logs.update(a=PLANTED_KEY)),
+    "a prompt in a log": ("logs_have_no_secret_and_no_stack_trace", lambda e: e.logs.update(a=PROMPT)),
 }
 
 
 @pytest.mark.parametrize(("check", "spoil"), RUN_FAULTS.values(), ids=RUN_FAULTS)
-def test_the_audit_finds(check: str, spoil: Callable[[Evidence], object]) -> None:
+def test_the_audit_finds_each_fault_planted_in_a_run(check: str, spoil: Callable[[Evidence], object]) -> None:
     evidence = evidence_of(a_good_history())
     spoil(evidence)
     assert check in checks_that_find(evidence)
 
 
+@pytest.mark.parametrize("file", ["worker.py", "workerkit/broker.py", "worker_commands/run.py"])
+def test_the_audit_finds_a_stack_trace_through_any_file_of_the_worker(file: str) -> None:
+    trace = f'Traceback (most recent call last):\n  File "{SOURCE / file}", line 1, in claim\nKeyError: 1\n'
+    evidence = evidence_of(a_good_history())
+    evidence.logs["worker.log"] += trace
+    assert checks_that_find(evidence) == {"logs_have_no_secret_and_no_stack_trace"}
+    evidence.logs["worker.log"] = trace.replace(str(SOURCE), "/elsewhere")
+    assert audit(evidence) == []
+
+
 @pytest.mark.parametrize("stored", [None, b"half a pictu"], ids=["missing", "damaged"])
-def test_the_audit_finds_a_picture_that_is(stored: bytes | None) -> None:
+def test_the_audit_finds_a_picture_that_is_missing_or_damaged(stored: bytes | None) -> None:
     history = a_good_history()
-    history.plan = JobPlan(0, chaos.IMAGE, {"size": "32x32"}, PROMPT, True, None, None, (), True)
+    history.plan = JobPlan(0, IMAGE, {"size": "32x32"}, PROMPT)
     url = "/artifacts/a.png"
     history.document.update(output_data={"image_url": url, "resolution": "32x32"}, artifact_url=url)
     evidence = evidence_of(history)

@@ -1,0 +1,218 @@
+"""What tests share: tables, settings and jobs in one line, and the ways to look at what the worker did."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from bson import ObjectId
+from celery import uuid
+
+import worker
+from testbed.answers import picture
+from testbed.processes import poll
+from testbed.provider import Provider
+from worker import Attempt, Call, Job, NotClaimed, Reason, Result, Runtime
+from workerkit.inputs import check_input
+from workerkit.settings import Limits, Settings
+
+SOURCE = Path(worker.__file__).parent
+LIMITS = Limits(soft_s=90, hard_s=120)
+KEY = "sk-test-planted-key"
+SECRET = "hunter2"
+NOWHERE = "127.0.0.1:1"  # nothing listens on this port
+TEXT, IMAGE, AUDIO = "text_generation", "image_generation", "audio_generation"
+PNG = picture(8, 8)
+
+
+def table(names: str, *rows: tuple[Any, ...]) -> pytest.MarkDecorator:
+    """Parametrizes a test. Each row begins with its reason, which becomes the test's id."""
+    return pytest.mark.parametrize(names, [pytest.param(*values, id=reason) for reason, *values in rows])
+
+
+def bare_settings(**values: Any) -> Settings:
+    """Settings from these values alone, whatever the environment says."""
+    return Settings(_env_file=None, **values)
+
+
+# ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ago(seconds: float) -> datetime:
+    return datetime.now(UTC) - timedelta(seconds=seconds)
+
+
+def insert(runtime: Runtime, **fields: object) -> ObjectId:
+    """Inserts a document as the API does. Fields replace the usual ones, or add to them."""
+    now = datetime.now(UTC)
+    usual: dict[str, Any] = {"user_id": "user-1", "session_id": None, "job_type": TEXT, "status": "pending"}
+    usual |= {"input_data": {"prompt": "Hello [tokens 3]"}, "created_at": now, "updated_at": now}
+    inserted: ObjectId = runtime.database["jobs"].insert_one({**usual, **fields}).inserted_id
+    return inserted
+
+
+def insert_text(runtime: Runtime, prompt: str, **fields: object) -> ObjectId:
+    """Inserts a text job with this prompt, which may hold directives for the provider."""
+    return insert(runtime, input_data={"prompt": prompt}, **fields)
+
+
+def read(runtime: Runtime, job_id: ObjectId) -> dict[str, Any]:
+    document = runtime.database["jobs"].find_one({"_id": job_id})
+    assert document
+    return document
+
+
+def change(runtime: Runtime, job_id: ObjectId, **fields: object) -> None:
+    """Sets fields without the store. `worker__owner` stands for `worker.owner`."""
+    paths = {name.replace("__", "."): value for name, value in fields.items()}
+    runtime.database["jobs"].update_one({"_id": job_id}, {"$set": paths})
+
+
+def claim(runtime: Runtime, job_id: ObjectId | None = None, owner: str = "owner-1") -> Job:
+    """Claims this job, or a new one."""
+    job = runtime.store.claim(job_id or insert(runtime), owner, LIMITS)
+    assert isinstance(job, Job)
+    return job
+
+
+def kept(runtime: Runtime, owner: str = "owner-1") -> Attempt:
+    """An attempt that the keeper looks after."""
+    attempt = Attempt(claim(runtime, owner=owner), runtime.settings.lease_seconds)
+    runtime.keeper.register(attempt)
+    return attempt
+
+
+def why_not(runtime: Runtime, job_id: ObjectId, owner: str = "another") -> Reason:
+    """Tries to claim the job, and returns why that was refused."""
+    refused = runtime.store.claim(job_id, owner, LIMITS)
+    assert isinstance(refused, NotClaimed)
+    return refused.reason
+
+
+def some_job(**fields: Any) -> Job:
+    """A job that is in no database."""
+    usual = {"id": ObjectId(), "job_type": TEXT, "user_id": "user-1", "session_id": "s-1"}
+    usual |= {"input_data": {"prompt": "planted prompt"}, "owner": "owner-1", "attempt": 1, "limits": LIMITS}
+    return Job(**{**usual, "first_started_at": datetime.now(UTC), **fields})
+
+
+# ── handlers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def serving(provider: Provider, **values: Any) -> Settings:
+    """Settings with this provider for every kind of job."""
+    return bare_settings(**{"openai_base_url": provider.url, "audio_format": "wav", **values})
+
+
+def generate(job_type: str, input_data: object, settings: Settings, pieces: list[str] | None = None) -> Result:
+    """Runs a handler as the worker does: the input is checked, and the provider is reached over HTTP."""
+    handler = worker.find_handler(job_type)
+    inputs = check_input(handler.input_model, input_data)
+
+    async def call() -> Result:
+        provider = worker.Providers(settings).get(handler.provider)
+        progress = (pieces if pieces is not None else []).append
+        try:
+            defaults = settings.provider(handler.provider)
+            return await handler.run(Call(some_job(), inputs, settings, provider, defaults, progress))
+        finally:
+            await provider.close()
+
+    return asyncio.run(call())
+
+
+# ── messages and notifications ───────────────────────────────────────────────────────────────────────────────────
+
+
+def deliver(runtime: Runtime, *args: object, timelimit: object = None, **kwargs: object) -> Any:
+    """Runs the task as Celery does for one message. A lone id stands for the contract's two arguments."""
+    if len(args) == 1 and isinstance(args[0], ObjectId):
+        args = (str(args[0]), {"job_id": str(args[0])})
+    task: Any = worker.process_job
+    route = {"exchange": "", "routing_key": runtime.settings.celery_queue_name}
+    task.push_request(id=uuid(), called_directly=False, timelimit=timelimit, delivery_info=route, retries=0)
+    try:
+        return task.run(*args, **kwargs)
+    finally:
+        task.pop_request()
+
+
+def deliver_in_thread(runtime: Runtime, job_id: ObjectId, provider: Provider) -> Future[Any]:
+    """Runs the task in a thread. Returns once the provider works on it."""
+    threads = ThreadPoolExecutor(1)
+    delivered = threads.submit(deliver, runtime, job_id)
+    threads.shutdown(wait=False)
+    poll(lambda: provider.running, 10)
+    return delivered
+
+
+def queued(runtime: Runtime) -> list[dict[str, Any]]:
+    """The messages in the runtime's queue on Redis, the oldest first: task id, arguments and limits of each."""
+    raw: Any = runtime.redis.lrange(runtime.settings.celery_queue_name, 0, -1)
+    messages = [json.loads(one) for one in reversed(raw)]
+    bodies = [json.loads(base64.b64decode(message["body"])) for message in messages]
+    heads = [{name: message["headers"][name] for name in ("id", "timelimit", "eta")} for message in messages]
+    return [{**head, "args": body[0]} for head, body in zip(heads, bodies, strict=True)]
+
+
+def redis_away() -> redis.Redis:
+    """A client whose Redis isn't there."""
+    return redis.Redis.from_url(f"redis://{NOWHERE}", socket_connect_timeout=1)
+
+
+class Notices:
+    """What is published for the API on a runtime's Redis, from the moment on at which this is made."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._pubsub = client.pubsub()  # type: ignore[no-untyped-call]
+        self._received: list[dict[str, Any]] = []
+        for channel in (worker.STATUS_CHANNEL, worker.PROGRESS_CHANNEL):
+            self._pubsub.subscribe(channel)
+            self._pubsub.get_message(timeout=5)  # the server confirms it
+
+    def close(self) -> None:
+        self._pubsub.close()
+
+    def of(self, kind: str, count: int) -> list[dict[str, Any]]:
+        """Waits until so many messages of a type have come, and returns these."""
+
+        def find() -> list[dict[str, Any]]:
+            while message := self._pubsub.get_message(ignore_subscribe_messages=True, timeout=0.01):
+                self._received.append(json.loads(message["data"]))
+            found = [message for message in self._received if message["type"] == kind]
+            return found if len(found) >= count else []
+
+        return poll(find, 10, description=f"{count} {kind}") if count else []
+
+    def statuses(self, count: int) -> list[dict[str, Any]]:
+        """Waits until so many status messages have come, and returns these."""
+        return self.of("job_status_update", count)
+
+
+def gone_pid() -> int:
+    """The id of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+SetHandler = Callable[[worker.Run], None]
+
+
+def raising(error: BaseException) -> worker.Run:
+    """A handler that raises this."""
+
+    async def run(_call: Call) -> Result:
+        raise error
+
+    return run

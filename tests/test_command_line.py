@@ -1,0 +1,157 @@
+"""`python worker.py` and its commands as processes: what they print, and by which exit code they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from conftest import StartWorker
+from testbed.api import Api
+from testbed.processes import free_port, poll
+from testbed.provider import Provider
+from tests.lab import KEY, SOURCE, TEXT
+from tests.site import CELERY_COMMAND, an_hour_ago, insert_processing, lease, run_impatiently, run_python, run_worker
+from worker import COMMANDS, main
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FAULTS = {
+    "MONGODB_URL": "mongo://user:planted-password@host",
+    "REDIS_URL": "http://:planted-password@host",
+    "CELERY_SOFT_TIME_LIMIT": "ninety",
+    "CELERY_TIME_LIMIT": "-1",
+    "WORKER_POOL": "gevent",
+    "WORKER_CONCURRENCY": "0",
+    "OPENAI_BASE_URL": "localhost:1234",
+}
+STARTS = {"worker.py": (str(SOURCE / "worker.py"),), "celery": CELERY_COMMAND}
+
+
+@pytest.mark.parametrize("command", STARTS.values(), ids=STARTS)
+def test_every_bad_setting_is_named_at_once_and_the_worker_ends_with_2(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    ended = run_python({**FAULTS, "OPENAI_API_KEY": KEY}, tmp_path, *command)
+    shown = ended.stdout + ended.stderr
+    assert ended.returncode == 2
+    assert [name for name in FAULTS if f"{name} = " not in shown] == []
+    assert "Traceback" not in shown
+    assert "planted" not in shown
+
+
+def test_a_soft_limit_over_the_hard_one_is_a_fault(tmp_path: Path) -> None:
+    ended = run_worker({"CELERY_SOFT_TIME_LIMIT": "120", "CELERY_TIME_LIMIT": "120"}, tmp_path)
+    assert ended.returncode == 2
+    assert "CELERY_TIME_LIMIT = '120': should be greater than CELERY_SOFT_TIME_LIMIT" in ended.stderr
+
+
+def test_a_pool_in_which_no_lease_would_be_kept_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
+    ended = run_worker(environment, tmp_path, "run", "--pool=gevent")
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+    assert "isn't supported: use prefork, threads or solo" in ended.stderr
+
+
+def test_the_worker_reads_dotenv(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("WORKER_POOL=gevent\nAPI_PORT=8000\nPROCESSING_TIMEOUT_SECONDS=120\n")
+    ended = run_worker({}, tmp_path)
+    assert "WORKER_POOL = 'gevent'" in ended.stderr
+    assert "API_PORT" not in ended.stderr
+
+
+# ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    shown = CliRunner().invoke(main, [command, "--help"])
+    assert shown.exit_code == 0
+    assert f"{command} [OPTIONS]" in shown.output
+
+
+def test_help_lists_the_commands(tmp_path: Path) -> None:
+    ended = run_worker({}, tmp_path, "--help")
+    assert ended.returncode == 0
+    assert all(name in ended.stdout for name in COMMANDS)
+
+
+def test_the_start_says_what_the_worker_is_connected_to(
+    environment: dict[str, str], provider: Provider, start_worker: StartWorker
+) -> None:
+    worker = start_worker(ready=False)
+    poll(lambda: "audio " in worker.text(), 30, description="the last line of what it says")
+    wanted = (environment["CELERY_QUEUE_NAME"], environment["DATABASE_NAME"], f"127.0.0.1:{provider.port}")
+    assert [what for what in (*wanted, "prefork, 1 at a time") if what not in worker.text()] == []
+
+
+def test_check_finds_everything_in_order(environment: dict[str, str], tmp_path: Path) -> None:
+    ended = run_worker(environment, tmp_path, "check")
+    assert ended.returncode == 0, ended.stdout
+    assert "FAULT" not in ended.stdout
+    wanted = ("MongoDB", "broker", "maxmemory-policy", "artifact store", "provider, text", "provider, audio")
+    assert [what for what in wanted if what not in ended.stdout] == []
+
+
+NO_MONGODB = "mongodb://user:planted@127.0.0.1:{port}/x"
+WRONG = {
+    "MONGODB_URL": (NO_MONGODB, "is MONGODB_URL right"),
+    "REDIS_URL": ("redis://:planted@127.0.0.1:{port}/0", "is REDIS_URL right"),
+    "OPENAI_BASE_URL": ("http://127.0.0.1:{port}/v1", "is the URL right"),
+    "ARTIFACT_URL": ("file:///proc/no/such/folder", "is ARTIFACT_URL right"),
+}
+
+
+@pytest.mark.parametrize("variable", WRONG)
+def test_check_says_what_is_wrong_and_ends_with_1(environment: dict[str, str], tmp_path: Path, variable: str) -> None:
+    value, advice = WRONG[variable]
+    ended = run_impatiently({**environment, variable: value.format(port=free_port())}, tmp_path, "check")
+    assert ended.returncode == 1
+    assert "FAULT" in ended.stdout
+    assert advice in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "planted" not in ended.stdout + ended.stderr
+
+
+def test_status_shows_jobs_queue_and_last_errors(environment: dict[str, str], api: Api, tmp_path: Path) -> None:
+    for status in ("pending", "completed", "completed"):
+        api.insert(TEXT, {}, status=status)
+    insert_processing(api, "expired", worker=lease(lease_until=an_hour_ago()))
+    failed = api.insert(TEXT, {}, status="failed", error_message="It broke.", completed_at=an_hour_ago())
+    api.send("waiting")
+    ended = run_worker(environment, tmp_path, "status")
+    rows = [" ".join(row.replace("│", " ").replace("┃", " ").split()) for row in ended.stdout.splitlines()]
+    assert ended.returncode == 0
+    for row in ("pending 1", "processing 1", "completed 2", "failed 1", f"waiting in {api.queue} 1"):
+        assert row in rows
+    assert any(row.startswith("expired leases 1") for row in rows)
+    assert any("It broke." in row and str(failed) in row for row in rows)
+
+
+@pytest.mark.parametrize("command", ["status", "recover"])
+def test_a_command_without_mongodb_ends_with_one_sentence(
+    environment: dict[str, str], tmp_path: Path, command: str
+) -> None:
+    url = NO_MONGODB.format(port=free_port())
+    ended = run_impatiently({**environment, "MONGODB_URL": url}, tmp_path, command)
+    assert ended.returncode == 1
+    assert "MongoDB can't be reached" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_recover_puts_a_lost_job_back_into_the_queue(environment: dict[str, str], api: Api, tmp_path: Path) -> None:
+    job = insert_processing(api, "expired", worker=lease(lease_until=an_hour_ago()))
+    ended = run_worker(environment, tmp_path, "recover")
+    assert ended.returncode == 0
+    assert ended.stdout.strip() == f"job={job} no attempt worked on it: put back into the queue"
+    assert api.document(job)["worker"]["owner"] is None
+    assert api.redis.llen(api.queue) == 1
+
+
+def test_recover_says_when_there_is_nothing_to_do(environment: dict[str, str], api: Api, tmp_path: Path) -> None:
+    ended = run_worker(environment, tmp_path, "recover")
+    assert (ended.returncode, ended.stdout.strip()) == (0, "nothing to recover")
+
+
+def test_health_is_1_without_a_worker(environment: dict[str, str], tmp_path: Path) -> None:
+    assert run_worker({**environment, "TMPDIR": str(tmp_path)}, tmp_path, "health").returncode == 1

@@ -1,0 +1,479 @@
+"""Sweeper, keeper and file sweeper on a real MongoDB and a real Redis: the details beside the specification."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bson import ObjectId
+from celery import Celery
+
+import worker
+from testbed.processes import poll
+from tests.lab import (
+    NOWHERE,
+    PNG,
+    TEXT,
+    ago,
+    change,
+    claim,
+    deliver,
+    gone_pid,
+    kept,
+    queued,
+    read,
+    redis_away,
+    some_job,
+    table,
+)
+from worker import FileSweeper, Job, Keeper, Notifier, Result, Runtime, SharedNotes, Sweeper
+from workerkit.broker import Broker
+from workerkit.errors import StoreUnavailable
+from workerkit.settings import Settings
+
+# ── sweeper ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_rescue_has_a_task_id_of_its_own(runtime: Runtime) -> None:
+    job = claim(runtime)
+    for _ in range(2):
+        change(runtime, job.id, worker__owner=None, worker__rescue_at=ago(1))
+        runtime.sweeper.sweep()
+    assert len({message["id"] for message in queued(runtime)}) == 2
+
+
+def test_a_sweep_that_finds_nothing_does_nothing(runtime: Runtime) -> None:
+    claim(runtime)
+    assert runtime.sweeper.sweep() == []
+    assert queued(runtime) == []
+
+
+def test_a_lost_job_at_its_bounds_with_a_kept_result_is_brought_to_its_end(runtime: Runtime) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
+    runtime.notes.keep_result(job, Result({"generated_text": "kept"}))
+    runtime.sweeper.sweep()
+    assert len(queued(runtime)) == 1
+    assert deliver(runtime, job.id)["status"] == "completed"
+
+
+def test_a_notice_that_is_on_its_way_is_not_sent_twice(runtime: Runtime) -> None:
+    runtime.store.complete(claim(runtime), {}, None)
+    assert runtime.sweeper.sweep() == []
+
+
+def new_sweeper(runtime: Runtime, notifier: Notifier | None = None, notes: SharedNotes | None = None) -> Sweeper:
+    """Another process's sweeper."""
+    return Sweeper(runtime.store, notifier or runtime.notifier, notes or runtime.notes, runtime.broker)
+
+
+def test_a_notice_stays_in_the_outbox_while_redis_is_away(runtime: Runtime) -> None:
+    failed, overdue = claim(runtime), claim(runtime, owner="owner-2")
+    change(runtime, failed.id, worker__lease_until=ago(1), worker__attempt=4)
+    runtime.store.complete(overdue, {}, None)
+    change(runtime, overdue.id, worker__unnotified=ago(31))
+    new_sweeper(runtime, Notifier(redis_away()), SharedNotes(redis_away())).sweep()
+    assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [overdue.id]
+    assert read(runtime, failed.id)["status"] == "processing", "Redis may have its result, but can't be asked"
+
+
+def pending(runtime: Runtime, age_s: float, **fields: Any) -> ObjectId:
+    """Inserts a job that waits for so long, without any message."""
+    document = {"status": "pending", "job_type": TEXT, "input_data": {}, "user_id": "u", "created_at": ago(age_s)}
+    inserted: ObjectId = runtime.database["jobs"].insert_one({**document, **fields}).inserted_id
+    return inserted
+
+
+@table(
+    "age_s, queued, started_age_s, is_forgotten",
+    ("nothing is queued", 120, 0, None, True),
+    ("behind a backlog", 120, 5, None, False),
+    ("overtaken by one a minute younger", 120, 5, 30, True),
+    ("overtaken by one hardly younger", 120, 5, 100, False),
+    ("young", 30, 0, None, False),
+)
+def test_a_pending_job_counts_as_forgotten_only_if_its_message_is_lost(
+    runtime: Runtime, age_s: float, queued: int, started_age_s: float | None, is_forgotten: bool
+) -> None:
+    job_id = pending(runtime, age_s)
+    if started_age_s is not None:
+        pending(runtime, started_age_s, status="completed", started_at=ago(1))
+    found = runtime.store.find_forgotten_pending(lambda: queued)
+    assert [document["_id"] for document in found] == [job_id] * is_forgotten
+
+
+@table("bookkeeping", ("none", {}), ("null", {"worker": None}), ("handed on before", {"worker": {"rescues": 2}}))
+def test_a_forgotten_job_is_put_into_the_queue_once_by_many_sweepers(
+    runtime: Runtime, bookkeeping: dict[str, Any]
+) -> None:
+    job_id = pending(runtime, 120, **bookkeeping)
+    done = [new_sweeper(runtime).sweep() for _ in range(3)]
+    assert [len(lines) for lines in done] == [1, 0, 0]
+    assert runtime.broker.queue_length() == 1
+    assert runtime.store.claim(job_id, "owner", runtime.settings.limits())
+
+
+def test_of_two_sweepers_one_reserves_a_forgotten_job(runtime: Runtime) -> None:
+    pending(runtime, 120)
+    [document] = runtime.store.find_forgotten_pending(lambda: 0)
+    assert [runtime.store.reserve_rescue(document) for _ in range(2)] == [True, False]
+
+
+def test_of_two_sweepers_that_found_a_forgotten_job_one_sends_its_message(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending(runtime, 120)
+    found = runtime.store.find_forgotten_pending(lambda: 0)
+    monkeypatch.setattr(runtime.store, "find_forgotten_pending", lambda _count: found)
+    assert [len(new_sweeper(runtime).sweep()) for _ in range(2)] == [1, 0]
+    assert len(queued(runtime)) == 1
+
+
+def test_a_sweep_tries_a_hung_redis_once_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    notifier = Notifier(redis_away())
+    monkeypatch.setattr(notifier, "publish_status", lambda *notice: tried.append(notice))
+    for number in range(3):
+        job = claim(runtime, owner=f"owner-{number}")
+        runtime.store.complete(job, {}, None)
+        change(runtime, job.id, worker__unnotified=ago(31))
+    new_sweeper(runtime, notifier).sweep()
+    assert len(tried) == 1
+
+
+def test_a_rescue_without_broker_is_made_up_for_by_a_later_sweep(runtime: Runtime) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1))
+    away = Celery("away", broker=f"redis://{NOWHERE}", set_as_current=False)
+    sweeper = Sweeper(runtime.store, runtime.notifier, runtime.notes, Broker(away, "queue", patience_s=0.1))
+    assert sweeper.sweep() == []
+    change(runtime, job.id, worker__rescue_at=ago(1))
+    assert len(new_sweeper(runtime).sweep()) == 1
+
+
+def test_only_the_notices_that_redis_took_leave_the_outbox(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    notifier, answers = Notifier(redis_away()), iter([True, False])
+    monkeypatch.setattr(notifier, "publish_status", lambda *_notice: next(answers))
+    for number in range(2):
+        job = claim(runtime, owner=f"owner-{number}")
+        runtime.store.complete(job, {}, None)
+        change(runtime, job.id, worker__unnotified=ago(31))
+    assert len(new_sweeper(runtime, notifier).sweep()) == 1
+    assert len(runtime.store.find_unnotified(0)) == 1
+
+
+def test_after_a_failure_of_the_broker_it_is_left_alone_for_a_while(
+    runtime: Runtime, at: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+
+    def fail(*arguments: object, **_options: object) -> None:
+        tried.append(arguments)
+        raise OSError("the broker is away")
+
+    monkeypatch.setattr(runtime.broker, "send", fail)
+    sweeper, job = new_sweeper(runtime), claim(runtime)
+    for seconds, tries in ((0, 1), (4, 1), (2, 2)):
+        at[0] += seconds
+        change(runtime, job.id, worker__lease_until=ago(1), worker__owner="owner")
+        sweeper.sweep()
+        assert len(tried) == tries
+
+
+def test_a_rescue_whose_message_cant_be_sent_is_due_soon_again_and_does_not_count(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise OSError("the broker is away")
+
+    monkeypatch.setattr(runtime.broker, "send", fail)
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1))
+    new_sweeper(runtime).sweep()
+    left = read(runtime, job.id)["worker"]
+    assert left["rescues"] == 0
+    assert left["rescue_at"] <= ago(-runtime.settings.sweep_interval).replace(tzinfo=None)
+
+
+def test_a_revoked_job_is_failed_once(runtime: Runtime) -> None:
+    runtime.notes.note_revoked(str(claim(runtime).id))
+    assert [len(runtime.sweeper.sweep()) for _ in range(2)] == [1, 0]
+    assert runtime.notes.revoked() == []
+
+
+@table("fields", ("its process lives", {}), ("of another node", {"worker__pid": 2**22, "worker__node": "other"}))
+def test_a_job_of_a_living_or_foreign_process_is_left_alone(runtime: Runtime, fields: dict[str, Any]) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, **fields)
+    assert runtime.sweeper.release_dead_siblings() == []
+
+
+# ── keeper ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_lease_is_renewed_three_times_in_its_length(runtime: Runtime, at: list[float]) -> None:
+    attempt, renewals = kept(runtime), set()
+    for _ in range(12):
+        runtime.keeper.tick()
+        renewals.add(attempt.renewed_at)
+        at[0] += runtime.settings.lease_seconds / 12
+    assert len(renewals) == 3
+
+
+def test_the_lease_of_an_ended_attempt_is_not_renewed(runtime: Runtime) -> None:
+    attempt = kept(runtime)
+    change(runtime, attempt.job.id, worker__lease_until=ago(1))
+    runtime.keeper.unregister(attempt)
+    runtime.keeper.tick()
+    assert len(runtime.store.find_stale()) == 1
+
+
+def test_the_first_tick_makes_the_indexes_and_frees_what_dead_processes_held(runtime: Runtime) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, worker__pid=gone_pid())
+    runtime.keeper.tick()
+    poll(lambda: "worker_unnotified" in runtime.database["jobs"].index_information(), 10)
+    assert read(runtime, job.id)["worker"]["owner"] is None
+
+
+def tick_for_a_lease(keeper: Keeper, at: list[float], settings: Settings) -> None:
+    """Lets a lease's time go by in a keeper's steps: a longer silence would look like an outage."""
+    for _ in range(math.ceil(settings.lease_seconds / keeper.tick_s)):
+        at[0] += keeper.tick_s
+        keeper.tick()
+
+
+def test_a_keeper_that_just_began_rests_one_lease_before_it_sweeps(runtime: Runtime, at: list[float]) -> None:
+    keeper = runtime.keeper
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1))
+    keeper.tick()
+    assert queued(runtime) == []
+    tick_for_a_lease(keeper, at, runtime.settings)
+    assert len(queued(runtime)) == 1
+
+
+def test_after_a_change_of_the_primary_the_keeper_rests_one_lease_before_it_sweeps(
+    runtime: Runtime, at: list[float]
+) -> None:
+    runtime.keeper.tick()
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1))
+    runtime.keeper._sweep_at = 0.0
+    runtime.store.primary = ObjectId()  # as if another server had answered until now
+    runtime.keeper.tick()
+    assert queued(runtime) == []
+    tick_for_a_lease(runtime.keeper, at, runtime.settings)
+    assert len(queued(runtime)) == 1
+
+
+def test_a_keeper_that_was_frozen_rests_one_lease_before_it_sweeps(runtime: Runtime, at: list[float]) -> None:
+    runtime.keeper.tick()
+    runtime.keeper._sweep_at = 0.0
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1))
+    at[0] += runtime.settings.lease_seconds
+    runtime.keeper.tick()
+    assert queued(runtime) == []
+    tick_for_a_lease(runtime.keeper, at, runtime.settings)
+    assert len(queued(runtime)) == 1
+
+
+def test_after_a_renewal_that_took_longer_than_a_lease_the_keeper_rests_before_it_sweeps(
+    runtime: Runtime, at: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would rescue its own job, whose lease has run out again meanwhile."""
+    runtime.keeper.tick()
+    attempt, renew = kept(runtime), runtime.store.renew_leases
+
+    def renew_slowly(jobs: list[Job]) -> None:
+        renew(jobs)
+        at[0] += runtime.settings.lease_seconds
+        change(runtime, attempt.job.id, worker__lease_until=ago(1))
+
+    monkeypatch.setattr(runtime.store, "renew_leases", renew_slowly)
+    runtime.keeper._sweep_at = runtime.keeper._renew_at = 0.0
+    runtime.keeper.tick()
+    assert queued(runtime) == []
+
+
+def test_a_worker_that_shuts_down_sweeps_no_more(runtime: Runtime) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, worker__lease_until=ago(1))
+    runtime.shutdown.announce(3600)
+    runtime.keeper._sweep_at = 0.0
+    runtime.keeper.tick()
+    assert queued(runtime) == []
+
+
+def test_a_keeper_without_the_right_to_make_indexes_goes_on(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise StoreUnavailable("OperationFailure 13")
+
+    monkeypatch.setattr(runtime.store, "ensure_indexes", refuse)
+    runtime.keeper.tick()
+    runtime.keeper.tick()
+    poll(lambda: "indexes could not be made" in caplog.text, 10)
+    assert caplog.text.count("indexes could not be made (OperationFailure 13)") == 1
+
+
+class Troubled:
+    """Breaks a keeper's ticks: the first ones by this error, each noted."""
+
+    def __init__(self, keeper: Keeper, error: Exception, times: int) -> None:
+        self.tick, self.error, self.left, self.fine = keeper.tick, error, times, 0
+
+    def __call__(self) -> None:
+        if self.left:
+            self.left -= 1
+            raise self.error
+        self.tick()
+        self.fine += 1
+
+
+@table(
+    "error, line",
+    ("MongoDB is away", StoreUnavailable("AutoReconnect"), "MongoDB can't be reached: AutoReconnect"),
+    ("a defect of our own", ValueError("planted"), "the keeper goes on after"),
+)
+def test_the_keepers_thread_survives_an_error(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, line: str
+) -> None:
+    runtime.keeper.tick_s = 0.01
+    ticks = Troubled(runtime.keeper, error, times=3)
+    monkeypatch.setattr(runtime.keeper, "tick", ticks)
+    runtime.keeper.start()
+    poll(lambda: ticks.fine >= 2, 10)
+    runtime.keeper.stop()
+    assert line in caplog.text
+
+
+def test_after_an_outage_the_keeper_renews_first_and_rests_one_lease_before_it_sweeps(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.keeper.tick_s = 0.01
+    attempt, lost = kept(runtime), claim(runtime, owner="owner-2")
+    for job in (attempt.job, lost):
+        change(runtime, job.id, worker__lease_until=ago(1))
+    runtime.keeper._sweep_at, runtime.keeper._renew_at = 0.0, time.monotonic() + 3600
+    ticks = Troubled(runtime.keeper, StoreUnavailable("away"), times=1)
+    monkeypatch.setattr(runtime.keeper, "tick", ticks)
+    runtime.keeper.start()
+    poll(lambda: ticks.fine >= 3, 10)
+    runtime.keeper.stop()
+    assert [document["_id"] for document in runtime.store.find_stale()] == [lost.id]
+
+
+def test_the_last_tick_of_a_keeper_that_stops_writes_down_what_was_published(runtime: Runtime, tmp_path: Path) -> None:
+    job = claim(runtime)
+    runtime.store.complete(job, {}, None)
+    runtime.keeper.start()
+    poll(lambda: list(tmp_path.glob("heartbeat/*")), 10)
+    runtime.keeper.note_published(job.id)
+    runtime.keeper.stop()
+    assert runtime.store.find_unnotified(0) == []
+    assert list(tmp_path.glob("heartbeat/*")) == []
+
+
+def test_what_was_published_stays_in_the_batch_while_mongodb_is_away(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_job_ids: list[ObjectId]) -> None:
+        raise StoreUnavailable("away")
+
+    job = claim(runtime)
+    runtime.store.complete(job, {}, None)
+    runtime.keeper.note_published(job.id)
+    with monkeypatch.context() as broken:
+        broken.setattr(runtime.store, "mark_notified", refuse)
+        with pytest.raises(StoreUnavailable):
+            runtime.keeper.tick()
+    runtime.keeper.tick()
+    assert runtime.store.find_unnotified(0) == []
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def file_of(runtime: Runtime, job: Job, suffix: str = "png") -> str:
+    """Stores a file of this attempt and returns its name."""
+    name = worker.file_name(replace(job, owner=sha256(job.owner.encode()).hexdigest()[:16]), suffix)
+    runtime.artifacts.publish(name, PNG)
+    return name
+
+
+def new_file_sweeper(runtime: Runtime, retention_days: float = 0) -> FileSweeper:
+    """Another process's file sweeper."""
+    return FileSweeper(runtime.store, runtime.notes, lambda: runtime.artifacts, retention_days)
+
+
+def files(runtime: Runtime) -> set[str]:
+    return set(runtime.artifacts.names())
+
+
+def test_the_file_of_an_attempt_that_died_is_deleted_when_the_job_has_ended(runtime: Runtime) -> None:
+    won, failed = claim(runtime), claim(runtime, owner="owner-2")
+    lost = some_job(id=won.id, owner="dead")
+    kept = [file_of(runtime, won), file_of(runtime, lost), file_of(runtime, failed)][0]
+    runtime.store.complete(won, {}, f"/artifacts/{kept}")
+    runtime.store.fail(failed, "No.")
+    assert runtime.files.sweep() == ["2 file(s) deleted that no job names or that are too old"]
+    assert files(runtime) == {kept}
+
+
+def test_files_of_a_job_that_may_still_win_and_of_no_job_at_all_are_kept(runtime: Runtime) -> None:
+    kept = {file_of(runtime, claim(runtime)), file_of(runtime, some_job())}
+    runtime.artifacts.publish("somebody-elses.png", PNG)
+    assert runtime.files.sweep(all_files=True) == []
+    assert files(runtime) == {*kept, "somebody-elses.png"}
+
+
+@table("all_files, left", ("in passing", False, 1), ("asked for by `recover`", True, 0))
+def test_files_of_days_ago_are_looked_at_when_asked_for(runtime: Runtime, all_files: bool, left: int) -> None:
+    job = some_job(id=ObjectId.from_datetime(ago(3 * 86_400)))
+    runtime.database["jobs"].insert_one({"_id": job.id, "status": "failed"})
+    file_of(runtime, job)
+    runtime.files.sweep(all_files=all_files)
+    assert len(files(runtime)) == left
+
+
+@table("days, left", ("for ever", 0, 2), ("past its time", 2, 1))
+def test_a_file_is_kept_as_long_as_the_setting_says(runtime: Runtime, days: float, left: int) -> None:
+    for age_s in (3 * 86_400, 86_400):
+        job = some_job(id=ObjectId.from_datetime(ago(age_s)))
+        name = file_of(runtime, job)
+        runtime.database["jobs"].insert_one({"_id": job.id, "status": "completed", "artifact_url": f"/a/{name}"})
+    new_file_sweeper(runtime, retention_days=days).sweep()
+    assert len(files(runtime)) == left
+
+
+def test_one_process_of_all_looks_for_files_in_an_hour(runtime: Runtime) -> None:
+    assert [new_file_sweeper(runtime).is_due() for _ in range(3)] == [True, False, False]
+
+
+def test_the_keeper_deletes_files_without_holding_leases_up(runtime: Runtime) -> None:
+    failed = claim(runtime)
+    file_of(runtime, failed)
+    runtime.store.fail(failed, "No.")
+    runtime.keeper._sweep_at = 0.0
+    runtime.store.synchronise_clock()
+    runtime.keeper.tick()
+    poll(lambda: not files(runtime), 10)
+
+
+def test_an_artifact_store_that_cant_be_reached_leaves_a_line(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: object) -> list[str]:
+        raise StoreUnavailable("artifact store: OSError")
+
+    monkeypatch.setattr(runtime.files, "sweep", refuse)
+    runtime.keeper._sweep_files()
+    assert "the next search for files of lost attempts is in an hour: artifact store: OSError" in caplog.text

@@ -1,0 +1,177 @@
+"""What reaches the log: repeats, the lines of libraries, line ends, and the place of an error."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from celery.exceptions import Reject
+from celery.worker.consumer.consumer import INVALID_TASK_ERROR  # type: ignore[attr-defined]
+
+from tests.lab import SECRET, table
+from workerkit import logs
+from workerkit.logs import LibraryNoiseFilter, RepeatedFaultLog, on_one_line, place_of, without_reject
+
+
+def line(message: object, *args: object, error: BaseException | None = None, name: str = "celery") -> logging.LogRecord:
+    """An ERROR line, as a logger hands it to its filters."""
+    info = (type(error), error, error.__traceback__) if error else None
+    return logging.LogRecord(name, logging.ERROR, __file__, 1, message, args, info)
+
+
+# ── repeats ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_fault_that_goes_on_is_logged_once_a_minute_and_once_when_over(
+    at: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "worker")
+    log = RepeatedFaultLog("MongoDB")
+    log.over()
+    for at[0] in (1000.0, 1001.0, 1059.0, 1061.0):
+        log.fault("away")
+    log.over()
+    log.over()
+    said = "MongoDB: away (repeats are logged once a minute)"
+    assert caplog.messages == [said, said, "MongoDB: over"]
+
+
+def test_a_fault_that_comes_back_after_its_end_is_logged_at_once(
+    at: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RepeatedFaultLog("MongoDB")
+    for detail in ("first", "second"):
+        log.fault(detail)
+        log.over()
+    assert [message.split(" (")[0] for message in caplog.messages] == ["MongoDB: first", "MongoDB: second"]
+
+
+def test_a_kind_of_line_of_a_library_passes_once_a_minute(at: list[float]) -> None:
+    noise, passed = LibraryNoiseFilter(), []
+    for at[0] in (1000.0, 1001.0, 1059.0, 1060.0):
+        passed.append(noise.filter(line("Trying again in %s s", at[0])))
+    assert passed == [True, False, False, True]
+
+
+def test_other_lines_of_a_library_pass_beside_it(at: list[float]) -> None:
+    noise = LibraryNoiseFilter()
+    lines = [line("one"), line("two"), line("one", name="kombu")]
+    assert [noise.filter(record) for record in lines] == [True] * 3
+
+
+def test_a_line_of_celery_that_names_a_task_always_passes(at: list[float]) -> None:
+    noise = LibraryNoiseFilter()
+    lines = [line("Hard time limit (%ss) exceeded for %s[%s]", 9, "process_job", task_id) for task_id in "ab"]
+    assert [noise.filter(record) for record in lines] == [True, True]
+
+
+# ── the lines of libraries ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_celerys_line_about_a_message_it_cant_read_holds_no_body() -> None:
+    record = line(INVALID_TASK_ERROR, "no args", SECRET, error=ValueError(SECRET))
+    assert LibraryNoiseFilter().filter(record)
+    assert record.getMessage() == "Received invalid task message: no args (ValueError at ?)"
+    assert record.exc_info is None
+
+
+def test_a_message_that_was_given_back_is_no_error() -> None:
+    record = line("rejected", error=Reject("shutting down", requeue=True))
+    assert without_reject(record)
+    assert (record.levelname, record.levelno, record.exc_info) == ("INFO", logging.INFO, None)
+
+
+def test_any_other_line_of_celery_stays_as_it_is() -> None:
+    record = line("a\nb", error=(error := ValueError("x")))
+    assert without_reject(record)
+    assert (record.getMessage(), record.exc_info and record.exc_info[1]) == ("a\nb", error)
+
+
+# ── one line for each event ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "message, written",
+    ("a forged line", ("%s ended", "job\nERROR forged"), r"job\nERROR forged ended"),
+    ("a terminal's control sequence", ("\x1b[2Jgone",), r"\x1b[2Jgone"),
+    ("a separator that some viewers break at", ("a\u2028b",), r"a\u2028b"),
+    ("blanks around it", ("\n words \n",), "words"),
+    ("letters of any script", ("Да, 是",), "Да, 是"),
+    ("a wrong format string", ("%d jobs", "no number"), "%d jobs"),
+)
+def test_a_line_holds_no_control_characters(message: tuple[object, ...], written: str) -> None:
+    record = line(*message)
+    assert on_one_line(record)
+    assert record.getMessage() == written
+
+
+def test_a_long_line_is_cut() -> None:
+    record = line("x" * 5000)
+    on_one_line(record)
+    assert len(record.getMessage()) == logs.MAX_LINE_CHARACTERS
+
+
+# ── installation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def loggers_restored() -> Iterator[None]:
+    """Puts the levels and filters of all loggers back, since they belong to the process."""
+    names = [*logs.LOGGERS_WITH_CONTENT, *logs.LOGGERS_WITH_URLS, *logs.LOGGERS_OF_OUTAGES]
+    loggers = [logging.getLogger(name) for name in (*names, "celery.app.trace", "py.warnings", "worker")]
+    before = [(logger, logger.level, list(logger.filters)) for logger in loggers]
+    yield
+    for logger, level, filters in before:
+        logger.setLevel(level)
+        logger.filters[:] = filters
+
+
+@pytest.mark.usefixtures("loggers_restored")
+@table(
+    "debug, level",
+    ("DEBUG is for the worker's own lines", True, logging.DEBUG),
+    ("else it says what happens", False, logging.INFO),
+)
+def test_libraries_stay_quiet_whatever_debug_says(debug: bool, level: int) -> None:
+    logs.install(debug, [])
+    assert logs.logger.level == level
+    assert logging.getLogger("pymongo").level == logging.getLogger("openai").level == logging.INFO
+    assert logging.getLogger("httpx2").level == logging.WARNING
+
+
+@pytest.mark.usefixtures("loggers_restored")
+def test_every_handler_of_celery_writes_each_event_on_one_line() -> None:
+    handler = logging.Handler()
+    logs.install(debug=False, handlers=[handler])
+    assert handler.filter(record := line("a\nb"))
+    assert record.getMessage() == r"a\nb"
+
+
+@pytest.mark.usefixtures("loggers_restored")
+@table(
+    "message, is_logged",
+    ("Celery's own pending deprecation", "consumer.py:1: CPendingDeprecationWarning: in 5.1", False),
+    ("any other warning", "app.py:1: UserWarning: mind this", True),
+)
+def test_celerys_pending_deprecations_are_not_logged(message: str, is_logged: bool) -> None:
+    logs.install(debug=False, handlers=[])
+    assert bool(logging.getLogger("py.warnings").filter(line(message))) is is_logged
+
+
+# ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_place_of_an_error_is_file_and_line() -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        _ = 1 / 0
+    assert re.fullmatch(r"test_logs\.py:\d+", place_of(caught.value))
+    assert place_of(ValueError("raised nowhere")) == "?"
+
+
+def test_the_place_of_a_syntax_error_is_in_the_faulty_file(tmp_path: Path) -> None:
+    with pytest.raises(SyntaxError) as caught:
+        compile("x = 1\ny = (", str(tmp_path / "faulty.py"), "exec")
+    assert place_of(caught.value) == "faulty.py:2"

@@ -1,0 +1,122 @@
+"""MongoDB: what its errors mean for a job, how reads and writes are confirmed, and the database's time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pymongo
+import pytest
+from bson.errors import InvalidDocument
+from pymongo.errors import (
+    AutoReconnect,
+    DocumentTooLarge,
+    NetworkTimeout,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WriteConcernError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import ReadPreference
+from pymongo.write_concern import WriteConcern
+
+import workerkit.mongodb
+from tests.lab import NOWHERE, SECRET, table
+from workerkit.errors import CANT_BE_STORED, FailJob, StoreUnavailable
+from workerkit.mongodb import Clock, NoSubDocument, open_database, unknown_when_unreachable
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "error, detail",
+    ("the connection broke", AutoReconnect("gone"), "AutoReconnect"),
+    ("no answer in time", NetworkTimeout("late"), "NetworkTimeout"),
+    ("no server is there", ServerSelectionTimeoutError("none"), "ServerSelectionTimeoutError"),
+    ("not confirmed by a majority", WriteConcernError("timed out", 64), "WriteConcernError 64"),
+    ("not allowed", OperationFailure("not authorized", 13), "OperationFailure 13"),
+)
+def test_an_error_of_mongodb_leaves_it_unknown_whether_a_write_was_made(error: PyMongoError, detail: str) -> None:
+    with pytest.raises(StoreUnavailable) as caught, unknown_when_unreachable():
+        raise error
+    assert (type(caught.value), str(caught.value)) == (StoreUnavailable, detail)
+
+
+@table(
+    "error",
+    ("too large for the client", DocumentTooLarge("over 16 MB")),
+    ("too large for the server", OperationFailure("too large", 17419)),
+    ("a number beyond 64 bits", OverflowError("int too large")),
+    ("an object of Python", InvalidDocument("cannot encode")),
+    ("half a character", UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates")),
+)
+def test_a_result_that_mongodb_can_never_hold_fails_the_job(error: Exception) -> None:
+    with pytest.raises(FailJob) as caught, unknown_when_unreachable():
+        raise error
+    assert caught.value.sentence == CANT_BE_STORED
+
+
+def test_a_field_below_what_is_no_sub_document_has_an_error_of_its_own() -> None:
+    with pytest.raises(NoSubDocument), unknown_when_unreachable():
+        raise OperationFailure("Cannot create field 'owner' in element {worker: null}", 28)
+
+
+def test_the_words_of_an_error_which_may_hold_data_are_not_repeated() -> None:
+    with pytest.raises(StoreUnavailable) as caught, unknown_when_unreachable():
+        raise OperationFailure(f"bad value {SECRET}", 2)
+    assert SECRET not in str(caught.value)
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(KeyError), unknown_when_unreachable():
+        raise KeyError("a defect")
+
+
+# ── reads and writes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def lax_client() -> Iterator[pymongo.MongoClient[dict[str, Any]]]:
+    """A client whose URL asks for reads from anywhere and writes without confirmation."""
+    options = "w=1&journal=false&readPreference=nearest&readConcernLevel=local"
+    with pymongo.MongoClient[dict[str, Any]](f"mongodb://{NOWHERE}/?{options}", connect=False) as client:
+        yield client
+
+
+def test_writes_go_to_a_majority_with_journal_whatever_the_url_says(
+    lax_client: pymongo.MongoClient[dict[str, Any]],
+) -> None:
+    assert open_database(lax_client, "jobs").write_concern == WriteConcern("majority", j=True)
+
+
+def test_reads_see_what_a_majority_has_whatever_the_url_says(lax_client: pymongo.MongoClient[dict[str, Any]]) -> None:
+    database = open_database(lax_client, "jobs")
+    assert (database.read_preference, database.read_concern) == (ReadPreference.PRIMARY, ReadConcern("majority"))
+
+
+# ── the database's time ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_clock_adds_what_passed_since_the_servers_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = iter([100.0, 100.0, 107.5])
+    monkeypatch.setattr(workerkit.mongodb, "time", SimpleNamespace(monotonic=lambda: next(passed)))
+    clock = Clock()
+    clock.synchronise(datetime(2031, 1, 1, tzinfo=UTC))
+    assert clock.now() == datetime(2031, 1, 1, 0, 0, 7, 500_000, tzinfo=UTC)
+
+
+def test_the_clock_keeps_whole_milliseconds_as_documents_do() -> None:
+    clock = Clock()
+    clock.synchronise(datetime(2031, 1, 1, microsecond=999, tzinfo=UTC))
+    assert clock.now().microsecond % 1000 == 0
+
+
+def test_a_clock_that_was_never_synchronised_shows_the_hosts_time() -> None:
+    clock = Clock()
+    assert not clock.is_synchronised
+    assert abs((clock.now() - datetime.now(UTC)).total_seconds()) < 60
+    clock.synchronise(datetime(2031, 1, 1, tzinfo=UTC))
+    assert clock.is_synchronised

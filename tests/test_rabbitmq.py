@@ -1,0 +1,165 @@
+"""RabbitMQ as the broker, by its URL alone, with a queue that the API has made in its own way.
+
+What is looked at takes seconds of waiting and little else. So it happens side by side, each in a place of its own, and
+each test asserts what has come of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import pytest
+from kombu import Connection, Exchange, Queue
+
+from testbed.api import WorkerProcess
+from testbed.processes import poll
+from testbed.servers import RabbitServer
+from tests.lab import TEXT
+from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
+from tests.site import run_worker, running
+
+pytestmark = pytest.mark.servers
+
+QUEUES: dict[str, dict[str, Any]] = {"classic": {"x-max-priority": 3}, "quorum": {"x-queue-type": "quorum"}}
+in_each_queue = pytest.mark.parametrize("kind", QUEUES)
+
+
+def declare_queue(place: Place, kind: str) -> None:
+    """Declares the place's queue and exchange as an API with requirements of its own may have done."""
+    name = place.api.queue
+    queue = Queue(name, Exchange(name, "topic"), name, queue_arguments=QUEUES[kind])
+    place.api.celery.conf.task_queues = [queue]
+    with Connection(place.environment["CELERY_BROKER_URL"]) as connection:
+        queue(connection.default_channel).declare()
+
+
+def command(place: Place, *arguments: str) -> str:
+    """What a command of the worker prints. It ends with 0."""
+    ended = run_worker(place.environment, place.folder, *arguments)
+    assert ended.returncode == 0, ended
+    return ended.stdout
+
+
+def gate_of(place: Place) -> str:
+    """What lets this place's job end, and no other's."""
+    return f"hold until_{place.api.queue}"
+
+
+def run_in_one_of_two(place: Place) -> tuple[WorkerProcess, WorkerProcess]:
+    """Starts two workers, and returns the one that runs a job, which is held, before the other."""
+    for _ in range(2):
+        place.start_worker(SHUTDOWN_GRACE="0")
+    place.wait_ready()
+    job = place.submit("job", Step(gate_of(place)))
+    place.wait_call("job")
+    line = f"job={job} attempt=1 type='text_generation' started"
+    poll(lambda: any(line in worker.text() for worker in place.workers), 30, description="the job runs")
+    first, second = sorted(place.workers, key=lambda worker: line not in worker.text())
+    return first, second
+
+
+# ── what happens side by side ────────────────────────────────────────────────────────────────────────────────────
+
+
+RETRY_AFTER_S = 8  # later than all that happens meanwhile
+
+
+def wait_for_retries(place: Place) -> None:
+    place.start_worker()
+    place.wait_ready()
+    waiting = [f"waiting {number}" for number in range(2)]
+    for name in waiting:
+        place.submit(name, Step(f"[status 429 times=1 retry-after={RETRY_AFTER_S}]", answers=2))
+    for name in waiting:
+        poll(lambda name=name: place.document(name).get("worker", {}).get("owner", "") is None, PATIENCE_S)  # type: ignore[misc]
+    place.submit("meanwhile", Step(""))
+    ended_at = {
+        name: place.api.wait(place.jobs[name], timeout_s=PATIENCE_S)["completed_at"] for name in ["meanwhile", *waiting]
+    }
+    assert min(ended_at, key=lambda name: ended_at[name]) == "meanwhile"
+    assert {place.document(name)["status"] for name in ended_at} == {"completed"}
+    assert [len(place.calls(name)) for name in waiting] == [2, 2]
+
+
+def kill_a_worker(place: Place) -> None:
+    killed, other = run_in_one_of_two(place)
+    killed.kill()
+    job = place.jobs["job"]
+    poll(lambda: f"job={job} not claimed: it is held by a live lease" in other.text(), PATIENCE_S)
+    place.provider.let_go.add(gate_of(place))
+    assert place.api.wait(job, timeout_s=PATIENCE_S)["worker"]["attempt"] == 2
+    assert len(place.calls("job")) == 2
+
+
+def hand_back(place: Place) -> None:
+    stopped, other = run_in_one_of_two(place)
+    assert stopped.stop(PATIENCE_S) == 0
+    place.provider.let_go.add(gate_of(place))
+    assert place.api.wait(place.jobs["job"], timeout_s=PATIENCE_S)["worker"]["attempt"] == 1
+    line = f"job={place.jobs['job']} attempt=1 type='text_generation' completed"
+    poll(lambda: line in other.text(), PATIENCE_S)
+
+
+def use_every_command(place: Place) -> None:
+    waiting = place.submit("waits", Step(""))
+    assert "1 waiting in" in command(place, "check")
+    assert "│ 1" in command(place, "status").split("waiting in")[1]
+    place.start_worker()
+    place.wait_ready()
+    assert place.api.wait(waiting, timeout_s=PATIENCE_S)["status"] == "completed"
+    assert "done by hand" in command(place, "submit", "--prompt", "[say done by hand]")
+    command(place, "health")
+    long_ago = datetime(2026, 1, 1, tzinfo=UTC)
+    forgotten = place.api.insert(TEXT, {"prompt": "forgotten"}, created_at=long_ago)
+    command(place, "recover")
+    assert place.api.wait(forgotten, timeout_s=PATIENCE_S)["status"] == "completed"
+
+
+SCENARIOS: dict[str, tuple[Scenario, str]] = {
+    **{f"retries wait, {kind}": (wait_for_retries, kind) for kind in QUEUES},  # the longest first
+    **{f"worker killed, {kind}": (kill_a_worker, kind) for kind in QUEUES},
+    **{f"handed back, {kind}": (hand_back, kind) for kind in QUEUES},
+    "every command": (use_every_command, "quorum"),
+}
+
+
+def with_its_queue(place: Place, name: str) -> None:
+    scenario, kind = SCENARIOS[name]
+    declare_queue(place, kind)
+    scenario(place)
+
+
+@pytest.fixture(scope="module")
+def outcomes(open_place: OpenPlace) -> Iterator[Outcomes]:
+    with running(RabbitServer()) as rabbit:
+        open_one = partial(open_place, CELERY_BROKER_URL=rabbit.url, LEASE_SECONDS="4")
+        scenarios: dict[str, Scenario] = {name: partial(with_its_queue, name=name) for name in SCENARIOS}
+        with side_by_side(open_one, scenarios) as outcomes:
+            yield outcomes
+
+
+# ── what has come of it ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@in_each_queue
+def test_the_job_of_a_killed_worker_is_rescued_though_rabbitmq_delivers_it_again_at_once(
+    outcomes: Outcomes, kind: str
+) -> None:
+    outcomes[f"worker killed, {kind}"].result()
+
+
+@in_each_queue
+def test_another_worker_completes_what_was_handed_back_to_rabbitmq(outcomes: Outcomes, kind: str) -> None:
+    outcomes[f"handed back, {kind}"].result()
+
+
+@in_each_queue
+def test_a_retry_that_waits_holds_no_slot_of_rabbitmqs_queue(outcomes: Outcomes, kind: str) -> None:
+    outcomes[f"retries wait, {kind}"].result()
+
+
+def test_every_command_works_with_rabbitmq(outcomes: Outcomes) -> None:
+    outcomes["every command"].result()

@@ -1,0 +1,319 @@
+"""The settings: their defaults, what is wrong with a bad value, and what follows from several of them together."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.lab import SECRET, SOURCE, bare_settings, table
+from workerkit.settings import (
+    ProviderSettings,
+    Settings,
+    load_settings,
+    redact_url,
+    settings_faults,
+    with_certificate_check,
+)
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment without any of the worker's variables, in an empty folder."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+    return monkeypatch
+
+
+def faults(variables: pytest.MonkeyPatch, **bad: str) -> list[str]:
+    for name, value in bad.items():
+        variables.setenv(name, value)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    return settings_faults(caught.value)
+
+
+# ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_variables_the_contracts_defaults_hold(variables: pytest.MonkeyPatch) -> None:
+    settings = Settings()
+    url = "mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"
+    assert settings.mongodb_url.get_secret_value() == url
+    assert settings.redis_url.get_secret_value() == "redis://redis:6379/0"
+    assert (settings.database_name, settings.celery_queue_name) == ("ai_backend", "ai_jobs")
+    assert (settings.celery_soft_time_limit, settings.celery_time_limit) == (90, 120)
+
+
+def test_every_setting_has_a_default(variables: pytest.MonkeyPatch) -> None:
+    assert not [name for name, field in Settings.model_fields.items() if field.is_required()]
+
+
+def test_an_empty_variable_counts_as_unset(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("CELERY_TIME_LIMIT", "")
+    variables.setenv("REDIS_URL", "")
+    assert Settings() == bare_settings()
+
+
+def test_a_dotenv_file_is_read_and_the_environment_wins(variables: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("TEXT_MODEL=from-file\nIMAGE_MODEL=from-file\n")
+    variables.setenv("IMAGE_MODEL", "from-environment")
+    settings = Settings()
+    assert (settings.text_model, settings.image_model) == ("from-file", "from-environment")
+
+
+def test_the_apis_own_variables_are_ignored(variables: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("API_PORT=8000\nCLERK_SECRET_KEY=x\nPENDING_TIMEOUT_SECONDS=300\nDEBUG=true\n")
+    assert Settings().debug
+
+
+def test_lists_are_separated_by_commas(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("RETRY_DELAYS", "1, 2.5")
+    variables.setenv("TEXT_MODELS", "small, large,")
+    settings = Settings()
+    assert (settings.retry_delays, settings.max_attempts) == ((1, 2.5), 3)
+    assert settings.text_models == ("small", "large")
+
+
+# ── what is wrong with a value ───────────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "name, value, right",
+    ("no scheme", "MONGODB_URL", "localhost:27017", "mongodb://user:password@host:27017/database"),
+    ("an unescaped @ in the password", "MONGODB_URL", "mongodb://user:p@ss@host/db", "escape"),
+    ("a name that MongoDB refuses", "DATABASE_NAME", "a b", "match pattern"),
+    ("a Redis URL without scheme", "REDIS_URL", "localhost:6379", "redis://:password@host:6379/0"),
+    ("an unescaped / in the password", "REDIS_URL", "redis://:a/b@host:6379/0", "redis://:password@host:6379/0"),
+    ("an unknown broker", "CELERY_BROKER_URL", "kafka://host", "redis:// or amqp://"),
+    ("a Sentinel without its master's name", "CELERY_BROKER_URL", "sentinel://host:26379/0", "?master_name=NAME"),
+    ("a result backend that isn't Redis", "CELERY_RESULT_BACKEND", "file:///x", "redis://"),
+    ("a word for a number", "CELERY_SOFT_TIME_LIMIT", "ninety", "valid number"),
+    ("no time at all", "CELERY_SOFT_TIME_LIMIT", "0", "greater than 0"),
+    ("not a number", "CELERY_TIME_LIMIT", "nan", "less than or equal to 86400"),
+    ("for ever", "CELERY_TIME_LIMIT", "inf", "less than or equal to 86400"),
+    ("the hard limit is no later than the soft", "CELERY_TIME_LIMIT", "90", "CELERY_SOFT_TIME_LIMIT"),
+    ("neither true nor false", "DEBUG", "maybe", "valid boolean"),
+    ("a pool that can't run this", "WORKER_POOL", "gevent", "'prefork', 'threads' or 'solo'"),
+    ("no slot", "WORKER_CONCURRENCY", "0", "greater than or equal to 1"),
+    ("half a slot", "WORKER_CONCURRENCY", "1.5", "valid integer"),
+    ("a lease that no keeper can renew in time", "LEASE_SECONDS", "1", "greater than or equal to 2"),
+    ("an endless grace", "SHUTDOWN_GRACE", "inf", "less than or equal to 86400"),
+    ("one delay is none", "RETRY_DELAYS", "5,x", "valid number"),
+    ("a delay before the failure", "RETRY_DELAYS", "-1", "greater than or equal to 0"),
+    ("a module that isn't there", "HANDLER_MODULES", "no_such_module", "modules that can be imported"),
+    ("a provider without scheme", "OPENAI_BASE_URL", "api.example.com/v1", "http://host:port/v1"),
+    ("a type's server without host", "TEXT_BASE_URL", "http:///v1", "http://host:port/v1"),
+    ("sizes in words", "IMAGE_SIZES", "1024x1024,big", "1024x1024,1536x1024"),
+    ("a format that can't be checked", "AUDIO_FORMAT", "aac", "'mp3', 'wav', 'opus' or 'flac'"),
+    ("an answer of no size", "MAX_ANSWER_BYTES", "10", "greater than or equal to 1024"),
+    ("a path instead of a URL", "ARTIFACT_URL", "/tmp/artifacts", "file:///folder"),
+    ("an S3 server without scheme", "S3_ENDPOINT_URL", "minio:9000", "http://host:port"),
+)
+def test_a_bad_value_is_one_fault_with_its_variable_and_what_is_right(
+    variables: pytest.MonkeyPatch, name: str, value: str, right: str
+) -> None:
+    [line] = faults(variables, **{name: value})
+    assert line.strip().startswith(f"{name} = ")
+    assert right in line
+
+
+def test_s3_without_any_bucket_is_a_fault(variables: pytest.MonkeyPatch) -> None:
+    [line] = faults(variables, ARTIFACT_URL="s3://")
+    assert "S3_BUCKET_NAME" in line
+
+
+def test_all_faults_are_reported_at_once(variables: pytest.MonkeyPatch) -> None:
+    bad = {"MONGODB_URL": "x", "CELERY_SOFT_TIME_LIMIT": "200", "WORKER_POOL": "x", "ARTIFACT_URL": "s3://"}
+    lines = faults(variables, **bad)
+    names = {line.split("=")[0].strip() for line in lines}
+    assert names == {"MONGODB_URL", "CELERY_TIME_LIMIT", "WORKER_POOL", "S3_BUCKET_NAME"}
+
+
+@table(
+    "name, value",
+    ("no host", "MONGODB_URL", f"mongodb://user:{SECRET}@"),
+    ("an unescaped @", "MONGODB_URL", f"mongodb://user:{SECRET}@x@host/db"),
+    ("an unescaped / in Redis' password", "REDIS_URL", f"redis://:{SECRET}/x@host:6379/0"),
+    ("a broker's password", "CELERY_BROKER_URL", f"kafka://user:{SECRET}@host"),
+    ("a result backend's password", "CELERY_RESULT_BACKEND", f"http://user:{SECRET}@host"),
+    ("credentials in a provider's URL", "OPENAI_BASE_URL", f"ftp://user:{SECRET}@host"),
+    ("an unescaped / in a provider's URL", "TEXT_BASE_URL", f"ftp://user:a/{SECRET}@host"),
+    ("a key in a query", "AUDIO_BASE_URL", f"ftp://host/v1?key={SECRET}"),
+    ("a provider's URL without scheme", "IMAGE_BASE_URL", f"user:{SECRET}@host/v1"),
+    ("an artifact URL with one slash", "ARTIFACT_URL", f"ftp:/user:{SECRET}@host/folder"),
+)
+def test_a_fault_never_shows_a_secret(
+    variables: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    variables.setenv(name, value)
+    with pytest.raises(SystemExit):
+        load_settings()
+    printed = capsys.readouterr()
+    assert name in printed.err
+    assert SECRET not in printed.err + printed.out
+
+
+def test_bad_settings_end_with_2_and_no_stack_trace(
+    variables: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables.setenv("WORKER_POOL", "gevent")
+    with pytest.raises(SystemExit) as ended:
+        load_settings()
+    assert ended.value.code == 2
+    assert "WORKER_POOL = 'gevent'" in (printed := capsys.readouterr().err)
+    assert "Traceback" not in printed
+
+
+def test_the_settings_shown_whole_hold_no_secret() -> None:
+    url = f"http://user:{SECRET}@host"
+    settings = bare_settings(openai_api_key=SECRET, redis_url=f"redis://:{SECRET}@host", text_base_url=url)
+    assert SECRET not in repr(bare_settings(openai_api_key=SECRET, redis_url=f"redis://:{SECRET}@host"))
+    assert SECRET not in settings.provider("text").label
+    assert SECRET not in repr(settings.provider("image"))
+
+
+# ── what follows from several settings ───────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "timelimit, soft_s, hard_s",
+    ("no limits in the message", None, 90, 120),
+    ("both are given", [20, 10], 10, 20),
+    ("both are null", [None, None], 90, 120),
+    ("a hard limit below our soft one", [30, None], 27, 30),
+    ("a long hard limit keeps our soft one", [600, None], 90, 600),
+    ("a short soft limit keeps our hard one", [None, 10], 10, 120),
+    ("a long soft limit moves the hard one along", [None, 300], 300, 330),
+    ("soft after hard comes before it", [100, 200], 90, 100),
+    ("of the wrong length", [10], 90, 120),
+    ("a number that no clock can hold", [10**400, 10**400], 90, 120),
+    ("longer than a day", [1e12, 1e12], 90, 120),
+    ("words", ["a", "b"], 90, 120),
+    ("negative", [-5, -6], 90, 120),
+    ("not finite", [float("inf"), float("nan")], 90, 120),
+    ("true is no second", [True, True], 90, 120),
+    ("an object", {"hard": 1}, 90, 120),
+)
+def test_a_messages_limits_win_where_they_make_sense(timelimit: object, soft_s: float, hard_s: float) -> None:
+    limits = bare_settings().limits(timelimit)
+    assert [limits.soft_s, limits.hard_s] == pytest.approx([soft_s, hard_s])
+
+
+@table(
+    "values, url, key",
+    ("nothing is set: offline", {}, "", ""),
+    ("a key alone means OpenAI", {"openai_api_key": "shared"}, "", "shared"),
+    ("a server alone needs no key", {"openai_base_url": "http://all"}, "http://all", ""),
+    ("a server of its own", {"text_base_url": "http://own", "text_api_key": "own"}, "http://own", "own"),
+    ("its server never gets the shared key", {"text_base_url": "http://own", "openai_api_key": "k"}, "http://own", ""),
+    (
+        "a key of its own at the shared server",
+        {"openai_base_url": "http://all", "text_api_key": "own"},
+        "http://all",
+        "own",
+    ),
+    ("another type's server is none of its", {"image_base_url": "http://i", "image_api_key": "i"}, "", ""),
+)
+def test_each_type_has_a_server_and_a_key(values: dict[str, str], url: str, key: str) -> None:
+    where = bare_settings(**values).provider("text")
+    assert (where.base_url, where.api_key) == (url, key)
+    assert where.is_offline is not bool(url or key)
+
+
+@table(
+    "where, label",
+    ("offline", ProviderSettings("", "", "m", ()), "offline stand-in"),
+    ("OpenAI", ProviderSettings("", "k", "m", ()), "m at https://api.openai.com/v1"),
+    ("a server", ProviderSettings("http://u:p@host/v1", "k", "m", ()), "m at http://***@host/v1"),
+    ("another server's model of that name", ProviderSettings("http://host", "k", "tts-1", ()), "tts-1 at http://host"),
+)
+def test_a_provider_is_shown_without_its_credentials(where: ProviderSettings, label: str) -> None:
+    assert where.label == label
+
+
+def test_a_model_that_openai_ends_soon_is_shown_with_its_last_day() -> None:
+    assert "OpenAI ends this model on 2027-01-06" in bare_settings(openai_api_key="k").provider("audio").label
+
+
+@table(
+    "url, shown",
+    ("no credentials", "redis://host:6379/0", "redis://host:6379/0"),
+    ("user and password", "mongodb://user:pw@host/db", "mongodb://***@host/db"),
+    ("an @ in the password", "mongodb://user:p@w@host/db", "mongodb://***@host/db"),
+    ("a / in the password", "redis://:p/w@host", "redis://***@host"),
+    ("a ? in the password", "redis://:p?w@host", "redis://***@host"),
+    ("a query", "redis://host/0?password=pw", "redis://host/0"),
+    ("no URL", "gridfs", "gridfs"),
+)
+def test_a_url_is_shown_without_secrets(url: str, shown: str) -> None:
+    assert redact_url(url) == shown
+
+
+@table(
+    "values, pool",
+    ("as set", {"worker_pool": "solo"}, "solo"),
+    ("where fork works, else threads", {}, "threads" if sys.platform == "darwin" else "prefork"),
+)
+def test_the_pool_is_the_one_asked_for_or_what_works_here(values: dict[str, str], pool: str) -> None:
+    assert bare_settings(**values).pool == pool
+
+
+def test_broker_and_results_are_redis_unless_set_otherwise() -> None:
+    other = bare_settings(celery_broker_url="amqp://rabbit", celery_result_backend="redis://results")
+    assert (bare_settings().broker_url, bare_settings().result_backend) == ("redis://redis:6379/0",) * 2
+    assert (other.broker_url, other.result_backend) == ("amqp://rabbit", "redis://results")
+
+
+@table(
+    "url, broker_url, master",
+    ("the master's name is an option", "sentinel://host:26379/0?master_name=x", "sentinel://host:26379/0", "x"),
+    ("other URLs stay as they are", "redis://host/0?db=1", "redis://host/0?db=1", ""),
+)
+def test_a_sentinels_url_names_its_master(url: str, broker_url: str, master: str) -> None:
+    settings = bare_settings(celery_broker_url=url)
+    assert (settings.broker_url, settings.sentinel_master) == (broker_url, master)
+
+
+@table(
+    "url, checked",
+    ("Celery would not check by itself", "rediss://host/0", "rediss://host/0?ssl_cert_reqs=required"),
+    ("beside other options", "rediss://h?ssl_ca_certs=/ca", "rediss://h?ssl_ca_certs=/ca&ssl_cert_reqs=required"),
+    ("the operator's choice stays", "rediss://host?ssl_cert_reqs=none", "rediss://host?ssl_cert_reqs=none"),
+    ("no TLS, no certificate", "redis://host/0", "redis://host/0"),
+)
+def test_certificates_of_redis_are_checked_unless_the_url_says_otherwise(url: str, checked: str) -> None:
+    assert with_certificate_check(url) == checked
+    assert bare_settings(redis_url=url).broker_url == bare_settings(redis_url=url).result_backend == checked
+
+
+@table(
+    "values, url",
+    ("s3:// alone takes the contract's bucket", {"artifact_url": "s3://", "s3_bucket_name": "b"}, "s3://b"),
+    (
+        "a URL with a bucket is taken as it is",
+        {"artifact_url": "s3://own/folder", "s3_bucket_name": "b"},
+        "s3://own/folder",
+    ),
+    ("a bucket's name alone doesn't choose S3", {"s3_bucket_name": "b"}, "gridfs"),
+)
+def test_s3_is_used_only_where_the_artifact_url_says_so(values: dict[str, str], url: str) -> None:
+    assert bare_settings(**values).artifact_store_url == url
+
+
+# ── documentation ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_table_of_settings_has_every_variable_with_its_default() -> None:
+    table_rows = (SOURCE / "docs" / "settings.md").read_text()
+    rows = dict(re.findall(r"(?m)^\| `([A-Z0-9_]+)` \| (?:`([^`]*)`)? ?\|", table_rows))
+    for name, field in Settings.model_fields.items():
+        default: Any = field.get_default()
+        default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        assert rows[name.upper()] == (str(default).lower() if isinstance(default, bool) else str(default)), name

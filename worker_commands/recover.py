@@ -1,0 +1,29 @@
+"""`python worker.py recover`: one search for lost jobs and for files that no job names."""
+
+from __future__ import annotations
+
+import contextlib
+
+import click
+
+from worker import Runtime, configure
+from workerkit.errors import FailJob, StoreUnavailable
+from workerkit.settings import load_settings
+
+
+def recover(runtime: Runtime) -> list[str]:
+    """Searches once; returns a line for each thing done. Raises ClickException: a server can't be reached."""
+    where = "MongoDB"
+    try:
+        lines = runtime.sweeper.sweep()
+        where = "the artifact store"
+        return lines + runtime.files.sweep(all_files=True)
+    except (StoreUnavailable, FailJob) as error:
+        raise click.ClickException(f"{where} can't be reached ({error}); try `python worker.py check`") from None
+
+
+@click.command("recover", short_help="Search once for lost jobs and forgotten files.")
+def command() -> None:
+    """Search once for lost jobs and for files that no job names (from cron, where no worker runs all day)."""
+    with contextlib.closing(configure(load_settings())) as runtime:
+        print(*recover(runtime) or ["nothing to recover"], sep="\n")

@@ -1,0 +1,50 @@
+"""`python worker.py run`: the worker itself."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from worker import NODE, app, configure
+from workerkit import __version__
+from workerkit.settings import PROVIDER_KINDS, Settings, load_settings, redact_url
+
+
+def print_connections(settings: Settings) -> None:
+    """Prints what the worker is connected to, without passwords."""
+    rows: dict[str, str] = {
+        "MongoDB": f"{redact_url(settings.mongodb_url.get_secret_value())}, database {settings.database_name}",
+        "Redis": redact_url(settings.redis_url.get_secret_value()),
+        "queue": f"{settings.celery_queue_name} at {redact_url(settings.broker_url)}",
+        "pool": f"{settings.pool}, {settings.worker_concurrency} at a time",
+        "limits": f"{settings.celery_soft_time_limit:g} s, killed after {settings.celery_time_limit:g} s",
+        "artifacts": f"{redact_url(settings.artifact_url)}, served at {redact_url(settings.artifact_base_url)}",
+        **{kind: settings.provider(kind).label for kind in PROVIDER_KINDS},
+    }
+    print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
+    if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
+        print("  WARNING: no provider is set for some kinds, so the OFFLINE STAND-IN answers, which is no model.")
+    sys.stdout.flush()
+
+
+def start_celery(arguments: list[str]) -> int:
+    """Runs Celery's own command line. Unlike `app.worker_main` it returns the exit code, 1 if the worker broke down."""
+    celery_command: Any = importlib.import_module("celery.bin.celery").celery
+    celery_command.params[0].default = app
+    return int(celery_command.main(args=arguments, standalone_mode=False) or 0)
+
+
+@click.command("run", context_settings={"ignore_unknown_options": True})
+@click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
+def command(celery_arguments: Sequence[str] = ()) -> None:
+    """Run the worker (the default). CELERY_ARGUMENTS are passed to `celery worker`."""
+    settings = configure(load_settings()).settings
+    print_connections(settings)
+    options = [f"--pool={settings.pool}", f"--concurrency={settings.worker_concurrency}", "--loglevel=INFO"]
+    options += [f"--hostname=worker-{NODE.rsplit('-', 1)[-1]}@%h", "--without-gossip"]
+    options += ["--without-mingle"]  # at its start it would wait a second for other workers
+    sys.exit(start_celery(["--quiet", "worker", *options, *celery_arguments]))  # quiet: no second banner

@@ -1,0 +1,102 @@
+"""The errors of the worker. The class of an error decides what happens next; no caller works it out again."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+Document = dict[str, Any]
+
+CANT_BE_STORED = "The result is too large or can't be stored."
+UNUSABLE = "The provider's answer could not be used."
+TOO_LARGE = "The provider's answer is too large."
+NOT_SET_UP = "The service isn't set up correctly; tell its operator."
+
+
+class JobError(Exception):
+    """An attempt ended without a result; the subclass says what happens next.
+
+    `sentence` is what the person who waits reads. `detail` is for the log. Neither may hold a key or a prompt.
+    """
+
+    default_sentence: ClassVar = "Something went wrong while generating. Please try again."
+    log_level: ClassVar = logging.WARNING
+
+    def __init__(self, detail: str = "", sentence: str = "") -> None:
+        self.sentence = sentence or self.default_sentence
+        self.detail = detail or self.sentence
+        super().__init__(self.detail)
+
+
+class RetryJob(JobError):
+    """The job is tried again after a wait: the provider is busy, can't be reached, or broke off.
+
+    `after_s` is the wait in seconds that the provider asked for, if it did. A try that is not counted doesn't bring
+    the job closer to its last one.
+    """
+
+    default_sentence = "The provider is busy"
+
+    def __init__(
+        self, detail: str = "", sentence: str = "", after_s: float | None = None, *, is_counted: bool = True
+    ) -> None:
+        super().__init__(detail, sentence)
+        self.after_s, self.is_counted = after_s, is_counted
+
+
+class ProviderAway(RetryJob):
+    """The provider can't be reached, so after a few such failures the other jobs wait as well."""
+
+    default_sentence = "The provider can't be reached"
+
+
+class FailJob(JobError):
+    """The job has failed: trying again would not help, or all tries are used up."""
+
+
+class InvalidInput(FailJob):
+    """The person's input can't be used; the sentence says what to change."""
+
+    log_level = logging.INFO
+
+
+class OperatorFault(FailJob):
+    """A key, a model, a URL or the like is wrong; only the operator can change that, and the log says what."""
+
+    default_sentence = NOT_SET_UP
+    log_level = logging.ERROR
+
+
+class CapRefused(FailJob):
+    """The provider refuses `max_tokens`, the cap of a text, since its model takes it under a newer name."""
+
+
+class HandBack(JobError):
+    """This worker is shutting down. Another one goes on with the job, and the attempt is not counted."""
+
+    default_sentence = "The worker is restarting; your job goes on in a moment."
+    log_level = logging.INFO
+
+
+class DropJob(JobError):
+    """The job was cancelled, or another attempt has it. This attempt writes nothing and publishes nothing."""
+
+    log_level = logging.INFO
+
+
+class LeaveJob(DropJob):
+    """It is unknown whether the last write was made. The attempt does nothing more, and its lease runs out."""
+
+    log_level = logging.WARNING
+
+
+class JobFailed(Exception):
+    """Ends the Celery task in state FAILURE. Its text is the sentence that the person reads."""
+
+
+class StoreUnavailable(Exception):
+    """MongoDB or the artifact store can't be reached, or it is unknown whether a write was made."""
+
+
+class NotesUnavailable(StoreUnavailable):
+    """Redis can't be asked for the notes that the workers share."""

@@ -1,0 +1,124 @@
+"""What reaches the log: one line per event, no prompt, no key, and no flood while a server is away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from celery.exceptions import Reject
+
+logger = logging.getLogger("worker")  # every line of ours goes through it, so that DEBUG governs all of them
+
+REPEAT_AFTER_S = 60.0
+TASK_IN_TEMPLATE = "%s[%s]"  # how Celery's lines name a task and its id
+MAX_LINE_CHARACTERS = 1000
+FORMAT = "%(asctime)s %(levelname)s %(processName)s %(message)s"
+
+# At DEBUG these log message bodies, arguments and documents, which hold prompts.
+LOGGERS_WITH_CONTENT = (
+    *("celery", "kombu", "amqp", "pymongo", "asyncio", "s3fs", "fsspec", "botocore", "urllib3", "PIL"),
+    "openai",  # which a handler of the operator's own may use
+)
+# At INFO these log whole URLs, which may hold passwords.
+LOGGERS_WITH_URLS = ("httpx", "httpx2", "httpcore", "httpcore2")
+# While Redis or RabbitMQ is away these repeat the same few lines.
+LOGGERS_OF_OUTAGES = (
+    *("celery.worker.consumer.consumer", "celery.worker.consumer.connection", "celery.worker.request"),
+    *("kombu.asynchronous.hub", "kombu.transport.redis", "celery.backends.redis"),
+)
+
+
+class RepeatedFaultLog:
+    """Logs a lasting fault once a minute, and once more when it is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._next_at = 0.0
+
+    def fault(self, detail: object) -> None:
+        if time.monotonic() >= self._next_at:
+            logger.warning("%s: %s (repeats are logged once a minute)", self._what, detail)
+            self._next_at = time.monotonic() + REPEAT_AFTER_S
+
+    def over(self) -> None:
+        if self._next_at:
+            logger.info("%s: over", self._what)
+            self._next_at = 0.0
+
+
+def place_of(error: BaseException) -> str:
+    """File and line where an exception was raised; for a syntax error, where the faulty line stands."""
+    if isinstance(error, SyntaxError):
+        return f"{Path(error.filename or '?').name}:{error.lineno}"
+    place, trace = "?", error.__traceback__
+    while trace:
+        if not (file := trace.tb_frame.f_code.co_filename).startswith("<"):  # Python's frozen modules have no file
+            place = f"{Path(file).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+class LibraryNoiseFilter(logging.Filter):
+    """Lets each kind of line (logger and template) pass once a minute, reduced to its first line.
+
+    The lines behind the first one hold message bodies and stack traces, so only the place of an exception is kept.
+    A line that names a single task always passes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_at: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind, now = (record.name, str(record.msg)), time.monotonic()
+        if now < self._next_at.get(kind, 0.0) and TASK_IN_TEMPLATE not in kind[1]:
+            return False
+        self._next_at[kind] = now + REPEAT_AFTER_S
+        error = record.exc_info and record.exc_info[1]
+        place = f" ({type(error).__name__} at {place_of(error)})" if error else ""
+        line = record.getMessage().strip().partition("\n")[0]
+        record.msg, record.args, record.exc_info = line + place, None, None
+        return True
+
+
+def without_reject(record: logging.LogRecord) -> bool:
+    """Makes an INFO line out of a `Reject`: the worker gives messages back by it, so that it is no error."""
+    if record.exc_info and isinstance(record.exc_info[1], Reject):
+        record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
+    return True
+
+
+def on_one_line(record: logging.LogRecord) -> bool:
+    """Escapes control characters, with which a message or document could forge a line, and cuts long lines."""
+    try:
+        text = record.getMessage()
+    except Exception:  # a wrong format string must not raise here, since it wouldn't raise without this filter
+        text = str(record.msg)
+    text = text.strip()[:MAX_LINE_CHARACTERS]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    record.msg, record.args = text, None
+    return True
+
+
+def is_worth_a_warning(record: logging.LogRecord) -> bool:
+    """Whether a Python warning concerns the operator; Celery's own pending deprecations don't."""
+    return "CPendingDeprecation" not in record.getMessage()
+
+
+def install(debug: bool, handlers: Iterable[logging.Handler]) -> None:
+    """Sets up logging once Celery has made its handlers. `debug` makes the worker's own lines more detailed."""
+    for handler in handlers:
+        handler.addFilter(on_one_line)
+    for name in LOGGERS_WITH_CONTENT:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in LOGGERS_WITH_URLS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("celery.app.trace").addFilter(without_reject)
+    noise = LibraryNoiseFilter()
+    for name in LOGGERS_OF_OUTAGES:
+        logging.getLogger(name).addFilter(noise)
+    logging.getLogger("py.warnings").addFilter(is_worth_a_warning)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
