@@ -1,0 +1,27 @@
+"""A module for `HANDLER_MODULES`: it runs inside a measured worker, and writes down which thread is the keeper.
+
+A measurement then reads that thread's CPU time from /proc.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Final
+
+from celery import signals
+
+KEEPER_FILE: Final = "BENCH_KEEPER_FILE"
+
+
+def write_keeper(**_: object) -> None:
+    """Write the process id and the thread id, as the system counts threads, into the file."""
+    keepers = [thread.native_id for thread in threading.enumerate() if thread.name == "keeper"]
+    if keepers:
+        Path(os.environ[KEEPER_FILE]).write_text(f"{os.getpid()} {keepers[0]}\n")
+
+
+if KEEPER_FILE in os.environ:  # these receivers are called after the worker's own, which start the keeper
+    signals.worker_process_init.connect(write_keeper)
+    signals.worker_ready.connect(write_keeper)
