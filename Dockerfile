@@ -1,18 +1,17 @@
-# Two stages: the first makes a virtual environment out of requirements.txt, the second takes only the result,
-# so that nothing that builds packages is in the image that runs.
+# Two stages: the first makes a virtual environment, the second takes only the result. So nothing that builds packages
+# is in the image that runs.
 
 FROM python:3.11-slim-bookworm AS builder
 
 # Optional packages, for example --build-arg EXTRA_PACKAGES=s3fs for artifacts on S3.
 ARG EXTRA_PACKAGES=""
-COPY requirements.txt /tmp/requirements.txt
+COPY requirements.txt constraints.txt /tmp/
 # The environment gets no pip of its own: the base image's installs into it. Bytecode is written here, once, since the
-# worker can't write any (not root, read-only); that of packages is never compared with its source again.
+# worker can't write any (not root, read-only). It is never compared with its source again.
 RUN python -m venv --without-pip /opt/venv \
-    && pip --python /opt/venv/bin/python install --no-cache-dir --no-compile -r /tmp/requirements.txt $EXTRA_PACKAGES \
+    && pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
+        -r /tmp/requirements.txt -c /tmp/constraints.txt $EXTRA_PACKAGES \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
-COPY worker.py demo.py screens.py /app/
-RUN python -m compileall -q --invalidation-mode checked-hash /app
 
 
 FROM python:3.11-slim-bookworm
@@ -36,6 +35,8 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=30s --retries=3 CMD ["py
 ENTRYPOINT ["python", "worker.py"]
 CMD ["run"]
 
-# Last, what changes most.
+# Last, what changes most. Docker copies a folder's contents, so each folder has a line of its own.
 COPY --from=builder /opt/venv /opt/venv
-COPY --from=builder /app /app
+COPY worker.py /app/
+COPY workerkit /app/workerkit
+COPY worker_commands /app/worker_commands
