@@ -167,9 +167,9 @@ def test_only_the_notices_that_redis_took_leave_the_outbox(runtime: Runtime, mon
     assert len(runtime.store.find_unnotified(0)) == 1
 
 
-def test_after_a_failure_of_the_broker_it_is_left_alone_for_a_while(
-    runtime: Runtime, at: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def tried(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The messages that could not be sent, since the broker is away."""
     tried: list[object] = []
 
     def fail(*arguments: object, **_options: object) -> None:
@@ -177,6 +177,12 @@ def test_after_a_failure_of_the_broker_it_is_left_alone_for_a_while(
         raise OSError("the broker is away")
 
     monkeypatch.setattr(runtime.broker, "send", fail)
+    return tried
+
+
+def test_after_a_failure_of_the_broker_it_is_left_alone_for_a_while(
+    runtime: Runtime, at: list[float], tried: list[object]
+) -> None:
     sweeper, job = new_sweeper(runtime), claim(runtime)
     for seconds, tries in ((0, 1), (4, 1), (2, 2)):
         at[0] += seconds
@@ -186,15 +192,12 @@ def test_after_a_failure_of_the_broker_it_is_left_alone_for_a_while(
 
 
 def test_a_rescue_whose_message_cant_be_sent_is_due_soon_again_and_does_not_count(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    runtime: Runtime, tried: list[object]
 ) -> None:
-    def fail(*_arguments: object, **_options: object) -> None:
-        raise OSError("the broker is away")
-
-    monkeypatch.setattr(runtime.broker, "send", fail)
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
     new_sweeper(runtime).sweep()
+    assert len(tried) == 1
     left = read(runtime, job.id)["worker"]
     assert left["rescues"] == 0
     assert left["rescue_at"] <= ago(-runtime.settings.sweep_interval).replace(tzinfo=None)

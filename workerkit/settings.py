@@ -173,7 +173,7 @@ class Settings(BaseSettings):
     celery_queue_name: Name = "ai_jobs"  # queue to take jobs from
     celery_soft_time_limit: PositiveSeconds = 90  # seconds that an attempt may take
     celery_time_limit: PositiveSeconds = 120  # seconds after which the process of an attempt is killed
-    debug: bool = False  # log more details (never prompts or keys)
+    debug: bool = False  # show DEBUG lines too (never prompts or keys); the worker itself writes none
 
     celery_broker_url: BrokerUrl = NO_SECRET  # another broker than REDIS_URL
     celery_result_backend: RedisUrl = NO_SECRET  # another result backend than REDIS_URL
@@ -186,8 +186,8 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(30, ge=2, le=600)  # seconds after which a silent worker's jobs go to another
     sweep_interval: float = Field(10, ge=0.2, le=600)  # seconds between two searches for lost jobs
     orphan_after: Seconds = 0  # seconds after which a job without a lease is taken over; 0: hard limit + 60
-    job_deadline: PositiveSeconds = 600  # seconds from its first start within which a job must end
-    retry_delays: Delays = (5, 15, 45)  # seconds before each retry; their number is the number of retries
+    job_deadline: PositiveSeconds = 600  # seconds after its first start in which new attempts may begin
+    retry_delays: Delays = (5, 15, 45)  # the longest wait before each retry in seconds; one retry for each
     retry_after_max: Seconds = 120  # the longest wait in seconds that a provider may ask for
 
     openai_api_key: SecretStr = NO_SECRET  # key of the provider
