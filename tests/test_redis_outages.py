@@ -71,11 +71,6 @@ worker.app.conf.redis_socket_timeout = worker.app.conf.redis_socket_connect_time
             poll(lambda: admin.pubsub_numsub(STATUS_CHANNEL)[0][1] >= apis, PATIENCE_S, description="subscriptions")
         self.gate.start()
 
-    def mend(self) -> None:
-        super().mend()
-        with Redis.from_url(self.server.url) as admin:
-            admin.config_set("maxmemory", 0)
-
 
 @pytest.fixture(scope="module")
 def broker_lab(
