@@ -22,6 +22,11 @@ def write_keeper(**_: object) -> None:
         Path(os.environ[KEEPER_FILE]).write_text(f"{os.getpid()} {keepers[0]}\n")
 
 
-if KEEPER_FILE in os.environ:  # these receivers are called after the worker's own, which start the keeper
+def connect(**_: object) -> None:
+    """Connect the receivers once the worker has connected its own, which start the keeper and so must run first."""
     signals.worker_process_init.connect(write_keeper)
     signals.worker_ready.connect(write_keeper)
+
+
+if KEEPER_FILE in os.environ:
+    signals.celeryd_after_setup.connect(connect)
