@@ -127,7 +127,7 @@ RECOVERY_HELP: Final = "Also measure the recovery from a killed worker."
 HURRY_HELP: Final = "Divide the worker's fixed waits by this. Above 1, leases, limits and faults are shorter as well."
 EPILOG: Final = f"""\b
 These commands make the figures and charts for docs/. The machine should do nothing else meanwhile.
-  python -m bench --long --save {FIGURES_FILE}    (about 50 minutes)
+  python -m bench --long --save {FIGURES_FILE}    (about 35 minutes)
   python -m bench chart
 A single part is measured again by its name: python -m bench --rounds 6 --save {FIGURES_FILE} rivals
 The virtual environments of the compared frameworks are made at the first run, which downloads them.
