@@ -25,7 +25,7 @@ test: .venv/dev ## all tests, on real servers that come out of Python packages
 	$(BIN)pytest
 
 test-fast: .venv/dev ## the tests that need no server and take under ten seconds
-	$(BIN)pytest -m "not servers and not slow"
+	$(BIN)pytest -n 3 -m "not servers and not slow"
 
 lint: .venv/dev ## style and types
 	$(BIN)ruff check .

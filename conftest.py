@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +20,11 @@ import worker
 import workerkit.logs
 import workerkit.process
 from testbed.api import Api, WorkerProcess, remove_foreign_settings
-from testbed.processes import Server, ServerUnavailable
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
-from tests.lab import TEXT, Notices, SetHandler, bare_settings
+from tests.lab import TEXT, Notices, SetHandler, adopt, bare_settings
+from tests.site import StartWorker, open_api, start, worker_settings
 from worker_commands.demo import embedded_redis
-from workerkit.process import Heartbeat
 from workerkit.settings import Settings
 
 SERVER_FIXTURES = {"mongo_server", "redis_server"}
@@ -56,18 +54,6 @@ def clean_environment() -> None:
 
 
 # ── real servers ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def start(server: Server) -> Iterator[Server]:
-    """Starts a real server. One that can't be had fails in CI, and skips elsewhere with a sentence on how to get it."""
-    try:
-        server.start()
-    except ServerUnavailable as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-    yield server
-    server.close()
 
 
 class ExternalServer:
@@ -109,39 +95,6 @@ def provider(running_provider: Provider) -> Provider:
 # ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def worker_settings(
-    mongo_server: MongoServer, redis_server: RedisServer, provider: Provider, name: str
-) -> dict[str, str]:
-    """The environment of a worker that works in a database and a queue of this name, with short waits."""
-    return {
-        "MONGODB_URL": mongo_server.url,
-        "DATABASE_NAME": f"test_{name}",
-        "REDIS_URL": redis_server.url,
-        "CELERY_QUEUE_NAME": f"queue_{name}",
-        "OPENAI_BASE_URL": provider.url,
-        "OPENAI_API_KEY": "sk-test-planted-key",
-        "AUDIO_FORMAT": "wav",
-        "RETRY_DELAYS": "0.5,0.5,0.5",
-        "LEASE_SECONDS": "6",
-        "SWEEP_INTERVAL": "1",
-    }
-
-
-@contextmanager
-def open_api(environment: dict[str, str]) -> Iterator[Api]:
-    """The API's side of these settings. What it made in the database is dropped at the end."""
-    mongodb_url, redis_url, database, queue = map(
-        environment.__getitem__, ("MONGODB_URL", "REDIS_URL", "DATABASE_NAME", "CELERY_QUEUE_NAME")
-    )
-    api = Api(mongodb_url, redis_url, database, queue, environment.get("CELERY_BROKER_URL", ""))
-    try:
-        yield api
-        for collection in api.database.list_collection_names():
-            api.database.drop_collection(collection)
-    finally:
-        api.close()
-
-
 @pytest.fixture
 def environment(
     mongo_server: MongoServer, redis_server: RedisServer, provider: Provider, request: pytest.FixtureRequest
@@ -155,9 +108,6 @@ def environment(
 def api(environment: dict[str, str]) -> Iterator[Api]:
     with open_api(environment) as api:
         yield api
-
-
-StartWorker = Callable[..., WorkerProcess]
 
 
 @pytest.fixture
@@ -176,13 +126,6 @@ def start_worker(environment: dict[str, str], tmp_path: Path) -> Iterator[StartW
 
 
 # ── the worker's parts in this process ───────────────────────────────────────────────────────────────────────────
-
-
-def adopt(runtime: worker.Runtime, folder: Path) -> worker.Runtime:
-    """Configures this process with the runtime. Its keeper beats there, and ticks only when a test calls tick()."""
-    vars(worker.app).pop("amqp", None)  # with the connections of the test before
-    runtime.heartbeat = Heartbeat(folder / "heartbeat")
-    return worker.configure(runtime.settings, runtime)
 
 
 @pytest.fixture(scope="session")

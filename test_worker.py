@@ -27,14 +27,13 @@ from celery.exceptions import Ignore, Reject, Retry
 
 import worker
 from testbed.answers import SOUND_DURATION_S, picture, sound_wav
-from testbed.processes import poll
+from testbed.processes import SOURCE, poll
 from testbed.provider import Provider
 from tests.lab import (
     IMAGE,
     LIMITS,
     PNG,
     SECRET,
-    SOURCE,
     TEXT,
     Notices,
     SetHandler,
@@ -156,6 +155,13 @@ def test_a_pending_job_is_claimed_under_a_lease(runtime: Runtime) -> None:
     assert (document["status"], document["worker"]["pid"]) == ("processing", os.getpid())
     lease_s = (document["worker"]["lease_until"] - document["updated_at"]).total_seconds()
     assert lease_s == runtime.settings.lease_seconds
+
+
+def test_an_attempt_has_the_less_time_the_longer_ago_its_message_was_taken(runtime: Runtime) -> None:
+    job_id = insert(runtime)
+    runtime.store.claim(job_id, "owner-1", LIMITS, waited_s=5.0)
+    document = read(runtime, job_id)
+    assert (document["worker"]["deadline"] - document["started_at"]).total_seconds() == LIMITS.hard_s - 5
 
 
 def test_a_released_job_that_is_due_is_claimed_with_one_more_attempt(runtime: Runtime) -> None:

@@ -8,3 +8,8 @@
 - `figures`, `chart`: rows of the table, and the pictures that are drawn from them
 - `chaos_plan`, `chaos`, `chaos_records`, `chaos_audit`: thousands of jobs while everything around the workers dies
 """
+
+from typing import Final
+
+MODEL: Final = "gpt-6-luna"
+BARE_QUEUE: Final = "bench_bare"  # of the bare Celery worker

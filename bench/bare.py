@@ -6,14 +6,11 @@ Its settings for events, results and acknowledgement are those of the worker tha
 from __future__ import annotations
 
 import os
-from typing import Final
 
 from celery import Celery
 
-from bench import by_hand
+from bench import BARE_QUEUE, by_hand
 from bench.by_hand import Document
-
-BARE_QUEUE: Final = "bench_bare"
 
 bare = Celery("bare", broker=os.environ.get("REDIS_URL"), backend=os.environ.get("REDIS_URL"), set_as_current=False)
 bare.conf.update(

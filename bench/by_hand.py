@@ -22,9 +22,10 @@ from pymongo import AsyncMongoClient, MongoClient
 from pymongo.write_concern import WriteConcern
 from redis import Redis
 
+from bench import MODEL
+
 Document = dict[str, Any]
 
-MODEL: Final = "gpt-6-luna"
 MAX_TOKENS: Final = 4096
 STATUS_CHANNEL: Final = "job_notifications"
 MAJORITY: Final = WriteConcern("majority", j=True)

@@ -53,8 +53,8 @@ from bench.chaos_plan import (
     tag_of,
 )
 from bench.chaos_records import ChangeRecorder, Evidence, Happened, History, Notice, describe, fold
-from testbed.api import ACTIVE, SOURCE, STATUS_CHANNEL, Api, WorkerProcess, new_document
-from testbed.processes import LOOPBACK, Server
+from testbed.api import ACTIVE, STATUS_CHANNEL, Api, WorkerProcess, new_document
+from testbed.processes import LOOPBACK, SOURCE, Server
 from testbed.provider import Provider
 from testbed.servers import DATABASE, MongoServer, RedisServer
 

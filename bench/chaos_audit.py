@@ -15,7 +15,8 @@ from bench.chaos_plan import IMAGE, TEXT, pace_of, tag_of
 from bench.chaos_records import CANCELLED, ENDS, LOSSES, Evidence, History, Step, describe
 from bench.figures import Document
 from testbed.answers import SOUNDS, Plan, parse_directives, picture, words_for
-from testbed.api import SOURCE, TERMINAL
+from testbed.api import TERMINAL
+from testbed.processes import SOURCE
 
 PLANTED_KEY: Final = "sk-chaos-planted-key"
 MAX_ATTEMPTS: Final = 4

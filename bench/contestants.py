@@ -15,11 +15,10 @@ from typing import Any, Final
 
 from pymongo.collection import Collection
 
-from bench.bare import BARE_QUEUE
-from bench.by_hand import MODEL
+from bench import BARE_QUEUE, MODEL
 from bench.figures import Document
-from testbed.api import SOURCE, STATUS_CHANNEL, TASK_NAME, Api, WorkerProcess, message_of, new_document
-from testbed.processes import poll, spawn
+from testbed.api import STATUS_CHANNEL, TASK_NAME, Api, WorkerProcess, message_of, new_document
+from testbed.processes import SOURCE, poll, spawn
 from testbed.servers import DATABASE, MongoServer, RedisServer
 
 Jobs = Mapping[str, Document]  # the data of messages, by job id

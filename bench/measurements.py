@@ -30,8 +30,7 @@ from typing import Any, Final
 import psutil
 from pymongo.collection import Collection
 
-from bench.bare import BARE_QUEUE
-from bench.by_hand import MODEL
+from bench import BARE_QUEUE, MODEL
 from bench.contestants import (
     BARE,
     BODY,

@@ -37,7 +37,8 @@ from bson import ObjectId
 from bench.contestants import BARE, OURS, STREAMED, STREAMING, WARM_UP_JOBS, Bench, Contestant, Jobs
 from bench.figures import Figure
 from bench.measurements import REDELIVERED_LATE, REST_S, alternate, calls_at, cpu_s, jobs_per_second, processes
-from testbed.api import SOURCE, STATUS_CHANNEL, Subscription, WorkerProcess
+from testbed.api import STATUS_CHANNEL, Subscription, WorkerProcess
+from testbed.processes import SOURCE
 
 CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ai-backend-worker-bench"
 SAME_AS_OURS: Final = ("openai", "pymongo")  # their versions

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from testbed.forks import WORKER, ForkedProcess, can_fork, fork
 from testbed.processes import poll, spawn
 from testbed.servers import DATABASE
 
@@ -41,7 +43,6 @@ CHANNELS: Final = (STATUS_CHANNEL, PROGRESS_CHANNEL)
 ACTIVE: Final = ("pending", "processing")
 TERMINAL: Final = ("completed", "failed")
 CANCELLED: Final = "Cancelled."
-SOURCE: Final = Path(__file__).parent.parent  # the folder of worker.py
 
 # The beginnings of the names of all variables that the worker or Celery reads.
 FOREIGN_SETTINGS: Final = (
@@ -366,10 +367,17 @@ class WorkerProcess:
     def __init__(
         self, environment: Mapping[str, str], log: Path, command: list[str] | None = None, python: str = sys.executable
     ) -> None:
-        """Start the worker, or another command. The environment adds to that of this process."""
+        """Start the worker, or another command. The environment adds to that of this process.
+
+        Without a command the worker is forked from a process that has its libraries, where that makes no difference.
+        """
         self.log = log
-        arguments = command or [str(SOURCE / "worker.py")]
-        self.process = spawn([python, *arguments], log, {**os.environ, **environment}, log.parent)
+        full_environment = {**os.environ, **environment}
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        if command is None and can_fork(full_environment):
+            self.process = fork([str(WORKER)], log, full_environment, log.parent)
+        else:
+            self.process = spawn([python, *(command or [str(WORKER)])], log, full_environment, log.parent)
 
     @property
     def name(self) -> str:

@@ -21,6 +21,7 @@ from typing import ClassVar, Final, TypeVar
 T = TypeVar("T")
 ServerType = TypeVar("ServerType", bound="Server")
 
+SOURCE: Final = Path(__file__).parent.parent  # the folder of worker.py
 LOOPBACK: Final = "127.0.0.1"
 START_TIMEOUT_S: Final = 30.0
 STOP_TIMEOUT_S: Final = 10.0

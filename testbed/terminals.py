@@ -26,7 +26,8 @@ import pyte
 from rich.console import Console
 from rich.text import Text
 
-from testbed.api import SOURCE, Api
+from testbed.api import Api
+from testbed.processes import SOURCE
 from testbed.servers import MongoServer, RedisServer
 
 COLUMNS: Final = 104

@@ -10,13 +10,12 @@ from dataclasses import replace
 import pytest
 from bson import ObjectId
 
-from conftest import open_api, worker_settings
 from testbed.api import WorkerProcess
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
 from tests.outage_lab import BrokerLab, BrokerOutage
 from tests.place import HoldingProvider, OpenPlace, opener
-from tests.site import CACHE, Site, SiteOf
+from tests.site import CACHE, Site, SiteOf, open_api, worker_settings
 
 OWN_HANDLERS = """
 import time

@@ -24,9 +24,9 @@ from testbed.processes import poll
 from testbed.provider import Provider
 from worker import Attempt, Call, Job, NotClaimed, Reason, Result, Runtime
 from workerkit.inputs import check_input
+from workerkit.process import Heartbeat
 from workerkit.settings import Limits, Settings
 
-SOURCE = Path(worker.__file__).parent
 LIMITS = Limits(soft_s=90, hard_s=120)
 KEY = "sk-test-planted-key"
 SECRET = "hunter2"
@@ -216,3 +216,10 @@ def raising(error: BaseException) -> worker.Run:
         raise error
 
     return run
+
+
+def adopt(runtime: worker.Runtime, folder: Path) -> worker.Runtime:
+    """Configures this process with the runtime. Its keeper beats there, and ticks only when a test calls tick()."""
+    vars(worker.app).pop("amqp", None)  # with the connections of the test before
+    runtime.heartbeat = Heartbeat(folder / "heartbeat")
+    return worker.configure(runtime.settings, runtime)

@@ -150,15 +150,17 @@ def look(place: Place, since: datetime, works_off_its_queue: bool) -> Meanwhile:
     def statuses(*names: str) -> set[str]:
         return {place.document(name)["status"] for name in names}
 
-    def owners(*names: str) -> set[str | None]:
-        return {place.document(name)["worker"]["owner"] for name in names}
+    def is_released(name: str) -> bool:
+        """Whether the first attempt has let the job go. The second may run: RabbitMQ takes one more message first."""
+        bookkeeping = place.document(name)["worker"]
+        return bookkeeping["owner"] is None or bookkeeping["attempt"] == 2
 
     def beats() -> list[float]:
         return [path.stat().st_mtime for path in place.folder.glob("ai-backend-worker-*/*") if path.name.isdigit()]
 
     ended = comes_true(lambda: statuses("ends") == {"completed"})
     cancelled = comes_true(lambda: place.calls("cancelled")[0].outcome == "disconnected")
-    released = comes_true(lambda: owners("retried", "retried, too") == {None})
+    released = comes_true(lambda: is_released("retried") and is_released("retried, too"))
     renewed = comes_true(is_renewed)
     worked_off = works_off_its_queue and comes_true(lambda: statuses(*QUEUED) == {"completed"})
     alive = comes_true(lambda: min(beats()) > since.timestamp() + LASTS_S)

@@ -15,13 +15,12 @@ from typing import Any
 from aiohttp import web
 from bson import ObjectId
 
-from conftest import open_api, worker_settings
 from testbed.api import Api, WorkerProcess
 from testbed.processes import poll
 from testbed.provider import Answerer, Call, Exchange, Provider
 from testbed.servers import MongoServer, RedisServer, ReplicaSet
 from tests.lab import TEXT
-from tests.site import run_worker
+from tests.site import open_api, run_forked, worker_settings
 
 PATIENCE_S = 60.0  # for what takes seconds where the machine is quiet
 LEASE_S = 3.0
@@ -144,7 +143,7 @@ class Place:
 
     def health(self) -> int:
         """The exit code of `python worker.py health` beside these workers."""
-        return run_worker(self.environment, self.folder, "health").returncode
+        return run_forked(self.environment, self.folder, "health").returncode
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the most silent keeper's last beat."""
@@ -171,7 +170,7 @@ def opener(
 
     def open_place(name: str, **settings: str) -> Place:
         """Opens a place. The settings are its workers' own; the API reaches the servers directly."""
-        own = worker_settings(mongo, redis, provider, str(ObjectId()))  # type: ignore[arg-type]
+        own = worker_settings(mongo, redis, provider, str(ObjectId()))
         (folder / name).mkdir()
         environment = {**own, "LEASE_SECONDS": f"{LEASE_S:g}", "SWEEP_INTERVAL": "0.5", "TMPDIR": str(folder / name)}
         api = stack.enter_context(open_api({**environment, **settings}))

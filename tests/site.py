@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,12 +17,12 @@ import gridfs
 import pytest
 from bson import ObjectId
 
-from conftest import start
 from testbed.api import Api, WorkerProcess
-from testbed.processes import Server, poll
+from testbed.forks import WORKER, can_fork, fork
+from testbed.processes import SOURCE, Server, ServerUnavailable, poll
 from testbed.provider import Provider
-from testbed.servers import ReplicaSet
-from tests.lab import AUDIO, IMAGE, SOURCE, TEXT
+from testbed.servers import MongoServer, RedisServer, ReplicaSet
+from tests.lab import AUDIO, IMAGE, TEXT
 
 # Kept from one run to the next, in the user's cache.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ai-backend-worker-tests"
@@ -71,8 +71,21 @@ class Site:
         return bool(self.api.wait_notice(job, "completed", timeout_s=30))
 
 
+StartWorker = Callable[..., WorkerProcess]
 SiteOf = Callable[[str], Site]
 Startable = TypeVar("Startable", bound=Server | ReplicaSet)
+
+
+def start(server: Server) -> Iterator[Server]:
+    """Starts a real server. One that can't be had fails in CI, and skips elsewhere with a sentence on how to get it."""
+    try:
+        server.start()
+    except ServerUnavailable as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    yield server
+    server.close()
 
 
 @contextmanager
@@ -80,6 +93,39 @@ def running(server: Startable) -> Iterator[Startable]:
     """Starts a server of a test's own, and closes it. One that can't be had fails in CI, and skips elsewhere."""
     with contextmanager(start)(cast(Server, server)):
         yield server
+
+
+def worker_settings(
+    mongo_server: MongoServer | ReplicaSet, redis_server: RedisServer, provider: Provider, name: str
+) -> dict[str, str]:
+    """The environment of a worker that works in a database and a queue of this name, with short waits."""
+    return {
+        "MONGODB_URL": mongo_server.url,
+        "DATABASE_NAME": f"test_{name}",
+        "REDIS_URL": redis_server.url,
+        "CELERY_QUEUE_NAME": f"queue_{name}",
+        "OPENAI_BASE_URL": provider.url,
+        "OPENAI_API_KEY": "sk-test-planted-key",
+        "AUDIO_FORMAT": "wav",
+        "RETRY_DELAYS": "0.5,0.5,0.5",
+        "LEASE_SECONDS": "6",
+        "SWEEP_INTERVAL": "1",
+    }
+
+
+@contextmanager
+def open_api(environment: dict[str, str]) -> Iterator[Api]:
+    """The API's side of these settings. What it made in the database is dropped at the end."""
+    mongodb_url, redis_url, database, queue = map(
+        environment.__getitem__, ("MONGODB_URL", "REDIS_URL", "DATABASE_NAME", "CELERY_QUEUE_NAME")
+    )
+    api = Api(mongodb_url, redis_url, database, queue, environment.get("CELERY_BROKER_URL", ""))
+    try:
+        yield api
+        for collection in api.database.list_collection_names():
+            api.database.drop_collection(collection)
+    finally:
+        api.close()
 
 
 def artifacts(api: Api) -> gridfs.GridFS:
@@ -94,16 +140,29 @@ def run_python(environment: dict[str, str], folder: Path, *arguments: str) -> su
 
 def run_worker(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `python worker.py …` to its end."""
-    return run_python(environment, folder, str(SOURCE / "worker.py"), *arguments)
+    return run_python(environment, folder, str(WORKER), *arguments)
+
+
+def run_forked(
+    environment: dict[str, str], folder: Path, *arguments: str, program: Path = WORKER
+) -> subprocess.CompletedProcess[str]:
+    """Does the same in less time where it can. What is printed on stderr is in `stdout` as well."""
+    variables, output = {**os.environ, **environment}, folder / f"{ObjectId()}.txt"
+    command = [str(program), *arguments]
+    if not can_fork(variables):
+        ended = run_python(environment, folder, *command)
+        return subprocess.CompletedProcess(command, ended.returncode, ended.stdout + ended.stderr)
+    exit_code = fork(command, output, variables, folder).wait(100)
+    return subprocess.CompletedProcess(command, exit_code, output.read_text())
 
 
 # A MongoDB that is away is looked for as long as the command's patience lasts, which need not be long in a test.
 IMPATIENT = """
 import contextlib, sys
-import worker, worker_commands.check
+import worker, worker_commands.findings
 
 worker.Runtime.mongodb_timeout_s = 1.0
-worker_commands.check.CHECK_TIMEOUT_S = 1
+worker_commands.findings.CHECK_TIMEOUT_S = 1
 *others, last = sys.argv[1:]
 for command in others:
     with contextlib.suppress(SystemExit):
@@ -117,7 +176,8 @@ def run_impatiently(environment: dict[str, str], folder: Path, *commands: str) -
 
     They run in one process, whose exit code is that of the last one.
     """
-    return run_python(environment, folder, "-c", IMPATIENT, *commands)
+    (folder / "impatient_commands.py").write_text(IMPATIENT)
+    return run_forked(environment, folder, *commands, program=folder / "impatient_commands.py")
 
 
 def an_hour_ago() -> datetime:
@@ -136,13 +196,32 @@ def insert_processing(api: Api, prompt: str, **fields: object) -> ObjectId:
     return api.insert(TEXT, {"prompt": prompt}, status="processing", **fields)
 
 
+# kombu keeps the fanout queues of all connections of a process in one dictionary. A listener that ends goes through
+# it and deletes its own queue at the broker. A listener of another thread must not begin meanwhile.
+_fanout_lock = threading.Lock()
+
+
+def _listen(receiver: Any) -> None:
+    """Hands events to the receiver's handlers until it should stop."""
+    stack = ExitStack()
+    with _fanout_lock:
+        connection, _channel, _consumers = stack.enter_context(receiver.consumer_context(wakeup=False))
+    try:
+        while not receiver.should_stop:
+            with suppress(TimeoutError):
+                connection.drain_events(timeout=0.1)
+    finally:
+        with _fanout_lock:
+            stack.close()
+
+
 @contextmanager
 def events_of(api: Api) -> Iterator[list[dict[str, Any]]]:
     """Collects the events that workers send, in a thread. It begins when the first one has come, a heartbeat."""
     events: list[dict[str, Any]] = []
     with api.celery.connection_for_read() as connection:
         receiver: Any = api.celery.events.Receiver(connection, handlers={"*": events.append})
-        thread = threading.Thread(target=list, args=(receiver.consume(wakeup=False, safety_interval=0.1),), daemon=True)
+        thread = threading.Thread(target=_listen, args=(receiver,), daemon=True)
         thread.start()
 
         def is_connected() -> bool:

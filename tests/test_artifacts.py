@@ -10,14 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import boto3  # type: ignore[import-untyped]
 import gridfs
 import httpx
 import pymongo
 import pytest
 from bson import ObjectId
 from fastapi import FastAPI
-from moto.server import ThreadedMotoServer
 from pymongo.database import Database
 
 from examples.artifact_route import add_artifacts
@@ -36,6 +34,8 @@ Documents = Database[dict[str, Any]]
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """A real HTTP server that speaks S3, with an empty bucket `pictures`."""
+    from moto.server import ThreadedMotoServer  # takes half a second, which each of pytest's processes would spend
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
@@ -45,6 +45,8 @@ def s3() -> Iterator[str]:
 
 
 def s3_client(url: str) -> Any:
+    import boto3  # type: ignore[import-untyped]  # as above
+
     keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
     return boto3.client("s3", endpoint_url=url, **keys)
 

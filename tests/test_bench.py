@@ -16,11 +16,13 @@ from bench.__main__ import LONG, MEASUREMENTS, main, save
 from bench.chart import Bar, draw_files, draw_goals, draw_rivals, recovery_bars, speed_bars
 from bench.contestants import STREAMED, Options
 from bench.figures import Figure, Goal, figure_from
-from bench.rival_jobs import ENQUEUE
+from bench.keeper_thread import KEEPER_FILE
 from bench.rivals import RIVALS, Rival
 from bench.scale import Load, workers_at
-from testbed.api import SOURCE, remove_foreign_settings, without_foreign_settings
+from testbed.api import remove_foreign_settings, without_foreign_settings
+from testbed.processes import SOURCE, poll
 from tests.lab import table
+from tests.site import StartWorker
 from workerkit.settings import Settings
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -79,6 +81,8 @@ def test_help_names_every_measurement_and_the_commands_behind_the_figures_in_the
 
 
 def test_every_framework_has_a_rival_under_a_name_of_its_own() -> None:
+    from bench.rival_jobs import ENQUEUE  # imports the openai SDK, for which only the worker of this test should wait
+
     assert {rival.framework for rival in RIVALS} == set(ENQUEUE)
     assert len({rival.label for rival in RIVALS}) == len(RIVALS)
 
@@ -160,9 +164,28 @@ def test_the_settings_of_whoever_runs_this_reach_no_worker(monkeypatch: pytest.M
     assert "CELERY_BROKER_URL" not in os.environ
 
 
-@pytest.mark.parametrize("module", ["testbed.api", "bench.by_hand", "bench.bare", "bench.rival_jobs"])
-def test_what_stands_for_others_imports_nothing_of_the_worker(module: str) -> None:
+STAND_FOR_OTHERS = """
+import importlib, sys
+for name in ("testbed.api", "bench.by_hand", "bench.bare", "bench.rival_jobs"):
+    importlib.import_module(name)
+    print(name, {"worker", "workerkit"} & {module.split(".")[0] for module in sys.modules} or "")
+"""
+
+
+def test_what_stands_for_others_imports_nothing_of_the_worker() -> None:
     """Neither the API's client, which is a stock one, nor the frameworks that are compared."""
-    script = f"import sys, {module}; print(*{{'worker', 'workerkit'}} & {{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", script], cwd=SOURCE, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    command = [sys.executable, "-c", STAND_FOR_OTHERS]
+    done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["testbed.api", "bench.by_hand", "bench.bare", "bench.rival_jobs"]
+
+
+# ── inside a worker ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_measured_worker_names_its_keepers_thread(start_worker: StartWorker, pool: str, tmp_path: Path) -> None:
+    file = tmp_path / "keeper"
+    start_worker(WORKER_POOL=pool, HANDLER_MODULES="bench.keeper_thread", **{KEEPER_FILE: str(file)})
+    poll(file.exists, 30)
+    process, thread = file.read_text().split()
+    assert Path(f"/proc/{process}/task/{thread}").exists()

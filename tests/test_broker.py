@@ -31,9 +31,10 @@ from kombu.connection import PooledConnection
 from kombu.transport import redis as kombu_redis
 
 import worker
-from conftest import start
+from testbed.processes import SOURCE
 from testbed.servers import RabbitServer, RedisServer
-from tests.lab import NOWHERE, SECRET, SOURCE, bare_settings, queued, table
+from tests.lab import NOWHERE, SECRET, bare_settings, queued, table
+from tests.site import start
 from worker import TASK_NAME, Runtime
 from workerkit import broker
 from workerkit.broker import (

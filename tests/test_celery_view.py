@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from testbed.api import TASK_NAME
-from testbed.processes import poll
-from tests.lab import SOURCE, TEXT
+from testbed.processes import SOURCE, poll
+from tests.lab import TEXT
 from tests.site import CACHE, REFUSED, Site, SiteOf, events_of, run_python
 
 LIVES = {

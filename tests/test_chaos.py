@@ -34,14 +34,14 @@ from bench.chaos_plan import (
     pace_of,
 )
 from bench.chaos_records import CANCELLED, ChangeRecorder, Evidence, Happened, History, Notice, Step, fold
-from conftest import StartWorker
 from testbed.answers import Plan, words_for
 from testbed.api import CANCELLED as CANCEL_SENTENCE
-from testbed.api import SOURCE, Api
-from testbed.processes import poll
+from testbed.api import Api
+from testbed.processes import SOURCE, poll
 from testbed.provider import Call, Provider
 from testbed.servers import RedisServer
 from tests.lab import LIMITS, ago, change, claim, gone_pid, insert
+from tests.site import StartWorker
 from workerkit.errors import HandBack
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,24 +22,8 @@ from bson import ObjectId
 from click.testing import CliRunner
 
 import worker
-from testbed.processes import poll
-from tests.lab import (
-    IMAGE,
-    KEY,
-    NOWHERE,
-    PNG,
-    SECRET,
-    SOURCE,
-    TEXT,
-    ago,
-    change,
-    claim,
-    deliver,
-    insert,
-    queued,
-    read,
-    table,
-)
+from testbed.processes import SOURCE, poll
+from tests.lab import IMAGE, KEY, NOWHERE, PNG, SECRET, TEXT, ago, change, claim, deliver, insert, queued, read, table
 from worker import COMMANDS, TASK_NAME, Runtime, Status
 from worker_commands.api_side import Followed, fetch_file, writable_folder
 from worker_commands.recover import recover
@@ -154,7 +138,7 @@ def test_check_says_that_mongodb_is_away(
     runtime: Runtime, command_here: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Runtime, "mongodb_timeout_s", 0.1)
-    monkeypatch.setattr("worker_commands.check.CHECK_TIMEOUT_S", 1)
+    monkeypatch.setattr("worker_commands.findings.CHECK_TIMEOUT_S", 1)
     code, output = command_here("check", MONGODB_URL=f"mongodb://user:{SECRET}@{NOWHERE}")
     assert (code, "MONGODB_URL" in output, SECRET in output) == (1, True, False)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from testbed.processes import SOURCE
 from testbed.terminals import PICTURES, picture_of_demo, picture_of_status, words_in
-from tests.lab import SOURCE
 
 DOCUMENTS = sorted([*SOURCE.glob("*.md"), *SOURCE.glob("docs/*.md")])
 

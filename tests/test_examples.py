@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import worker
+from testbed.processes import SOURCE
 from testbed.provider import Provider
-from tests.lab import SOURCE, bare_settings, generate
+from tests.lab import bare_settings, generate
 from tests.site import CACHE
 from worker import celery_configuration
 

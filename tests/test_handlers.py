@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import worker
+from testbed.processes import SOURCE
 from testbed.provider import Provider
-from tests.lab import IMAGE, SOURCE, TEXT, bare_settings, generate, serving, table
+from tests.lab import IMAGE, TEXT, bare_settings, generate, serving, table
 from workerkit.settings import PROVIDER_KINDS
 
 

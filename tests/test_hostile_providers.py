@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from bson import ObjectId
 
-from conftest import open_api, worker_settings
 from testbed.answers import RAW_ANSWERS
 from testbed.api import WorkerProcess
 from testbed.processes import LOOPBACK, poll
@@ -23,7 +22,7 @@ from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
 from tests.lab import AUDIO, IMAGE, TEXT
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
-from tests.site import JOBS, REFUSED, Site
+from tests.site import JOBS, REFUSED, Site, open_api, worker_settings
 from worker import TOOK_TOO_LONG
 from workerkit.errors import TOO_LARGE, UNUSABLE
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 import worker
-from conftest import adopt, start
 from testbed.api import Api
 from testbed.processes import poll
 from testbed.servers import MongoServer, RedisServer
-from tests.lab import IMAGE, TEXT, bare_settings
+from tests.lab import IMAGE, TEXT, adopt, bare_settings
 from tests.outage_lab import UNTIL_AWAY, UNTIL_OVER, hung, stopped
 from tests.place import PATIENCE_S, HoldingProvider, OpenPlace, Place, Step, assert_ended_once, opener
+from tests.site import start
 
 pytestmark = pytest.mark.servers
 

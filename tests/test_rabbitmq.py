@@ -19,7 +19,7 @@ from testbed.processes import poll
 from testbed.servers import RabbitServer
 from tests.lab import TEXT
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
-from tests.site import run_worker, running
+from tests.site import run_forked, running
 
 pytestmark = pytest.mark.servers
 
@@ -38,7 +38,7 @@ def declare_queue(place: Place, kind: str) -> None:
 
 def command(place: Place, *arguments: str) -> str:
     """What a command of the worker prints. It ends with 0."""
-    ended = run_worker(place.environment, place.folder, *arguments)
+    ended = run_forked(place.environment, place.folder, *arguments)
     assert ended.returncode == 0, ended
     return ended.stdout
 

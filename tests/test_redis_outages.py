@@ -14,7 +14,6 @@ import pytest
 from bson import ObjectId
 from redis import Redis
 
-from conftest import open_api, worker_settings
 from testbed.api import STATUS_CHANNEL, WorkerProcess
 from testbed.network import Gateway
 from testbed.processes import poll
@@ -30,7 +29,7 @@ from tests.outage_lab import (
     repeats_since,
 )
 from tests.place import PATIENCE_S, HoldingProvider, opener
-from tests.site import running
+from tests.site import open_api, running, worker_settings
 
 pytestmark = pytest.mark.servers
 

@@ -12,14 +12,25 @@ from pathlib import Path
 import pytest
 from bson import ObjectId
 
-from conftest import StartWorker, open_api
 from testbed.api import Api, WorkerProcess
 from testbed.network import Certificate, TlsProxy, make_certificate
-from testbed.processes import LOOPBACK, free_port, poll
+from testbed.processes import LOOPBACK, SOURCE, free_port, poll
 from testbed.provider import Provider
 from testbed.servers import DATABASE, DATABASE_PASSWORD, MongoServer, RedisServer
-from tests.lab import IMAGE, SOURCE, TEXT
-from tests.site import CELERY_COMMAND, JOBS, Site, events_of, of_each_type, run_impatiently, run_worker, running
+from tests.lab import IMAGE, TEXT
+from tests.site import (
+    CELERY_COMMAND,
+    JOBS,
+    Site,
+    StartWorker,
+    events_of,
+    of_each_type,
+    open_api,
+    run_forked,
+    run_impatiently,
+    run_worker,
+    running,
+)
 
 pytestmark = pytest.mark.servers
 
@@ -143,14 +154,13 @@ def test_the_contracts_rights_suffice_for_every_part_of_the_worker(guarded_site:
     assert api.database["artifacts.files"].count_documents({"_id": job["artifact_url"].rsplit("/", 1)[1]}) == 1
     poll(lambda: "worker_status" in api.jobs.index_information(), 20)
     commands = ("check", "status", "recover")
-    assert [run_worker(guarded_site.environment, tmp_path, name).returncode for name in commands] == [0] * 3
+    assert [run_forked(guarded_site.environment, tmp_path, name).returncode for name in commands] == [0] * 3
     assert "could not be made" not in guarded_site.worker.text()
 
 
 def screens(environment: dict[str, str], folder: Path, *commands: str) -> str:
     """What commands of the worker print."""
-    ended = run_impatiently({**environment, "AWS_MAX_ATTEMPTS": "1"}, folder, *commands)
-    return ended.stdout + ended.stderr
+    return run_impatiently({**environment, "AWS_MAX_ATTEMPTS": "1"}, folder, *commands).stdout
 
 
 def shown_by(api: Api, worker: WorkerProcess) -> dict[str, str]:

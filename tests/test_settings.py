@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.lab import SECRET, SOURCE, bare_settings, table
+from testbed.processes import SOURCE
+from tests.lab import SECRET, bare_settings, table
 from workerkit.settings import (
     ProviderSettings,
     Settings,

@@ -18,14 +18,13 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
-from conftest import open_api, worker_settings
 from testbed.api import Api, WorkerProcess
-from testbed.processes import poll
+from testbed.processes import SOURCE, poll
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
-from tests.lab import SOURCE, TEXT
+from tests.lab import TEXT
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
-from tests.site import CELERY_COMMAND, POOLS, events_of, for_each_pool, run_worker
+from tests.site import CELERY_COMMAND, POOLS, events_of, for_each_pool, open_api, run_forked, worker_settings
 
 AT_A_TIME = 4
 STOP_S = 30.0
@@ -103,7 +102,7 @@ def shut_down(shutdown: Shutdown, settings: dict[str, str], provider: Provider, 
     environment = {**settings, **shutdown.settings, "TMPDIR": str(folder)}
 
     def health() -> int:
-        return run_worker(environment, folder, "health").returncode
+        return run_forked(environment, folder, "health").returncode
 
     with open_api(environment) as api:
         worker = WorkerProcess(environment, folder / "worker.log", list(shutdown.command) or None)

@@ -4,69 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import secrets
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import click
-import pymongo
 import redis
 from rich.markup import escape
 from rich.table import Table
 
 from worker import STATUS_CHANNEL, Runtime, configure
+from worker_commands import findings
+from worker_commands.findings import Finding, probe
 from worker_commands.terminal import open_console
-from workerkit.errors import FailJob, JobError, StoreUnavailable
+from workerkit.errors import FailJob, StoreUnavailable
 from workerkit.provider import OpenAIProvider
 from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings, load_settings, redact_url
 
-CHECK_TIMEOUT_S = 5
-TRUST_ADVICE = "name the authority: tlsCAFile=… in MONGODB_URL, ssl_ca_certs=… in REDIS_URL, SSL_CERT_FILE for others"
 NOT_LISTED = "does not list it among its"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A row of the table. `advice` is empty where all is well."""
-
-    what: str
-    seen: str
-    advice: str = ""
-    is_fault: bool = False
-
-
-def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
-    """Tries one thing. Whatever goes wrong becomes a row with advice, without URLs or keys."""
-    try:
-        with pymongo.timeout(CHECK_TIMEOUT_S):
-            return Finding(what, look())
-    except Exception as error:  # any library's error is an answer here
-        if fault := certificate_fault(error):
-            return Finding(what, fault, TRUST_ADVICE, is_fault=True)
-        if isinstance(error, JobError):
-            return Finding(what, error.detail, advice, is_fault=True)
-        return Finding(what, f"{type(error).__name__}{error_code(error)}", advice, is_fault=True)
-
-
-def certificate_fault(error: BaseException | None) -> str:
-    """Why a server's certificate was refused, or an empty string. Libraries wrap this error in errors of their own."""
-    while error is not None:
-        if found := re.search(r"certificate verify failed: ([\w ,'.:-]+)", str(error)):
-            return f"the certificate isn't trusted: {found[1].strip()}"
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def error_code(error: Exception) -> str:
-    code = getattr(error, "code", None) or getattr(error, "strerror", None)
-    return f" ({code})" if isinstance(code, (int, str)) else ""
 
 
 def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
@@ -128,7 +89,7 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
         return f"stored in {redact_url(runtime.settings.artifact_url)}"
 
     def fetch() -> str:
-        with urllib.request.urlopen(urls[0], timeout=CHECK_TIMEOUT_S) as answer:
+        with urllib.request.urlopen(urls[0], timeout=findings.CHECK_TIMEOUT_S) as answer:
             is_the_file = answer.read(len(data) + 1) == data
         return f"{redact_url(urls[0])} answers with the file" if is_the_file else "another content"
 
@@ -162,7 +123,7 @@ def models_seen(where: ProviderSettings, settings: Settings) -> str:
 
 async def list_models(where: ProviderSettings, settings: Settings) -> str:
     provider = OpenAIProvider(where, settings.max_answer_bytes)
-    async with asyncio.timeout(CHECK_TIMEOUT_S), provider.session, provider.call("GET", "/models") as answer:
+    async with asyncio.timeout(findings.CHECK_TIMEOUT_S), provider.session, provider.call("GET", "/models") as answer:
         offered = [model["id"] for model in (await answer.json())["data"]]
     known = "offers it" if where.model in offered else f"{NOT_LISTED} {len(offered)} models"
     return f"{where.label}: {known}"

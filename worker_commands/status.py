@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worker import Runtime, Status, configure
-from worker_commands.check import probe
+from worker_commands.findings import probe
 from worker_commands.terminal import EXIT_FAILED, open_console, printable, say
 from workerkit.errors import Document, StoreUnavailable
 from workerkit.mongodb import unknown_when_unreachable
