@@ -24,6 +24,7 @@ demo: .venv/run ## one job of each type through a real worker, with no server an
 test: .venv/dev ## all tests, on real servers that come out of Python packages
 	$(BIN)pytest
 
+# Three processes: these tests don't wait, so more of them would only spend more on their start.
 test-fast: .venv/dev ## the tests that need no server and take under ten seconds
 	$(BIN)pytest -n 3 -m "not servers and not slow"
 

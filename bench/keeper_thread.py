@@ -19,7 +19,10 @@ def write_keeper(**_: object) -> None:
     """Write the process id and the thread id, as the system counts threads, into the file."""
     keepers = [thread.native_id for thread in threading.enumerate() if thread.name == "keeper"]
     if keepers:
-        Path(os.environ[KEEPER_FILE]).write_text(f"{os.getpid()} {keepers[0]}\n")
+        file = Path(os.environ[KEEPER_FILE])
+        unfinished = file.with_suffix(".new")
+        unfinished.write_text(f"{os.getpid()} {keepers[0]}\n")
+        unfinished.replace(file)  # so that nobody reads half of it
 
 
 def connect(**_: object) -> None:

@@ -359,7 +359,7 @@ class Api:
 
 
 class WorkerProcess:
-    """`python worker.py` as a child process in a session of its own, which writes its log to a file.
+    """A worker as a process in a session of its own, which writes its log to a file.
 
     It runs in the folder of the log, so that a `.env` beside worker.py does not change its settings.
     """

@@ -38,7 +38,7 @@ async def blocking_nap(call):
 def compiled_modules() -> None:
     """Lets worker processes keep their compiled modules, where the environment forbids that beside the sources.
 
-    A process starts in two thirds of the time then, and the tests start some hundred of them.
+    A process starts in two thirds of the time then, and the tests start some dozens that way.
     """
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         os.environ["PYTHONPYCACHEPREFIX"] = str(CACHE / "compiled")

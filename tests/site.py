@@ -152,8 +152,11 @@ def run_forked(
     if not can_fork(variables):
         ended = run_python(environment, folder, *command)
         return subprocess.CompletedProcess(command, ended.returncode, ended.stdout + ended.stderr)
-    exit_code = fork(command, output, variables, folder).wait(100)
-    return subprocess.CompletedProcess(command, exit_code, output.read_text())
+    process = fork(command, output, variables, folder)
+    try:
+        return subprocess.CompletedProcess(command, process.wait(100), output.read_text())
+    finally:
+        process.kill()
 
 
 # A MongoDB that is away is looked for as long as the command's patience lasts, which need not be long in a test.

@@ -182,6 +182,7 @@ def test_what_stands_for_others_imports_nothing_of_the_worker() -> None:
 # ── inside a worker ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread's CPU time is read from /proc")
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_a_measured_worker_names_its_keepers_thread(start_worker: StartWorker, pool: str, tmp_path: Path) -> None:
     file = tmp_path / "keeper"
