@@ -28,9 +28,12 @@ from worker_commands.demo import embedded_redis
 from workerkit.settings import Settings
 
 SERVER_FIXTURES = {"mongo_server", "redis_server"}
-# Each of these files takes half a minute or more, so they begin first. One that began last would run alone.
-LONGEST = ("rabbitmq_outages", "elections", "redis_outages", "mongodb_outages", "secrets", "jobs", "recovery", "model")
-LONGEST_FILES = [f"test_{name}.py" for name in (*LONGEST, "rabbitmq", "shutdown", "chaos", "command_line")]
+# These files take longest, in this order, so they begin first. One that began last would run alone.
+LONGEST = """
+rabbitmq_outages secrets model elections redis_outages command_line mongodb_outages jobs chaos hostile_providers
+hostile_messages celery_view commands rabbitmq broker clocks recovery worker shutdown
+"""
+LONGEST_FILES = [f"test_{name}.py" for name in LONGEST.split()]
 
 
 def rank(item: pytest.Item) -> int:

@@ -16,7 +16,7 @@ import pytest
 from testbed.api import TASK_NAME
 from testbed.processes import SOURCE, poll
 from tests.lab import TEXT
-from tests.site import CACHE, REFUSED, Site, SiteOf, events_of, run_python
+from tests.site import CACHE, REFUSED, Site, SiteOf, events_of, run_forked
 
 LIVES = {
     "is it well": ["task-received", "task-started", "task-succeeded"],
@@ -78,9 +78,12 @@ def inspected(
     site, folder = sites("prefork"), tmp_path_factory.mktemp("inspect")
     environment = {**site.environment, "PYTHONPATH": f"{site.environment['PYTHONPATH']}:{SOURCE}"}
 
+    program = folder / "celery_command.py"
+    program.write_text("from celery.__main__ import main\n\nmain()\n")  # as `python -m celery` does
+
     def inspect(command: str) -> subprocess.CompletedProcess[str]:
-        arguments = ("-m", "celery", "-A", "worker", "inspect", command, "-d", site.worker.name, "--timeout", "10")
-        return run_python(environment, folder, *arguments)
+        arguments = ("-A", "worker", "inspect", command, "-d", site.worker.name, "--timeout", "10")
+        return run_forked(environment, folder, *arguments, program=program)
 
     with ThreadPoolExecutor(2) as threads:
         return dict(zip(INSPECTED, threads.map(inspect, INSPECTED), strict=True))
@@ -88,7 +91,7 @@ def inspected(
 
 @pytest.mark.parametrize("command", INSPECTED)
 def test_celery_inspect_answers(inspected: Mapping[str, subprocess.CompletedProcess[str]], command: str) -> None:
-    assert inspected[command].returncode == 0, inspected[command].stderr
+    assert inspected[command].returncode == 0, inspected[command].stdout
     assert INSPECTED[command] in inspected[command].stdout
 
 

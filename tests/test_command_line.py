@@ -16,7 +16,6 @@ from tests.site import (
     CELERY_COMMAND,
     StartWorker,
     an_hour_ago,
-    for_each_pool,
     insert_processing,
     lease,
     run_impatiently,
@@ -95,17 +94,18 @@ def test_the_start_says_what_the_worker_is_connected_to(
     assert [what for what in (*wanted, "prefork, 1 at a time") if what not in worker.text()] == []
 
 
-@for_each_pool
+@pytest.mark.parametrize("pool", ["threads", "solo"])
 def test_a_worker_that_is_started_as_a_user_starts_it_works(api: Api, start_worker: StartWorker, pool: str) -> None:
     """Most tests fork their workers instead."""
     start_worker(command=[str(WORKER)], WORKER_POOL=pool)
     assert api.wait_notice(api.text("Hello"), "completed")
 
 
-def test_run_passes_celerys_options_on(api: Api, start_worker: StartWorker) -> None:
+def test_run_passes_celerys_options_on_and_works(api: Api, start_worker: StartWorker) -> None:
     worker = start_worker(command=[str(WORKER), "run", "--max-tasks-per-child=1000"])
     stats = api.celery.control.inspect([worker.name], timeout=10).stats() or {}
     assert stats[worker.name]["pool"]["max-tasks-per-child"] == 1000
+    assert api.wait_notice(api.text("Hello"), "completed")
 
 
 def test_check_finds_everything_in_order(environment: dict[str, str], tmp_path: Path) -> None:
