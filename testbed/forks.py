@@ -92,13 +92,15 @@ def fork_and_report(client: socket.socket) -> None:
     die_with(parent)
 
 
-def become_spawned(command: list[str], environment: Mapping[str, str], output: str, directory: str) -> None:
-    """Make this process what `spawn` would have started: a session, an environment, a folder, an output file."""
+def become_spawned(
+    command: list[str], environment: Mapping[str, str], output: str, errors: str, directory: str
+) -> None:
+    """Make this process what `spawn` would have started: a session, an environment, a folder, files for its output."""
     os.setsid()
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+    for descriptor, path in ((1, output), (2, errors)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(file, descriptor)
+        os.close(file)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
@@ -246,15 +248,18 @@ def can_fork(environment: Mapping[str, str]) -> bool:
     return TEMPLATE.fits(environment)
 
 
-def fork(command: Sequence[str], output: Path, environment: Mapping[str, str], directory: Path) -> ForkedProcess:
+def fork(
+    command: Sequence[str], output: Path, environment: Mapping[str, str], directory: Path, errors: Path | None = None
+) -> ForkedProcess:
     """Start `python worker.py …`, or another program, in a session of its own, and append its output to a file.
 
-    The command begins with the program, without an interpreter in front. The process ends with this one, as everything
-    does that `spawn` starts. Raises: ServerFailed.
+    What it prints on stderr goes to a file of its own if one is given. The command begins with the program, without an
+    interpreter in front. The process ends with this one, as everything does that `spawn` starts. Raises: ServerFailed.
     """
     output.touch()
     client = TEMPLATE.connect()
-    request = {"command": command, "environment": dict(environment), "output": str(output), "directory": str(directory)}
+    files = {"output": str(output), "errors": str(errors or output), "directory": str(directory)}
+    request = {"command": command, "environment": dict(environment), **files}
     client.sendall(json.dumps(request).encode() + b"\n")
     return ForkedProcess(command, client)
 

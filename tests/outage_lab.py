@@ -151,9 +151,12 @@ def look(place: Place, since: datetime, works_off_its_queue: bool) -> Meanwhile:
         return {place.document(name)["status"] for name in names}
 
     def is_released(name: str) -> bool:
-        """Whether the first attempt has let the job go. The second may run: RabbitMQ takes one more message first."""
+        """Whether the first attempt has let the job go.
+
+        The second may run where the broker still gives messages out: RabbitMQ takes one more before it blocks.
+        """
         bookkeeping = place.document(name)["worker"]
-        return bookkeeping["owner"] is None or bookkeeping["attempt"] == 2
+        return bookkeeping["owner"] is None or (works_off_its_queue and bookkeeping["attempt"] == 2)
 
     def beats() -> list[float]:
         return [path.stat().st_mtime for path in place.folder.glob("ai-backend-worker-*/*") if path.name.isdigit()]

@@ -146,15 +146,15 @@ def run_worker(environment: dict[str, str], folder: Path, *arguments: str) -> su
 def run_forked(
     environment: dict[str, str], folder: Path, *arguments: str, program: Path = WORKER
 ) -> subprocess.CompletedProcess[str]:
-    """Does the same in less time where it can. What is printed on stderr is in `stdout` as well."""
-    variables, output = {**os.environ, **environment}, folder / f"{ObjectId()}.txt"
-    command = [str(program), *arguments]
+    """Does the same in less time where it can."""
+    variables, command = {**os.environ, **environment}, [str(program), *arguments]
     if not can_fork(variables):
-        ended = run_python(environment, folder, *command)
-        return subprocess.CompletedProcess(command, ended.returncode, ended.stdout + ended.stderr)
-    process = fork(command, output, variables, folder)
+        return run_python(environment, folder, *command)
+    output, errors = (folder / f"{ObjectId()}.txt" for _ in range(2))
+    process = fork(command, output, variables, folder, errors)
     try:
-        return subprocess.CompletedProcess(command, process.wait(100), output.read_text())
+        exit_code = process.wait(100)
+        return subprocess.CompletedProcess(command, exit_code, output.read_text(), errors.read_text())
     finally:
         process.kill()
 

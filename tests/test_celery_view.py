@@ -91,7 +91,7 @@ def inspected(
 
 @pytest.mark.parametrize("command", INSPECTED)
 def test_celery_inspect_answers(inspected: Mapping[str, subprocess.CompletedProcess[str]], command: str) -> None:
-    assert inspected[command].returncode == 0, inspected[command].stdout
+    assert inspected[command].returncode == 0, inspected[command].stderr
     assert INSPECTED[command] in inspected[command].stdout
 
 

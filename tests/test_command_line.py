@@ -132,8 +132,8 @@ def test_check_says_what_is_wrong_and_ends_with_1(environment: dict[str, str], t
     assert ended.returncode == 1
     assert "FAULT" in ended.stdout
     assert advice in ended.stdout
-    assert "Traceback" not in ended.stdout
-    assert "planted" not in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "planted" not in ended.stdout + ended.stderr
 
 
 def test_status_shows_jobs_queue_and_last_errors(environment: dict[str, str], api: Api, tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_a_command_without_mongodb_ends_with_one_sentence(
     url = NO_MONGODB.format(port=free_port())
     ended = run_impatiently({**environment, "MONGODB_URL": url}, tmp_path, command)
     assert ended.returncode == 1
-    assert "MongoDB can't be reached" in ended.stdout
-    assert "Traceback" not in ended.stdout
+    assert "MongoDB can't be reached" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_recover_puts_a_lost_job_back_into_the_queue(environment: dict[str, str], api: Api, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from testbed.forks import ForkedProcess, can_fork, fork
 from testbed.processes import SOURCE, ServerFailed, poll, spawn
+from workerkit.process import is_process_alive
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG, so only it forks")
 
@@ -54,10 +55,8 @@ def run(tmp_path: Path) -> Run:
 def test_a_fork_sees_what_a_started_process_sees(tmp_path: Path) -> None:
     for name, text in (("program.py", FACTS), ("only_here.py", "")):
         (tmp_path / name).write_text(text)
-    environment, command = (
-        {**os.environ, "PYTHONPATH": str(tmp_path), "ANSWER": "42"},
-        [str(tmp_path / "program.py"), "1"],
-    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "ANSWER": "42"}
+    command = [str(tmp_path / "program.py"), "1"]
     forked = fork(command, tmp_path / "forked.txt", environment, tmp_path)
     spawned = spawn([sys.executable, *command], tmp_path / "spawned.txt", environment, tmp_path)
     assert (forked.wait(60), spawned.wait(60)) == (0, 0)
@@ -80,7 +79,7 @@ def test_the_exit_code_is_that_of_popen(run: Run, text: str, exit_code: int) -> 
 
 def test_a_fork_that_has_ended_keeps_its_process_id_until_it_is_waited_for(run: Run) -> None:
     process = run("print('ended')", waits=True)
-    poll(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 30)
+    poll(lambda: not is_process_alive(process.pid), 30)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(30) == 0
     poll(lambda: not Path(f"/proc/{process.pid}").exists(), 30)
@@ -110,13 +109,7 @@ def test_a_fork_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
         pid = int(lines.readline())
     owner.kill()
     owner.wait()
-    gone = ("", "Z")  # where nobody waits for orphans, it stays as a zombie
-
-    def state() -> str:
-        path = Path(f"/proc/{pid}/stat")
-        return path.read_text().rpartition(")")[2].split()[0] if path.exists() else ""
-
-    poll(lambda: state() in gone, 30, description="the end of the fork")
+    poll(lambda: not is_process_alive(pid), 30, description="the end of the fork")
 
 
 @pytest.mark.parametrize("variable", ["LD_PRELOAD", "PYTHONUTF8", "SSL_CERT_FILE"])

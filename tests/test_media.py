@@ -69,7 +69,7 @@ def test_what_is_no_picture_fails_the_job(data: bytes, sentence: str) -> None:
 # The pictures are made in the test, since that takes a second, which each of pytest's processes would spend otherwise.
 @table("side, sentence", ("many pixels", 9_000, "too large"), ("a bomb", 30_000, "could not be used"))
 def test_a_picture_of_too_many_pixels_fails_the_job(side: int, sentence: str) -> None:
-    with pytest.raises(FailJob) as caught:
+    with pytest.raises(FailJob, match="picture") as caught:
         inspect_picture(picture_bomb(side, side))
     assert sentence in caught.value.sentence
 

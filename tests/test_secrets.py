@@ -160,7 +160,8 @@ def test_the_contracts_rights_suffice_for_every_part_of_the_worker(guarded_site:
 
 def screens(environment: dict[str, str], folder: Path, *commands: str) -> str:
     """What commands of the worker print."""
-    return run_impatiently({**environment, "AWS_MAX_ATTEMPTS": "1"}, folder, *commands).stdout
+    ended = run_impatiently({**environment, "AWS_MAX_ATTEMPTS": "1"}, folder, *commands)
+    return ended.stdout + ended.stderr
 
 
 def shown_by(api: Api, worker: WorkerProcess) -> dict[str, str]:
