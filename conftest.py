@@ -152,7 +152,7 @@ def runtime(settings: Settings, tmp_path: Path) -> Iterator[worker.Runtime]:
     yield runtime
     for collection in runtime.database.list_collection_names():
         runtime.database[collection].delete_many({})
-    runtime.redis.delete(settings.celery_queue_name, f"artifact_sweep:{settings.database_name}")
+    runtime.redis.delete(settings.celery_queue_name)
     runtime.close()
 
 

@@ -30,6 +30,7 @@ from testbed.answers import SOUND_DURATION_S, picture, sound_wav
 from testbed.processes import SOURCE, poll
 from testbed.provider import Provider
 from tests.lab import (
+    DELIVERY,
     IMAGE,
     LIMITS,
     PNG,
@@ -43,20 +44,23 @@ from tests.lab import (
     claim,
     deliver,
     deliver_in_thread,
+    first_started,
     generate,
     gone_pid,
     insert,
     insert_text,
     kept,
+    look,
     queued,
     raising,
     read,
     serving,
     some_job,
+    stale,
     table,
     why_not,
 )
-from worker import Attempt, Job, JobInput, Media, NotClaimed, Reason, Result, Runtime, Status
+from worker import Attempt, Delivery, Job, JobInput, Media, NotClaimed, Reason, Result, Runtime, Status
 from workerkit.errors import DropJob, FailJob, HandBack, InvalidInput, JobError, JobFailed, OperatorFault, RetryJob
 from workerkit.settings import Limits
 
@@ -159,7 +163,7 @@ def test_a_pending_job_is_claimed_under_a_lease(runtime: Runtime) -> None:
 
 def test_an_attempt_has_the_less_time_the_longer_ago_its_message_was_taken(runtime: Runtime) -> None:
     job_id = insert(runtime)
-    runtime.store.claim(job_id, "owner-1", LIMITS, waited_s=5.0)
+    runtime.store.claim(job_id, "owner-1", DELIVERY, waited_s=5.0)
     document = read(runtime, job_id)
     assert (document["worker"]["deadline"] - document["started_at"]).total_seconds() == LIMITS.hard_s - 5
 
@@ -172,7 +176,7 @@ def test_a_released_job_that_is_due_is_claimed_with_one_more_attempt(runtime: Ru
 
 def test_started_at_is_the_first_start(runtime: Runtime) -> None:
     job = claim(runtime)
-    change(runtime, job.id, started_at=ago(60), worker__first_started_at=ago(60))
+    change(runtime, job.id, **first_started(60))
     before = read(runtime, job.id)
     runtime.store.release(job, ago(1), counted=True)
     again = claim(runtime, job.id, "owner-2")
@@ -202,7 +206,7 @@ def test_a_job_that_is_set_back_to_pending_starts_afresh(runtime: Runtime, field
 
 def test_a_claim_whose_reply_was_lost_is_recognised_by_its_owner(runtime: Runtime) -> None:
     job = claim(runtime)
-    assert runtime.store.claim(job.id, job.owner, LIMITS) == job
+    assert runtime.store.claim(job.id, job.owner, DELIVERY) == job
 
 
 def test_a_live_lease_is_held(runtime: Runtime) -> None:
@@ -227,9 +231,10 @@ def test_a_released_job_waits_until_it_is_due(runtime: Runtime) -> None:
 
 @table("status", ("completed", "completed"), ("failed or cancelled", "failed"))
 def test_an_ended_job_is_not_claimed(runtime: Runtime, status: str) -> None:
-    refused = runtime.store.claim(insert(runtime, status=status), "owner-1", LIMITS)
+    refused = runtime.store.claim(insert(runtime, status=status), "owner-1", DELIVERY)
     assert isinstance(refused, NotClaimed)
-    assert (refused.reason, refused.document["status"]) == (Reason.TERMINAL, status)
+    assert refused.job
+    assert (refused.reason, refused.job.status) == (Reason.TERMINAL, status)
 
 
 def test_a_job_without_document_is_unknown(runtime: Runtime) -> None:
@@ -243,24 +248,20 @@ def test_a_document_of_another_status_is_no_job(runtime: Runtime, status: str | 
     assert why_not(runtime, job.id) is Reason.FOREIGN_STATUS
 
 
-@table(
-    "fields",
-    ("all attempts are used up", {"worker__attempt": 4}),
-    ("its deadline has passed", {"worker__first_started_at": ago(3600)}),
-)
+@table("fields", ("all attempts are used up", {"worker__attempt": 4}), ("its deadline has passed", first_started(3600)))
 def test_a_job_at_its_bounds_is_not_claimed(runtime: Runtime, fields: dict[str, Any]) -> None:
     job = claim(runtime)
     runtime.store.release(job, ago(1), counted=True)
     change(runtime, job.id, **fields)
     assert why_not(runtime, job.id) is Reason.EXHAUSTED
-    assert isinstance(runtime.store.claim(job.id, "owner-2", LIMITS, bounded=False), Job)
+    assert isinstance(runtime.store.claim(job.id, "owner-2", DELIVERY, bounded=False), Job)
 
 
 def test_the_job_deadline_is_never_below_the_attempts_own_limit(runtime: Runtime) -> None:
     job = claim(runtime)
     runtime.store.release(job, ago(1), counted=True)
-    change(runtime, job.id, worker__first_started_at=ago(700))
-    assert isinstance(runtime.store.claim(job.id, "owner-2", Limits(900, 1000)), Job)
+    change(runtime, job.id, **first_started(700))
+    assert isinstance(runtime.store.claim(job.id, "owner-2", Delivery(Limits(900, 1000))), Job)
 
 
 def test_complete_writes_output_and_time_and_clears_the_error(runtime: Runtime) -> None:
@@ -386,7 +387,9 @@ def test_an_ended_job_stays_in_the_outbox_until_its_notice_is_out(runtime: Runti
     runtime.store.fail(job, "No.")
     assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [job.id]
     assert runtime.store.find_unnotified(60) == []
-    runtime.store.mark_notified([job.id, running.id])
+    runtime.store.mark_notified([(job.id, "a former attempt")])
+    assert len(runtime.store.find_unnotified(0)) == 1
+    runtime.store.mark_notified([(job.id, job.owner), (running.id, running.owner)])
     assert runtime.store.find_unnotified(0) == []
 
 
@@ -399,18 +402,18 @@ def test_an_ended_job_stays_in_the_outbox_until_its_notice_is_out(runtime: Runti
 def test_a_stale_job_is_released_and_can_be_claimed(runtime: Runtime, fields: dict[str, Any]) -> None:
     job = claim(runtime)
     change(runtime, job.id, **fields)
-    [stale] = runtime.store.find_stale()
-    assert runtime.store.release_stale(stale)
+    [lost] = runtime.store.find_stale()
+    assert runtime.store.release_stale(lost)
     assert claim(runtime, job.id, "owner-2").owner == "owner-2"
 
 
 def test_a_renewal_in_between_saves_the_job_from_the_sweeper(runtime: Runtime) -> None:
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
-    [stale] = runtime.store.find_stale()
+    [lost] = runtime.store.find_stale()
     runtime.store.renew_leases([job])
-    assert not runtime.store.release_stale(stale)
-    assert not runtime.store.fail_stale(stale, "Given up.")
+    assert not runtime.store.release_stale(lost)
+    assert not runtime.store.fail_seen(lost, "Given up.")
     assert read(runtime, job.id)["worker"]["owner"] == job.owner
 
 
@@ -418,7 +421,7 @@ def test_each_rescue_is_twice_as_far_up_to_ten_minutes(runtime: Runtime) -> None
     job, waits_s = claim(runtime), []
     change(runtime, job.id, worker__owner=None)
     for _ in range(7):
-        runtime.store.release_stale(read(runtime, job.id))
+        runtime.store.release_stale(look(runtime, job.id))
         released = read(runtime, job.id)["worker"]
         waits_s.append((released["rescue_at"] - released["available_at"]).total_seconds())
     assert waits_s == [30, 60, 120, 240, 480, 600, 600]
@@ -428,8 +431,8 @@ def test_each_rescue_is_twice_as_far_up_to_ten_minutes(runtime: Runtime) -> None
     "fields, is_past",
     ("the first attempt", {}, False),
     ("the last attempt", {"worker__attempt": 4}, True),
-    ("its time is over", {"worker__first_started_at": ago(601)}, True),
-    ("its own limit is longer", {"worker__first_started_at": ago(601), "worker__limits": [900, 800]}, False),
+    ("its time is over", first_started(601), True),
+    ("its own limit is longer", {**first_started(601), "worker__limits": [900, 800]}, False),
     ("an older worker's", {"worker": None}, False),
 )
 def test_a_job_is_past_its_bounds_by_attempts_or_by_time(
@@ -437,7 +440,7 @@ def test_a_job_is_past_its_bounds_by_attempts_or_by_time(
 ) -> None:
     job = claim(runtime)
     change(runtime, job.id, **fields)
-    assert runtime.store.is_past_bounds(read(runtime, job.id)) is is_past
+    assert runtime.store.is_past_bounds(look(runtime, job.id)) is is_past
 
 
 # ── notifier ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -478,10 +481,10 @@ def test_a_status_without_a_subscriber_counts_as_published(runtime: Runtime) -> 
 )
 def test_a_kept_result_comes_back_whole(runtime: Runtime, result: Result) -> None:
     job = some_job()
-    assert runtime.notes.keep_result(job, result)
-    assert runtime.notes.kept_result(job.id) == result
-    runtime.notes.forget_result(job.id)
-    assert runtime.notes.kept_result(job.id) is None
+    assert worker.keep_result(runtime, job, result)
+    assert worker.find_kept(runtime, job) == result
+    worker.forget_result(runtime, job)
+    assert worker.find_kept(runtime, job) is None
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -601,7 +604,7 @@ def test_a_lost_job_goes_back_into_the_queue_with_its_limits_and_no_prompt(
     assert runtime.sweeper.sweep() == [f"job={job.id} no attempt worked on it: put back into the queue"]
     [message] = queued(runtime)
     assert (message["args"], message["timelimit"]) == ([str(job.id), {"job_id": str(job.id)}], timelimit)
-    assert isinstance(runtime.store.claim(job.id, "owner-2", LIMITS), Job)
+    assert isinstance(runtime.store.claim(job.id, "owner-2", DELIVERY), Job)
 
 
 def test_a_lost_job_at_its_bounds_fails_and_the_person_is_notified(runtime: Runtime, notices: Notices) -> None:
@@ -627,7 +630,7 @@ def test_a_job_whose_process_died_is_released_at_once(runtime: Runtime) -> None:
     job = claim(runtime)
     change(runtime, job.id, worker__pid=gone_pid())
     assert runtime.sweeper.release_dead_siblings() == [f"job={job.id} its process died: released"]
-    assert isinstance(runtime.store.claim(job.id, "owner-2", LIMITS), Job)
+    assert isinstance(runtime.store.claim(job.id, "owner-2", DELIVERY), Job)
 
 
 def test_a_job_whose_process_was_killed_at_the_hard_limit_took_too_long(runtime: Runtime, notices: Notices) -> None:
@@ -655,7 +658,7 @@ def test_a_tick_renews_the_leases_of_all_running_jobs(runtime: Runtime) -> None:
         change(runtime, attempt.job.id, worker__lease_until=ago(1))
     runtime.keeper.tick()
     assert all(attempt.is_lease_fresh() for attempt in attempts)
-    assert runtime.store.find_stale() == []
+    assert stale(runtime) == []
 
 
 def test_an_attempt_past_its_hard_limit_loses_its_lease(runtime: Runtime) -> None:
@@ -663,7 +666,7 @@ def test_an_attempt_past_its_hard_limit_loses_its_lease(runtime: Runtime) -> Non
     attempt.started_at -= LIMITS.hard_s + 6
     change(runtime, attempt.job.id, worker__lease_until=ago(1))
     runtime.keeper.tick()
-    assert len(runtime.store.find_stale()) == 1
+    assert len(stale(runtime)) == 1
 
 
 def test_a_tick_stops_the_attempts_that_lost_their_jobs(runtime: Runtime) -> None:
@@ -678,7 +681,7 @@ def test_a_tick_empties_the_outbox_for_what_was_published(runtime: Runtime) -> N
     published, other = claim(runtime), claim(runtime, owner="owner-2")
     for job in (published, other):
         runtime.store.complete(job, {}, None)
-    runtime.keeper.note_published(published.id)
+    runtime.keeper.note_published(published.id, published.owner)
     runtime.keeper.tick()
     assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [other.id]
 

@@ -31,7 +31,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum, StrEnum
@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import click
 import pymongo
 import redis
-from bson import ObjectId, json_util
+from bson import ObjectId, encode
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 from celery.worker.request import Request
@@ -50,10 +50,24 @@ from pydantic import BaseModel
 
 from workerkit import __version__, logs
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.broker import Broker, ExistingQueue, JobAMQP, transport_options, waiting_queue
+from workerkit.bookkeeping import (
+    PAST_LIVES,
+    Snapshot,
+    as_life,
+    as_mapping,
+    as_number,
+    as_text,
+    as_time,
+    parse_bookkeeping,
+)
+from workerkit.broker import Broker, ExistingQueue, JobAMQP, own_arguments, transport_options, waiting_queue
 from workerkit.errors import (
+    CANT_BE_STORED,
+    NOT_SET_UP,
+    ArtifactsUnavailable,
     Document,
     DropJob,
+    EndRefused,
     FailJob,
     HandBack,
     InvalidInput,
@@ -61,15 +75,20 @@ from workerkit.errors import (
     JobFailed,
     LeaveJob,
     NotesUnavailable,
+    NotStored,
     OperatorFault,
     RetryJob,
+    StoreRefused,
     StoreUnavailable,
 )
 from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_input
 from workerkit.logs import RepeatedFaultLog, logger, place_of
+from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
-from workerkit.mongodb import Clock, NoSubDocument, open_database, unknown_when_unreachable
-from workerkit.process import EventLoopThread, Heartbeat, ShutdownTime, is_process_alive, signals_deferred
+from workerkit.mongodb import Clock, each_document, open_database, read_raw, unknown_when_unreachable
+from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
+from workerkit.process import EventLoopThread, Heartbeat, SharedTime, ShutdownTime, is_process_alive, signals_deferred
+from workerkit.progress import Progress
 from workerkit.provider import OpenAIProvider, Provider
 from workerkit.settings import (
     EXIT_BAD_SETTINGS,
@@ -80,6 +99,7 @@ from workerkit.settings import (
     Settings,
     load_settings,
 )
+from workerkit.turns import Turns
 
 if TYPE_CHECKING:
     from pymongo.collection import Collection
@@ -108,8 +128,9 @@ TERMINAL_STATUSES = frozenset({Status.COMPLETED, Status.FAILED})
 class Job:
     """A claimed job as its document describes it. The message is only a hint.
 
-    `owner` is the fencing token, new for each attempt. `waited_s` is the time from its creation, or from the end of
-    its last wait, until the claim; None where the document has no such time.
+    `owner` is the fencing token, new for each attempt. `has_past` says that it had ended before, and was put back.
+    `waited_s` is the time from its creation, or from the end of its last wait, until the claim; None where the document
+    has no such time.
     """
 
     id: ObjectId
@@ -121,6 +142,7 @@ class Job:
     attempt: int
     limits: Limits
     first_started_at: datetime
+    has_past: bool = False
     waited_s: float | None = field(default=None, compare=False)
     leased_at: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
@@ -211,7 +233,11 @@ app.add_defaults(read_configuration)
 # ── job store ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OBJECT_ID_DIGITS = 24
-Written = TypeVar("Written")
+# What is read of a job: never its input and output, which may be large.
+TIMES = dict.fromkeys(("status", "started_at", "updated_at", "created_at", "worker"), 1)
+ADDRESS = dict.fromkeys(("user_id", "session_id", "error_message"), 1)
+NOTICE = {**ADDRESS, "status": 1, "worker.owner": 1}
+END = dict.fromkeys(("completed_at", "output_data.model_used", "output_data.tokens_used"), 1)
 
 
 class Reason(Enum):
@@ -227,37 +253,42 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class NotClaimed:
-    """A claim that got nothing: why, and the document in which that was read."""
+    """A claim that got nothing: why, and the job as it was read then (None: there is no document)."""
 
     reason: Reason
-    document: Document = field(default_factory=dict)
+    job: Snapshot | None = None
 
 
-def bookkeeping(document: Document) -> Document:
-    """The worker's own fields (`worker`); empty where the API or another program left something else there."""
-    worker = document.get("worker")
-    return worker if isinstance(worker, dict) else {}
+@dataclass(frozen=True)
+class Delivery:
+    """What a message says besides its job: the limits, and which task and priority it has.
 
+    A rescue keeps the id of the API's task. `is_copy`: a sweeper sent it, since the API's own message was lost.
+    """
 
-def seconds_since(moment: object, now: datetime) -> float | None:
-    """Seconds from a document's time until now; None if the field holds no date."""
-    return max(0.0, (now - moment.replace(tzinfo=UTC)).total_seconds()) if isinstance(moment, datetime) else None
+    limits: Limits
+    task_id: str | None = None
+    priority: int | None = None
+    is_copy: bool = False
 
 
 class JobStore:
     """The jobs in MongoDB: one method for each transition, each an atomic operation guarded by status and owner.
 
-    `database` comes from `open_database`: the guards hold only where a majority confirms each write. Every method but
-    the constructor raises StoreUnavailable.
+    A change of a job that was read before compares its bookkeeping with what was read. `database` comes from
+    `open_database`: the guards hold only where a majority confirms each write. Every method but the constructor raises
+    StoreUnavailable, and those that write raise StoreRefused.
     """
 
     rescue_first_s, rescue_max_s = 30.0, 600.0  # from one rescue of a job to the next, doubled each time
-    pending_overdue_s = 60.0  # until a message that hasn't come may be lost
-    batch = 100  # documents that one search returns at most
+    batch = 100  # jobs that are handled together
+    max_pending = 10_000  # ids of pending jobs that are looked at together
+    CLAIM_TRIES = 5  # others may change a job between the read and the write of a claim
 
     def __init__(self, database: Database[Document], node: str, clock: Clock, settings: Settings) -> None:
         self._database = database
         self._jobs: Collection[Document] = database["jobs"]
+        self._raw_jobs = read_raw(self._jobs)
         self._node = node
         self._settings = settings
         self.clock = clock
@@ -280,16 +311,51 @@ class JobStore:
         return self.clock.now()
 
     def ensure_indexes(self) -> None:
+        running = {"status": Status.PROCESSING}
         with unknown_when_unreachable():
-            self._jobs.create_index([("status", 1), ("created_at", 1)], name="worker_status")
+            self._jobs.create_index([("status", 1), ("_id", 1)], name="worker_status_id")
+            self._jobs.create_index([("worker.node", 1)], name="worker_node", partialFilterExpression=running)
             self._jobs.create_index([("worker.unnotified", 1)], name="worker_unnotified", sparse=True)
+
+    # looking at jobs
 
     def read(self, job_id: ObjectId) -> Document | None:
         with unknown_when_unreachable():
             return self._jobs.find_one({"_id": job_id})
 
+    def look(self, job_id: ObjectId) -> Snapshot | None:
+        """The job without its input and output; None if there is no document."""
+        with unknown_when_unreachable():
+            document = self._raw_jobs.find_one({"_id": job_id}, {**TIMES, **ADDRESS, **END})
+        return self._snapshot(document) if document else None
+
+    def _snapshot(self, document: Any) -> Snapshot:
+        waits = (self._settings.job_deadline, self._settings.retry_after_max, *self._settings.retry_delays)
+        longest_wait_s = max(waits) + self.rescue_max_s
+        bookkeeping = parse_bookkeeping(document.get("worker"), self.now(), longest_wait_s)
+        return Snapshot(document, bookkeeping)
+
+    def is_past_bounds(self, job: Snapshot, limits: Limits | None = None) -> bool:
+        """Whether a job has used up its attempts, or the time since its first start, in which attempts may begin."""
+        own = job.bookkeeping
+        oldest_start = self.oldest_start(limits or self._settings.limits(own.limits))
+        is_too_old = own.first_started_at is not None and own.first_started_at <= oldest_start
+        is_used_up = is_too_old or own.attempt >= self._settings.max_attempts
+        return is_used_up and not job.is_of_older_worker
+
+    def oldest_start(self, limits: Limits, after_s: float = 0.0) -> datetime:
+        """A job that first started at this time or before has used up its time, now or in `after_s` seconds."""
+        longest_s = max(self._settings.job_deadline, limits.hard_s)
+        return self.now() + timedelta(seconds=after_s - longest_s)
+
+    def is_stale(self, job: Snapshot) -> bool:
+        """Whether no attempt works on a job that is `processing`, and a message of it may be lost."""
+        return job.is_stale(self.now(), self._settings.orphan_after or self._settings.celery_time_limit + 60)
+
+    # attempts
+
     def claim(
-        self, job_id: ObjectId, owner: str, limits: Limits, *, bounded: bool = True, waited_s: float = 0.0
+        self, job_id: ObjectId, owner: str, delivery: Delivery, *, bounded: bool = True, waited_s: float = 0.0
     ) -> Job | NotClaimed:
         """Claims a job that is pending, or released and due. An expired lease has to be released by a sweeper first.
 
@@ -301,91 +367,102 @@ class JobStore:
         ago the message was taken, which is when Celery's hard limit began.
         """
         now = self.now()
-        lease = self._lease(now, owner, limits, waited_s)
-        taken = {"status": Status.PROCESSING, "updated_at": now}
-        afresh = {"started_at": now, "completed_at": None, "error_message": None}
-        first = {"$set": {**taken, **afresh, "worker": {**lease, "attempt": 1, "first_started_at": now}}}
-        again = {
-            "$set": {**taken, **{f"worker.{name}": value for name, value in lease.items()}},
-            "$inc": {"worker.attempt": 1},
-            "$min": {"worker.first_started_at": now},
-        }
-        pending = {"_id": job_id, "status": Status.PENDING}
-        released = {"_id": job_id, "status": Status.PROCESSING, "worker.owner": None}
-        due = {**released, "worker.available_at": {"$lte": now}, **(self._bounds(limits) if bounded else {})}
-        take = partial(self._jobs.find_one_and_update, return_document=True)
-        document = self._write_below_worker(job_id, lambda: take(pending, first) or take(due, again))
-        return self._job(document) if document else self._why_not_claimed(job_id, owner)
+        lease = self._lease(now, owner, delivery, waited_s)
+        untouched = {"_id": job_id, "status": Status.PENDING, "worker": None}  # null matches a missing field, too
+        document = self._update(untouched, self._first_attempt(now, lease, delivery))
+        for _ in range(self.CLAIM_TRIES):
+            if document:
+                break
+            job = self.look(job_id)
+            if job and job.status == Status.PROCESSING and job.bookkeeping.owner == owner:
+                document = self.read(job_id)
+            elif reason := self._why_not(job, delivery.limits, now, bounded=bounded):
+                return NotClaimed(reason, job)
+            elif job and job.status == Status.PENDING:
+                document = self._update(self._unchanged(job), self._first_attempt(now, lease, delivery, job))
+            elif job:
+                document = self._update(self._unchanged(job), self._next_attempt(now, lease, job))
+        return self._job(document) if document else NotClaimed(Reason.WAITING)
 
-    def _lease(self, now: datetime, owner: str, limits: Limits, waited_s: float) -> Document:
+    def _lease(self, now: datetime, owner: str, delivery: Delivery, waited_s: float) -> Document:
+        message = {"task_id": delivery.task_id, "priority": delivery.priority}
         return {
             "owner": owner,
             "node": self._node,
             "pid": os.getpid(),
+            "queue": self._settings.celery_queue_name,
+            **{name: value for name, value in message.items() if value is not None},
             "lease_until": now + timedelta(seconds=self._settings.lease_seconds),
-            "deadline": now + timedelta(seconds=limits.hard_s - waited_s),
-            "limits": [limits.hard_s, limits.soft_s],
+            "deadline": now + timedelta(seconds=delivery.limits.hard_s - waited_s),
+            "limits": [delivery.limits.hard_s, delivery.limits.soft_s],
         }
 
-    def _write_below_worker(self, job_id: ObjectId, write: Callable[[], Written]) -> Written:
-        """Makes a write that sets fields below `worker`. Where that is no sub-document, it is replaced by one first."""
-        try:
-            with unknown_when_unreachable():
-                return write()
-        except NoSubDocument:
-            # `$type: object` would match an array of objects as well.
-            no_object = [{"worker": {"$not": {"$type": "object"}}}, {"worker": {"$type": "array"}}]
-        with unknown_when_unreachable():
-            self._jobs.update_one({"_id": job_id, "$or": no_object}, {"$set": {"worker": {}}})
-            return write()
+    def _first_attempt(
+        self, now: datetime, lease: Document, delivery: Delivery, job: Snapshot | None = None
+    ) -> Document:
+        """The update that begins a life. Of a former one, the last few ends are kept; its result stays for now."""
+        own: Document = {**lease, "attempt": 1, "first_started_at": now}
+        own |= {"rescues": 1} if delivery.is_copy else {}
+        if job and job.bookkeeping.has_past:
+            output = as_mapping(job.document.get("output_data"))
+            ended = {"ended_at": job.document.get("completed_at"), "reason": job.document.get("error_message")}
+            used = {"model": output.get("model_used"), "tokens": output.get("tokens_used")}
+            life = as_life({**ended, **used, "attempts": job.bookkeeping.attempt})
+            own["past"] = [*job.bookkeeping.past, life][-PAST_LIVES:]
+        afresh = {"started_at": now, "completed_at": None, "error_message": None}
+        return {"$set": {"status": Status.PROCESSING, "updated_at": now, **afresh, "worker": own}}
 
-    def oldest_start(self, limits: Limits, after_s: float = 0.0) -> datetime:
-        """A job that first started at this time or before has used up its time, now or in `after_s` seconds."""
-        longest_s = max(self._settings.job_deadline, limits.hard_s)
-        return self.now() + timedelta(seconds=after_s - longest_s)
+    def _next_attempt(self, now: datetime, lease: Document, job: Snapshot) -> Document:
+        own = {**job.bookkeeping.kept(), **lease, "attempt": job.bookkeeping.attempt + 1}
+        if job.bookkeeping.available_at:
+            own["available_at"] = job.bookkeeping.available_at
+        return {"$set": {"updated_at": now, "worker": own}}
 
-    def _bounds(self, limits: Limits) -> Document:
-        return {
-            "worker.attempt": {"$not": {"$gte": self._settings.max_attempts}},
-            "worker.first_started_at": {"$not": {"$lte": self.oldest_start(limits)}},
-        }
-
-    def _why_not_claimed(self, job_id: ObjectId, owner: str) -> Job | NotClaimed:
-        """Reads the document to see why a claim got nothing. Returns the job if this owner has claimed it after all."""
-        document = self.read(job_id)
-        if document is None:
-            return NotClaimed(Reason.UNKNOWN)
-        worker, status = bookkeeping(document), document.get("status")
-        if status in TERMINAL_STATUSES:
-            return NotClaimed(Reason.TERMINAL, document)
-        if status not in ACTIVE_STATUSES:
-            return NotClaimed(Reason.FOREIGN_STATUS, document)
-        if status == Status.PENDING:  # put back since the claim, so it can be claimed at once
-            return NotClaimed(Reason.WAITING)
-        if worker.get("owner") == owner:
-            return self._job(document)
-        if worker.get("owner") or "available_at" not in worker:
-            return NotClaimed(Reason.HELD, document)
-        # It may have been released since the claim, so its bounds have to be looked at.
-        return NotClaimed(Reason.EXHAUSTED if self.is_past_bounds(document) else Reason.WAITING, document)
+    def _why_not(self, job: Snapshot | None, limits: Limits, now: datetime, *, bounded: bool) -> Reason | None:
+        """Why a job that was read can't be claimed; None if it can."""
+        if job is None:
+            return Reason.UNKNOWN
+        if job.status in TERMINAL_STATUSES:
+            return Reason.TERMINAL
+        if job.status not in ACTIVE_STATUSES:
+            return Reason.FOREIGN_STATUS
+        if job.status == Status.PENDING:
+            return None
+        own = job.bookkeeping
+        if not own.is_released or job.is_of_older_worker:
+            return Reason.HELD
+        if bounded and self.is_past_bounds(job, limits):
+            return Reason.EXHAUSTED
+        return Reason.WAITING if own.available_at and own.available_at > now else None
 
     def _job(self, document: Document) -> Job:
-        worker, now = document["worker"], self.now()
-        hard_s, soft_s = worker["limits"]
-        left_s = (worker["lease_until"].replace(tzinfo=UTC) - now).total_seconds()
+        own, now = self._snapshot(document).bookkeeping, self.now()
+        limits = self._settings.limits(own.limits)
+        lease_until = own.lease_until or now
+        left_s = (lease_until - now).total_seconds()
+        waited_since = own.available_at or as_time(document.get("created_at"))
         return Job(
             id=document["_id"],
             job_type=str(document.get("job_type")),
             user_id=str(document.get("user_id") or ""),
             session_id=document.get("session_id"),
             input_data=document.get("input_data"),
-            owner=worker["owner"],
-            attempt=worker["attempt"],
-            limits=Limits(soft_s, hard_s),
-            first_started_at=worker["first_started_at"].replace(tzinfo=UTC),
-            waited_s=seconds_since(worker.get("available_at") or document.get("created_at"), now),
+            owner=own.owner or "",
+            attempt=own.attempt,
+            limits=limits,
+            first_started_at=own.first_started_at or now,
+            has_past=bool(own.past),
+            waited_s=max(0.0, (now - waited_since).total_seconds()) if waited_since else None,
             leased_at=time.monotonic() - (self._settings.lease_seconds - left_s),
         )
+
+    def _update(self, same: Document, update: Document, fields: Document | None = None) -> Document | None:
+        """Updates the job that is still the same, and returns it afterwards; None if no job matches."""
+        with unknown_when_unreachable():
+            return self._jobs.find_one_and_update(same, update, fields, return_document=True)
+
+    def _unchanged(self, job: Snapshot) -> Document:
+        return {"_id": job.id, "status": job.status, "worker": {"$eq": job.bookkeeping.raw}}
 
     def complete(self, job: Job, output: Document, artifact_url: str | None) -> bool:
         """Ends the job with its result. False: the job is no longer this attempt's, and nothing was written."""
@@ -393,7 +470,11 @@ class JobStore:
 
     def fail(self, job: Job, sentence: str) -> bool:
         """Ends the job with a sentence for the person. False: it is no longer this attempt's; nothing was written."""
-        return self._end(job, Status.FAILED, error_message=sentence)
+        try:
+            return self._end(job, Status.FAILED, error_message=sentence)
+        except StoreRefused:
+            own = {"owner": job.owner, "attempt": job.attempt}
+            return self._end_by_force(self._fence(job), sentence, own) is not None
 
     def release(self, job: Job, available_at: datetime, *, counted: bool) -> bool:
         """Releases the job: it may be claimed from `available_at` on. False: it is no longer this attempt's.
@@ -401,52 +482,33 @@ class JobStore:
         If the reply to an earlier try was lost and the job was claimed or ended since, the answer is False as well.
         Where it is False, nothing was written.
         """
-        update: Document = {
-            "$set": {**self._released(available_at, self.rescue_first_s), "worker.released_by": job.owner}
-        }
+        released = {f"worker.{name}": value for name, value in self._waiting(available_at, self.rescue_first_s).items()}
+        update: Document = {"$set": {"updated_at": self.now(), **released, "worker.released_by": job.owner}}
         if not counted:
             update["$inc"] = {"worker.attempt": -1}
         with unknown_when_unreachable():
             released_before = {**self._fence(job), "worker.owner": None, "worker.released_by": job.owner}
-            released = self._jobs.update_one(self._fence(job), update).matched_count == 1
-            return released or self._jobs.find_one(released_before, {"_id": 1}) is not None
-
-    def fail_active(self, job_id: ObjectId, sentence: str) -> Document | None:
-        """Fails a job, even one that an attempt runs; that attempt then loses it. None: the job had ended already."""
-        update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
-        active = {"_id": job_id, "status": {"$in": list(ACTIVE_STATUSES)}}
-        fail = partial(self._jobs.find_one_and_update, active, update, return_document=True)
-        return self._write_below_worker(job_id, fail)
-
-    def fail_unowned(self, job_id: ObjectId, sentence: str) -> bool:
-        """Fails a job that no attempt runs: pending, or released. False: it was neither, and nothing was written."""
-        released = {"status": Status.PROCESSING, "worker.owner": None, "worker.available_at": {"$ne": None}}
-        unowned = {"_id": job_id, "$or": [{"status": Status.PENDING}, released]}
-        update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
-        return self._write_below_worker(job_id, lambda: self._jobs.update_one(unowned, update).matched_count == 1)
+            is_released = self._jobs.update_one(self._fence(job), update).matched_count == 1
+            return is_released or self._jobs.find_one(released_before, {"_id": 1}) is not None
 
     def _fence(self, job: Job) -> Document:
         return {"_id": job.id, "status": Status.PROCESSING, "worker.owner": job.owner}
 
+    def _waiting(self, available_at: datetime, rescue_s: float) -> Document:
+        return {"owner": None, "available_at": available_at, "rescue_at": available_at + timedelta(seconds=rescue_s)}
+
     def _ended(self, status: Status, **fields: Any) -> Document:
         now = self.now()
-        return {"status": status, "updated_at": now, "completed_at": now, "worker.unnotified": now, **fields}
-
-    def _released(self, available_at: datetime, rescue_s: float) -> Document:
-        return {
-            "updated_at": self.now(),
-            "worker.owner": None,
-            "worker.available_at": available_at,
-            "worker.rescue_at": available_at + timedelta(seconds=rescue_s),
-        }
+        return {"status": status, "updated_at": now, "completed_at": now, **fields}
 
     def _end(self, job: Job, status: Status, **fields: Any) -> bool:
+        ended = self._ended(status, **fields)
         with unknown_when_unreachable():
-            if self._jobs.update_one(self._fence(job), {"$set": self._ended(status, **fields)}).matched_count:
+            update = {"$set": {**ended, "worker.unnotified": ended["completed_at"]}}
+            if self._jobs.update_one(self._fence(job), update).matched_count:
                 return True
-            seen = {"status": 1, "worker.owner": 1, "error_message": 1}
-            document = self._jobs.find_one({"_id": job.id}, seen) or {}
-        if bookkeeping(document).get("owner") != job.owner:
+            document = self._jobs.find_one({"_id": job.id}, NOTICE) or {}
+        if as_mapping(document.get("worker")).get("owner") != job.owner:
             return False
         if document["status"] == Status.PROCESSING:
             raise StoreUnavailable("the last write isn't confirmed by a majority yet")
@@ -457,149 +519,160 @@ class JobStore:
     def renew_leases(self, jobs: Sequence[Job]) -> None:
         """Renews the leases of those jobs that are still owned, in one operation. `updated_at` stays as it is."""
         until = self.now() + timedelta(seconds=self._settings.lease_seconds)
-        held = {
-            "_id": {"$in": [job.id for job in jobs]},
-            "status": Status.PROCESSING,
-            "worker.owner": {"$in": [job.owner for job in jobs]},
-        }
-        with unknown_when_unreachable():
-            # A renewal that a frozen MongoDB makes late, after a younger one, must not shorten the lease.
-            self._jobs.update_many(held, {"$max": {"worker.lease_until": until}})
+        # A renewal that a frozen MongoDB makes late, after a younger one, must not shorten the lease.
+        self._update_owned([(job.id, job.owner) for job in jobs], {"$max": {"worker.lease_until": until}}, running=True)
+
+    def _update_owned(self, jobs: Sequence[tuple[ObjectId, str | None]], update: Document, *, running: bool) -> None:
+        """Updates those of these jobs (id and owner) that still have this owner; one by one where one is refused."""
+        held: Document = {"_id": {"$in": [job_id for job_id, _ in jobs]}}
+        held |= {"worker.owner": {"$in": [owner for _, owner in jobs]}}
+        held |= {"status": Status.PROCESSING} if running else {}
+        try:
+            with unknown_when_unreachable():
+                self._jobs.update_many(held, update)
+        except StoreRefused as refusal:
+            if len(jobs) == 1:
+                logger.warning("job=%s its bookkeeping can't be updated: %s", jobs[0][0], refusal)
+                return
+            for job in jobs:
+                self._update_owned([job], update, running=running)
 
     def find_lost(self, jobs: Sequence[Job]) -> list[Job]:
         """Those of these jobs that were cancelled or taken: no longer processing, or with another owner."""
         with unknown_when_unreachable():
             found = self._jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"status": 1, "worker.owner": 1})
-            owners = {d["_id"]: bookkeeping(d).get("owner") for d in found if d["status"] == Status.PROCESSING}
+            running = (document for document in found if document["status"] == Status.PROCESSING)
+            owners = {document["_id"]: as_mapping(document.get("worker")).get("owner") for document in running}
         return [job for job in jobs if owners.get(job.id) != job.owner]
 
-    def mark_notified(self, job_ids: Sequence[ObjectId]) -> None:
-        with unknown_when_unreachable():
-            self._jobs.update_many({"_id": {"$in": list(job_ids)}}, {"$unset": {"worker.unnotified": ""}})
+    # the outbox
+
+    def mark_notified(self, told: Sequence[tuple[ObjectId, str | None]]) -> None:
+        """Takes the last notices of jobs out of the outbox, each with the owner of the attempt that ended the job."""
+        self._update_owned(told, {"$unset": {"worker.unnotified": ""}}, running=False)
 
     def find_unnotified(self, older_than_s: float) -> list[Document]:
         """Jobs that ended longer ago, and whose last notice was not confirmed as published."""
         since = self.now() - timedelta(seconds=older_than_s)
+        ended = {"status": {"$in": list(TERMINAL_STATUSES)}, "worker.unnotified": {"$lte": since}}
         with unknown_when_unreachable():
-            return list(self._jobs.find({"worker.unnotified": {"$lte": since}}).limit(self.batch))
+            return list(self._jobs.find(ended, NOTICE).limit(self.batch))
 
-    def find_siblings(self) -> list[Document]:
+    # jobs that no attempt runs
+
+    def fail_unowned(self, job_id: ObjectId, sentence: str) -> Document | None:
+        """Fails a job that no attempt runs: pending, or released. None: it was neither, and nothing was written."""
+        return self._fail_if(job_id, sentence, lambda job: job.status == Status.PENDING or self._is_released(job))
+
+    def fail_revoked(self, task: RevokedTask, sentence: str) -> Document | None:
+        """Fails the job of a task that was revoked or has expired. None: the job isn't that task's any more.
+
+        A running job has to be the task's own. A pending one must not have been put back since. A message that has
+        expired ends only a job that never started.
+        """
+
+        def is_its_job(job: Snapshot) -> bool:
+            if job.status == Status.PENDING:
+                return not job.bookkeeping.has_past
+            is_running = job.status == Status.PROCESSING and task.why == REVOKED
+            return is_running and job.bookkeeping.task_id == task.task_id
+
+        return self._fail_if(ObjectId(task.job_id), sentence, is_its_job)
+
+    def _is_released(self, job: Snapshot) -> bool:
+        return job.status == Status.PROCESSING and job.bookkeeping.is_released and not job.is_of_older_worker
+
+    def _fail_if(self, job_id: ObjectId, sentence: str, applies: Callable[[Snapshot], bool]) -> Document | None:
+        for _ in range(self.CLAIM_TRIES):
+            job = self.look(job_id)
+            if job is None or not applies(job):
+                return None
+            if failed := self.fail_seen(job, sentence):
+                return failed
+        return None
+
+    def fail_seen(self, job: Snapshot, sentence: str) -> Document | None:
+        """Fails a job as it was read, and returns it for the notice. None: it has changed since.
+
+        Raises:
+            StoreRefused: MongoDB takes this end in no form.
+        """
+        own = {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner, "attempt": job.bookkeeping.attempt}
+        return self._end_by_force(self._unchanged(job), sentence, own)
+
+    def _end_by_force(self, same: Document, sentence: str, own: Document) -> Document | None:
+        """Fails a job; with less and less in its document, where MongoDB refuses more."""
+        ended = self._ended(Status.FAILED, error_message=sentence)
+        unnotified = {"unnotified": ended["completed_at"]}
+        attempt = {name: own[name] for name in ("owner", "attempt")}
+        updates: list[Document] = [{"$set": {**ended, "worker": {**each, **unnotified}}} for each in (own, attempt)]
+        updates.append({"$set": ended, "$unset": {"worker": ""}})
+        while True:
+            try:
+                return self._update(same, updates.pop(0), NOTICE)
+            except StoreRefused as refusal:
+                if not updates and not refusal.is_too_large:
+                    raise
+                if not updates:  # the largest part of the document goes, since there is no room for a sentence
+                    updates = [{"$set": {**ended, **self._without_largest(same["_id"])}, "$unset": {"worker": ""}}]
+                    return self._update(same, updates.pop(), NOTICE)
+
+    def _without_largest(self, job_id: ObjectId) -> Document:
+        with unknown_when_unreachable():
+            document = self._jobs.find_one({"_id": job_id}, {"input_data": 1, "output_data": 1}) or {}
+        sizes = [len(encode({"": document.get(name)})) for name in ("input_data", "output_data")]
+        return {"input_data": {}} if sizes[0] >= sizes[1] else {"output_data": None}
+
+    def find_siblings(self) -> list[Snapshot]:
         """Jobs that processes of this node hold, including processes that are dead."""
+        held = {"status": Status.PROCESSING, "worker.node": self._node}
         with unknown_when_unreachable():
-            held = {"status": Status.PROCESSING, "worker.node": self._node, "worker.owner": {"$ne": None}}
-            return list(self._jobs.find(held))
+            jobs = [self._snapshot(document) for document in self._raw_jobs.find(held, TIMES)]
+        return [job for job in jobs if job.bookkeeping.owner and job.bookkeeping.node == self._node]
 
-    def find_stale(self) -> list[Document]:
-        """Jobs that no attempt works on.
+    def find_stale(self, after: ObjectId | None = None) -> Iterator[Snapshot]:
+        """Jobs that no attempt works on, in the order of their ids, behind the given one."""
+        running: Document = {"status": Status.PROCESSING, **({"_id": {"$gt": after}} if after else {})}
+        found = self._raw_jobs.find(running, TIMES).sort("_id", 1)
+        return (job for document in each_document(found) if self.is_stale(job := self._snapshot(document)))
 
-        Their lease ran out, the message after their release is lost, or a worker of an older version left them.
-        """
-        now = self.now()
-        expired = {"worker.lease_until": {"$lte": now}, "worker.owner": {"$ne": None}}
-        # A job that was rescued while pending has a `rescue_at` but no owner field. Once a worker of an
-        # older version runs it, only its age counts.
-        forgotten = {"worker.owner": {"$exists": True, "$eq": None}, "worker.rescue_at": {"$lte": now}}
-        with unknown_when_unreachable():
-            stale = list(self._jobs.find({"status": Status.PROCESSING, "$or": [expired, forgotten]}).limit(self.batch))
-            without_lease = {"status": Status.PROCESSING, "worker.owner": {"$exists": False}}
-            older = self._jobs.find(without_lease).limit(self.batch)
-            return stale + [document for document in older if self._is_orphan(document, now)]
-
-    def find_forgotten_pending(self, count_queued: Callable[[], int]) -> list[Document]:
-        """Pending jobs whose message the broker has lost.
-
-        They have waited for over a minute although the queue is empty, or although a job that is a minute younger has
-        started. A job that merely waits behind others is not among them, since a copy of its message would not help.
-        """
-        now, minute = self.now(), timedelta(seconds=self.pending_overdue_s)
-        overdue = {"created_at": {"$lt": now - minute}, "worker.rescue_at": {"$not": {"$gt": now}}}
-        with unknown_when_unreachable():
-            oldest = self._jobs.find({"status": Status.PENDING, **overdue}).sort("created_at", 1).limit(self.batch)
-            if not (waiting := list(oldest)) or count_queued() == 0:
-                return waiting
-            started = {"started_at": {"$ne": None}, "created_at": {"$lte": now}}  # leaves out values that are not dates
-            youngest_started = [
-                self._jobs.find_one({"status": status, **started}, sort=[("created_at", -1)])
-                for status in (Status.PROCESSING, *TERMINAL_STATUSES)
-            ]
-        overtaken = max((document["created_at"] - minute for document in youngest_started if document), default=None)
-        return [document for document in waiting if overtaken and document["created_at"] < overtaken]
-
-    def _is_orphan(self, document: Document, now: datetime) -> bool:
-        age_s = self._settings.orphan_after or self._settings.celery_time_limit + 60
-        times = [t for t in map(document.get, ("started_at", "updated_at", "created_at")) if isinstance(t, datetime)]
-        return not times or times[0].replace(tzinfo=UTC) < now - timedelta(seconds=age_s)
-
-    def is_past_bounds(self, document: Document) -> bool:
-        """Whether a job has used up its attempts, or the time since its first start."""
-        worker = bookkeeping(document)
-        oldest_start = self.oldest_start(self._settings.limits(worker.get("limits")))
-        started_at = worker.get("first_started_at")
-        too_old = started_at is not None and started_at.replace(tzinfo=UTC) <= oldest_start
-        return bool(too_old) or worker.get("attempt", 0) >= self._settings.max_attempts
-
-    def release_stale(self, document: Document) -> bool:
-        """Turns a stale job into a released one that is due now. False: it has changed since it was read.
+    def release_stale(self, job: Snapshot) -> Document | None:
+        """Turns a stale job into a released one that is due now, and returns its bookkeeping. None: it has changed.
 
         Each time the next rescue is twice as far away, so that a long queue isn't flooded with copies.
         """
-        worker = bookkeeping(document)
-        rescue_s, rescues = self._next_rescue(worker)
-        update = {**self._released(self.now(), rescue_s), "worker.rescues": rescues}
-        if not worker:  # MongoDB sets no field below `worker` if that is null, as in the job of an older version
-            fields = {key.removeprefix("worker."): update.pop(key) for key in list(update) if key.startswith("worker.")}
-            update["worker"] = fields
-        with unknown_when_unreachable():
-            return self._jobs.update_one(self._unchanged(document), {"$set": update}).matched_count == 1
+        now, own = self.now(), job.bookkeeping
+        # The life of an older worker's job begins here, with all its attempts and its time.
+        begins = {"attempt": 0, "first_started_at": now} if job.is_of_older_worker else {"attempt": own.attempt}
+        rescue_s = min(self.rescue_first_s * 2 ** min(own.rescues, 10), self.rescue_max_s)
+        released = {**own.kept(), **self._waiting(now, rescue_s), "rescues": own.rescues + 1, **begins}
+        started = {"started_at": now} if job.is_of_older_worker else {}
+        update = {"$set": {"updated_at": now, **started, "worker": released}}
+        return released if self._update(self._unchanged(job), update, {"_id": 1}) else None
 
-    def _next_rescue(self, worker: Document) -> tuple[float, int]:
-        """Seconds until the rescue after this one, and how many there have been then."""
-        rescues = worker.get("rescues", 0)
-        return min(self.rescue_first_s * 2 ** min(rescues, 10), self.rescue_max_s), rescues + 1
-
-    def reserve_rescue(self, document: Document) -> bool:
-        """Reserves the rescue of a pending job for this sweeper. False: another has it, or the job has started."""
-        worker = bookkeeping(document)
-        rescue_s, rescues = self._next_rescue(worker)
-        update = {"rescue_at": self.now() + timedelta(seconds=rescue_s), "rescues": rescues}
-        with unknown_when_unreachable():
-            same = {"_id": document["_id"], "status": Status.PENDING, "worker": document.get("worker")}
-            return self._jobs.update_one(same, {"$set": {"worker": {**worker, **update}}}).matched_count == 1
-
-    def undo_rescue(self, document: Document) -> None:
+    def undo_rescue(self, job_id: ObjectId, released: Document) -> None:
         """Makes a rescue due soon again after its message couldn't be sent, so that it doesn't wait twice as long."""
-        unsent = {
-            "_id": document["_id"],
-            "status": Status.PROCESSING,
-            "worker.owner": None,
-            "worker.rescues": self._next_rescue(bookkeeping(document))[1],
-        }
         due_at = self.now() + timedelta(seconds=self._settings.sweep_interval)
+        unsent = {"_id": job_id, "status": Status.PROCESSING, "worker": {"$eq": released}}
         with unknown_when_unreachable():
             self._jobs.update_one(unsent, {"$inc": {"worker.rescues": -1}, "$set": {"worker.rescue_at": due_at}})
 
-    def fail_stale(self, document: Document, sentence: str) -> bool:
-        """Fails a stale job. False: it has changed since it was read."""
-        update = {"$set": self._ended(Status.FAILED, error_message=sentence)}
+    def pending_ids(self, among: Sequence[ObjectId] | None = None) -> list[ObjectId]:
+        """The ids of pending jobs, the oldest first; all or some of these."""
+        pending: Document = {"status": Status.PENDING, **({} if among is None else {"_id": {"$in": list(among)}})}
         with unknown_when_unreachable():
-            return self._jobs.update_one(self._unchanged(document), update).matched_count == 1
-
-    def _unchanged(self, document: Document) -> Document:
-        same: Document = {"_id": document["_id"], "status": Status.PROCESSING}
-        worker = bookkeeping(document)
-        if not worker:
-            return {**same, "worker": document.get("worker")}
-        # The values as they were read: after a renewal, or another sweeper's release, they no longer match.
-        return same | {f"worker.{key}": worker.get(key) for key in ("owner", "lease_until", "rescue_at")}
+            found = self._jobs.find(pending, {"_id": 1}).sort("_id", 1).limit(self.max_pending)
+            return [document["_id"] for document in found]
 
     def find_unreferenced(self, names: Sequence[str]) -> list[str]:
         """Those of these files (named by job and owner) whose job has ended without naming them."""
         ids = [ObjectId(name[:OBJECT_ID_DIGITS]) for name in names]
         ended = {"_id": {"$in": ids}, "status": {"$in": list(TERMINAL_STATUSES)}}
         with unknown_when_unreachable():
-            found = self._jobs.find(ended, {"artifact_url": 1, "output_data": 1})
-            named = {str(d["_id"]): f"{d.get('artifact_url')} {d.get('output_data')}" for d in found}
-        return [name for name in names if name not in named.get(name[:OBJECT_ID_DIGITS], name)]
+            urls = {
+                str(job["_id"]): str(job.get("artifact_url")) for job in self._jobs.find(ended, {"artifact_url": 1})
+            }
+        return [name for name in names if name not in urls.get(name[:OBJECT_ID_DIGITS], name)]
 
 
 # ── notifier ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -619,7 +692,7 @@ class Notifier:
         self._log = RepeatedFaultLog("notifications can't be published")
         self._next_progress_at = 0.0
 
-    def publish_status(self, document: Document, status: Status, sentence: str) -> bool:
+    def publish_status(self, document: Mapping[str, Any], status: Status, sentence: str) -> bool:
         """Publishes a status that the document already has. False: Redis could not be reached."""
         message = {
             "type": "job_status_update",
@@ -659,120 +732,6 @@ class Notifier:
             return None
         self._log.over()
         return receivers
-
-
-class SharedNotes:
-    """What workers note for each other in Redis: results that MongoDB couldn't take, revoked jobs, whose turn it is."""
-
-    KEPT_S = 3600
-
-    def __init__(self, client: redis.Redis, database_name: str = "") -> None:
-        self._redis = client
-        self._database_name = database_name  # one Redis may serve several databases
-        self._revoked_key = f"revoked_jobs:{database_name}"
-
-    def keep_result(self, job: Job, result: Result) -> bool:
-        """Keeps a finished generation for the job's next attempt. False: Redis could not be reached."""
-        media = result.media and [result.media.data, result.media.suffix, result.media.url_field]
-        try:
-            # Not set again (nx), so that it expires in the end however often it is kept.
-            self._redis.set(f"result:{job.id}", json_util.dumps([result.output, media]), ex=self.KEPT_S, nx=True)
-        except redis.RedisError as error:
-            logger.error("%s its result could not be kept: %s", job, type(error).__name__)
-            return False
-        return True
-
-    def kept_result(self, job_id: ObjectId) -> Result | None:
-        """The result that an earlier attempt kept. Raises NotesUnavailable: Redis can't be asked."""
-        try:
-            raw = self._redis.get(f"result:{job_id}")
-        except redis.RedisError as error:
-            raise NotesUnavailable(f"Redis: {type(error).__name__}") from error
-        if not raw:
-            return None
-        output, media = json_util.loads(raw)
-        return Result(output, media and Media(*media))
-
-    def forget_result(self, job_id: ObjectId) -> None:
-        with contextlib.suppress(redis.RedisError):  # it expires by itself
-            self._redis.delete(f"result:{job_id}")
-
-    def take_turn(self, chore: str, every_s: float) -> bool:
-        """Whether this process is to do a chore now, of all processes that share the database."""
-        try:
-            return bool(self._redis.set(f"{chore}:{self._database_name}", "taken", ex=int(every_s), nx=True))
-        except redis.RedisError:  # the chore can wait
-            return False
-
-    def note_revoked(self, job_id: str) -> None:
-        """Notes a job whose task an operator revoked, until a sweep has failed it."""
-        try:
-            self._redis.sadd(self._revoked_key, job_id)
-        except redis.RedisError as error:
-            logger.warning("job=%s was revoked, but this can't be noted in Redis: %s", job_id, type(error).__name__)
-
-    def revoked(self) -> list[str]:
-        """The ids of revoked jobs. Raises NotesUnavailable: Redis can't be asked."""
-        try:
-            members = self._redis.smembers(self._revoked_key)
-        except redis.RedisError as error:
-            raise NotesUnavailable(f"Redis: {type(error).__name__}") from error
-        return [str(job_id, "ascii") for job_id in members if isinstance(job_id, bytes)]
-
-    def forget_revoked(self, job_id: str) -> None:
-        with contextlib.suppress(redis.RedisError):  # failing the job once more does nothing
-            self._redis.srem(self._revoked_key, job_id)
-
-
-class Progress:
-    """Streams a job's text to its subscribers: the first piece at once, then a batch every `batch_s` seconds.
-
-    A piece that no subscriber received is sent again with the next one. Use it on the event loop only.
-    """
-
-    def __init__(self, job: Job, notifier: Notifier, is_lease_fresh: Callable[[], bool], batch_s: float = 0.05) -> None:
-        self._job, self._notifier, self._is_lease_fresh, self._batch_s = job, notifier, is_lease_fresh, batch_s
-        self._pending: list[str] = []
-        self._sequence = 0
-        self._flusher: asyncio.Task[None] | None = None
-        self._finished = asyncio.Event()
-
-    def __call__(self, delta: str) -> None:
-        self._pending.append(delta)
-        if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.get_running_loop().create_task(self._flush())
-
-    async def _flush(self) -> None:
-        while self._pending:
-            is_last = self._finished.is_set()
-            was_received = await self._send()
-            if is_last:
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._batch_s if was_received else self._notifier.recheck_s):
-                    await self._finished.wait()
-
-    async def _send(self) -> bool:
-        if not (self._is_lease_fresh() and self._notifier.may_have_listeners()):  # then it is not worth a thread
-            return False
-        count = len(self._pending)
-        delta = "".join(self._pending[:count])
-        was_received = await asyncio.to_thread(self._notifier.publish_progress, self._job, self._sequence, delta)
-        if was_received:
-            del self._pending[:count]
-            self._sequence += 1
-        return was_received
-
-    async def finish(self) -> None:
-        """Sends what is left, so that no progress follows the final status."""
-        self._finished.set()
-        if self._flusher:
-            await self._flusher
-
-    def stop(self) -> None:
-        """Sends nothing more."""
-        if self._flusher:
-            self._flusher.cancel()
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -927,7 +886,20 @@ LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
 STOPPED = "This was stopped by the operator."
+EXPIRED_UNTRIED = "This waited too long before it could begin. Please try again."
 GAVE_UP = "This could not be finished after several tries. Please try again."
+TOO_LARGE_TO_RUN = "The input is too large. Please send a smaller one."
+REVOKED_SENTENCES = {REVOKED: STOPPED, EXPIRED: EXPIRED_UNTRIED}
+
+
+def result_name(job_id: ObjectId, first_started_at: datetime) -> str:
+    """The name under which a result is kept in Redis. A job that was put back doesn't find its former life's."""
+    return f"{job_id}:{int(first_started_at.timestamp() * 1000)}"
+
+
+def owner_of(document: Mapping[str, Any]) -> str | None:
+    """The attempt that ended a job, as far as its document says."""
+    return as_text(as_mapping(document.get("worker")).get("owner"))
 
 
 class Attempt:
@@ -972,7 +944,7 @@ class Attempt:
                     self._stop()
 
 
-def final_sentence(document: Document) -> str:
+def final_sentence(document: Mapping[str, Any]) -> str:
     """What the person reads about a job that has ended."""
     if document["status"] == Status.FAILED:
         return str(document.get("error_message") or "The job has failed.")
@@ -982,124 +954,222 @@ def final_sentence(document: Document) -> str:
 class Sweeper:
     """Finds jobs that no attempt works on, and gets them going again or ends them at their bounds.
 
-    Any number of processes may sweep at a time, since each step is a compare-and-set.
+    One process at a time does this for all that share the database. Should two do it, nothing is done twice, since
+    each step is a compare-and-set. A fault costs the chore that meets it, and a job that can't be handled is ended, so
+    that neither keeps the others from their turn.
     """
 
+    TURN = "sweep"
     notice_overdue_s = 30.0  # until a notice that wasn't confirmed is published again
-    broker_rest_s = 5.0  # after a failure the queue is left alone, since each try costs the keeper time
+    hang_s = 1.0  # a server that let a chore wait so long before it failed would do so with the next chore
 
-    def __init__(self, store: JobStore, notifier: Notifier, notes: SharedNotes, broker: Broker) -> None:
-        self._store, self._notifier, self._notes, self._broker = store, notifier, notes, broker
+    def __init__(
+        self,
+        store: JobStore,
+        turns: Turns,
+        lost_messages: LostMessages,
+        notifier: Notifier,
+        notes: SharedNotes,
+        broker: Broker,
+        lease_s: float,
+    ) -> None:
+        self._store, self._turns, self._lost_messages = store, turns, lost_messages
+        self._notifier, self._notes, self._broker = notifier, notes, broker
+        # The keeper renews leases when a sweep is over, so a sweep must not last.
+        self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(5.0, lease_s / 6)
+        self._after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
+        self.had_fault = False
         self._publish_again_at = 0.0
-        self._enqueue_again_at = 0.0
-        self._queue_log = RepeatedFaultLog("lost jobs can't be put back into the queue")
+        self._refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
+        chores: dict[str, Callable[[list[str]], None]] = {
+            "lost jobs can't be put back into the queue": self._rescue_stale,
+            "lost messages can't be looked for": self._rescue_pending,
+            "revoked tasks can't be looked up": self._fail_revoked,
+            "last notices can't be published": self._publish_ends,
+        }
+        self._chores = [(RepeatedFaultLog(fault), chore) for fault, chore in chores.items()]
 
     def sweep(self) -> list[str]:
-        """One search for lost jobs and lost notices; returns a line for each thing done.
+        """Does every chore, if it is this process's turn; returns a line for each thing done.
+
+        After a fault it leaves the next turn to the other processes, which may be able to do the chore.
 
         Raises:
             StoreUnavailable: MongoDB can't be reached.
         """
         done: list[str] = []
-        unreachable: tuple[type[BaseException], ...] = (NotesUnavailable, *self._broker.errors)
+        if self.had_fault or not self._turns.take(self.TURN, self._turn_s):
+            self.had_fault = False
+            return done
+        for log, chore in self._chores:
+            began_at = time.monotonic()
+            if (fault := self._try(chore, done)) is None:
+                log.over()
+                continue
+            log.fault(fault)
+            self.had_fault = True
+            if time.monotonic() > began_at + self.hang_s:  # the keeper has leases to renew
+                break
+        if self.had_fault:
+            self._turns.give_back(self.TURN)
+        return done
+
+    def _try(self, chore: Callable[[list[str]], None], done: list[str]) -> str | None:
+        """Does a chore. Returns its fault, if there was one; raises StoreUnavailable where MongoDB is away."""
         try:
-            if time.monotonic() >= self._enqueue_again_at:
-                self._recover_jobs(done)
-                self._queue_log.over()
-        except unreachable as error:  # the rest waits, since the keeper has leases to renew
-            self._queue_log.fault(type(error).__name__)
-            self._enqueue_again_at = time.monotonic() + self.broker_rest_s
-        overdue = self._store.find_unnotified(self.notice_overdue_s)
-        published = [document["_id"] for document in overdue if self._publish(document)]
-        if published:
-            self._store.mark_notified(published)
-        return done + [f"job={job_id} its last notification was published again" for job_id in published]
+            chore(done)
+        except (NotesUnavailable, StoreRefused) as error:
+            return str(error)
+        except StoreUnavailable:
+            raise
+        except Exception as error:  # the broker's own errors, and defects, which must not cost the other chores
+            return f"{type(error).__name__} at {place_of(error)}"
+        return None
 
-    def _recover_jobs(self, done: list[str]) -> None:
-        """Adds a line for each job that goes on or ends. Raises NotesUnavailable, and the broker's errors."""
-        for job_id in self._notes.revoked():
-            done += self._fail_revoked(job_id)
-        for document in self._store.find_stale():
-            done += self._rescue(document)
-        for document in self._store.find_forgotten_pending(self._broker.queue_length):
-            if self._store.reserve_rescue(document):
-                self._enqueue(document)
-                done.append(f"job={document['_id']} its message was lost: put into the queue again")
+    def _rescue_stale(self, done: list[str]) -> None:
+        give_up_at = time.monotonic() + self.budget_s
+        stale = self._store.find_stale(self._after)
+        while batch := list(itertools.islice(stale, self._store.batch)):
+            with self._broker.connection() as connection:
+                for job in batch:
+                    done += self._on_its_own(job, lambda job: self._rescue(job, connection))
+            self._after = batch[-1].id
+            if time.monotonic() > give_up_at or not self._turns.take(self.TURN, self._turn_s):
+                return
+        self._after = None
 
-    def _fail_revoked(self, job_id: str) -> list[str]:
-        failed = self._store.fail_active(ObjectId(job_id), STOPPED)
-        self._notes.forget_revoked(job_id)
-        if failed and self._publish(failed):
-            self._store.mark_notified([failed["_id"]])
-        return [f"job={job_id} failed: its task was revoked"] if failed else []
+    @property
+    def _passing(self) -> tuple[type[BaseException], ...]:
+        """The errors that are no fault of the job at hand."""
+        return (StoreUnavailable, *self._broker.errors)
 
-    def _rescue(self, document: Document) -> list[str]:
-        job_id = document["_id"]
-        if self._store.is_past_bounds(document) and not self._notes.kept_result(job_id):
-            return self._fail(document, GAVE_UP)
-        if not self._store.release_stale(document):
+    def _on_its_own(self, job: Snapshot, action: Callable[[Snapshot], list[str]]) -> list[str]:
+        """Does something with a job. A job with which it can't be done is ended."""
+        try:
+            return action(job)
+        except StoreRefused as refusal:
+            logger.error("job=%s can't go on: %s", job.id, refusal)
+            sentence = TOO_LARGE_TO_RUN if refusal.is_too_large else NOT_SET_UP
+        except self._passing:
+            raise
+        except Exception as error:
+            logger.error("job=%s can't go on: %s at %s", job.id, type(error).__name__, place_of(error))
+            sentence = GAVE_UP
+        try:
+            return self._fail(job, sentence)
+        except StoreRefused as refusal:
+            self._refused_log.fault(f"job={job.id} {refusal}")
             return []
-        self._enqueue(document)
-        return [f"job={job_id} no attempt worked on it: put back into the queue"]
 
-    def _fail(self, document: Document, sentence: str) -> list[str]:
-        if not self._store.fail_stale(document, sentence):
+    def _rescue(self, job: Snapshot, connection: Any) -> list[str]:
+        if self._store.is_past_bounds(job) and not self._has_kept_result(job):
+            return self._fail(job, GAVE_UP)
+        if not (released := self._store.release_stale(job)):
             return []
-        failed = {**document, "status": Status.FAILED, "error_message": sentence}
-        if self._publish(failed):
-            self._store.mark_notified([document["_id"]])
-        return [f"job={document['_id']} failed: {sentence}"]
+        self._enqueue(job, released, connection)
+        return [f"job={job.id} no attempt worked on it: put back into the queue"]
+
+    def _has_kept_result(self, job: Snapshot) -> bool:
+        started_at = job.bookkeeping.first_started_at
+        return started_at is not None and self._notes.kept_result(result_name(job.id, started_at)) is not None
+
+    def _fail(self, job: Snapshot, sentence: str) -> list[str]:
+        if not (failed := self._store.fail_seen(job, sentence)):
+            return []
+        self._publish(failed)
+        return [f"job={job.id} failed: {sentence}"]
 
     def _publish(self, document: Document) -> bool:
-        """Publishes a final status. After a failure it doesn't try for a while, since each try waits for Redis."""
+        """Publishes the end of a job, and takes it out of the outbox.
+
+        After a failure it doesn't try for a while, since each try waits for Redis.
+        """
         if time.monotonic() < self._publish_again_at:
             return False
         sent = self._notifier.publish_status(document, Status(document["status"]), final_sentence(document))
         self._publish_again_at = 0.0 if sent else time.monotonic() + self.notice_overdue_s
+        if sent:
+            self._store.mark_notified([(document["_id"], owner_of(document))])
         return sent
 
-    def _enqueue(self, document: Document) -> None:
-        """Sends a message for the job. Raises the broker's errors, after it has made the rescue due soon again."""
+    def _enqueue(self, job: Snapshot, released: Document, connection: Any = None) -> None:
+        """Sends a message for a released job: with its own limits and priority, and without its prompt.
+
+        Raises the broker's errors, after it has made the rescue due soon again.
+        """
+        own = job.bookkeeping
+        hard_s, soft_s = own.limits or (None, None)
+        options: Document = {
+            "time_limit": hard_s,
+            "soft_time_limit": soft_s,
+            "priority": own.priority,
+            "root_id": own.task_id,
+        }
         try:
-            self._send(document)
+            self._broker.send(job.id, own.queue, connection, **options)
         except self._broker.errors:
-            self._store.undo_rescue(document)
+            self._store.undo_rescue(job.id, released)
             raise
 
-    def _send(self, document: Document) -> None:
-        """Sends a message with the job's own limits. It has no prompt, since the document has it."""
-        job_id = str(document["_id"])
-        hard_s, soft_s = bookkeeping(document).get("limits") or (None, None)
-        self._broker.send(TASK_NAME, (job_id, {"job_id": job_id}), time_limit=hard_s, soft_time_limit=soft_s)
+    def _rescue_pending(self, done: list[str]) -> None:
+        """Sends messages for pending jobs that have none: behind those that wait, since their priority isn't known."""
+        give_up_at = time.monotonic() + self.budget_s
+        lost, priority = self._lost_messages.find(self._store.now(), self._store.pending_ids)
+        with self._broker.connection() if lost else contextlib.nullcontext() as connection:
+            for job_id in lost:
+                self._broker.send(job_id, None, connection, priority=priority)
+                done.append(f"job={job_id} its message was lost: put into the queue again")
+                if time.monotonic() > give_up_at:  # the next search finds the rest
+                    break
+
+    def _fail_revoked(self, done: list[str]) -> None:
+        for task in self._notes.revoked():
+            try:
+                failed = self._store.fail_revoked(task, REVOKED_SENTENCES[task.why])
+            except StoreRefused as refusal:
+                self._refused_log.fault(f"job={task.job_id} {refusal}")
+                failed = None
+            self._notes.forget_revoked(task)
+            if failed:
+                done.append(f"job={task.job_id} failed: its task was {task.why}")
+                self._publish(failed)
+
+    def _publish_ends(self, done: list[str]) -> None:
+        for document in self._store.find_unnotified(self.notice_overdue_s):
+            if not self._publish(document):
+                raise NotesUnavailable("Redis can't be reached")
+            done.append(f"job={document['_id']} its last notification was published again")
 
     def release_dead_siblings(self) -> list[str]:
         """Releases the jobs of this node's dead processes; fails those that were killed at their hard limit."""
-        lines: list[str] = []
-        for document in self._store.find_siblings():
-            if is_process_alive(document["worker"]["pid"]):
-                continue
-            deadline = document["worker"]["deadline"].replace(tzinfo=UTC)
-            if self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
-                lines += self._fail(document, TOOK_TOO_LONG)
-            elif self._store.release_stale(document):
-                # Celery delivers its own message again, but another worker may have dropped that while the lease was
-                # alive. If this one can't be sent, the next rescue sends it.
-                with contextlib.suppress(*self._broker.errors):
-                    self._enqueue(document)
-                lines.append(f"job={document['_id']} its process died: released")
-        return lines
+        siblings = self._store.find_siblings()
+        dead = [job for job in siblings if job.bookkeeping.pid and not is_process_alive(job.bookkeeping.pid)]
+        return [line for job in dead for line in self._on_its_own(job, self._release_dead)]
+
+    def _release_dead(self, job: Snapshot) -> list[str]:
+        deadline = job.bookkeeping.deadline
+        if deadline and self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
+            return self._fail(job, TOOK_TOO_LONG)
+        if not (released := self._store.release_stale(job)):
+            return []
+        # Celery delivers its own message again, but another worker may have dropped that while the lease was alive. If
+        # this one can't be sent, the next rescue sends it.
+        with contextlib.suppress(*self._broker.errors):
+            self._enqueue(job, released)
+        return [f"job={job.id} its process died: released"]
 
 
 class FileSweeper:
     """Deletes files that attempts which died left behind, and files past `ARTIFACT_RETENTION_DAYS`."""
 
     EVERY_S = 3600.0
+    TURN = "files"
     NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{16}\.")
 
     def __init__(
-        self, store: JobStore, notes: SharedNotes, artifacts: Callable[[], Artifacts], retention_days: float
+        self, store: JobStore, turns: Turns, artifacts: Callable[[], Artifacts], retention_days: float
     ) -> None:
-        self._store, self._notes, self._artifacts, self._retention_days = store, notes, artifacts, retention_days
+        self._store, self._turns, self._artifacts, self._retention_days = store, turns, artifacts, retention_days
         self._next_at = 0.0
 
     def is_due(self) -> bool:
@@ -1107,7 +1177,7 @@ class FileSweeper:
         if time.monotonic() < self._next_at:
             return False
         self._next_at = time.monotonic() + self.EVERY_S
-        return self._notes.take_turn("artifact_sweep", self.EVERY_S)
+        return self._turns.take(self.TURN, self.EVERY_S)
 
     def sweep(self, *, all_files: bool = False) -> list[str]:
         """One search; returns a line that says how many files were deleted.
@@ -1132,7 +1202,12 @@ class FileSweeper:
 
 
 class Keeper:
-    """One thread in each process that runs jobs. It renews leases, stops cancelled jobs, hands back, and sweeps."""
+    """One thread in each process that runs jobs. It renews leases, stops cancelled jobs, hands back, and sweeps.
+
+    `connect` returns what it works with, and raises StoreUnavailable as long as there is no MongoDB. `rest` is the time
+    until which no process of this node sweeps: after an outage, and after the start of the node, the owners of expired
+    leases may be about to renew them. It is shared, since a pool may replace its processes more often than that.
+    """
 
     tick_s = 1.0
     PATIENCE_S = 5.0
@@ -1140,26 +1215,24 @@ class Keeper:
 
     def __init__(
         self,
-        store: JobStore,
-        sweeper: Sweeper,
-        files: FileSweeper,
+        connect: Callable[[], tuple[JobStore, Sweeper, FileSweeper, Turns]],
         shutdown: ShutdownTime,
+        rest: SharedTime,
         heartbeat: Heartbeat,
         settings: Settings,
     ) -> None:
-        self._store, self._sweeper, self._files = store, sweeper, files
-        self._shutdown, self._heartbeat, self._settings = shutdown, heartbeat, settings
+        self._connect = connect
+        self._shutdown, self._rest, self._heartbeat, self._settings = shutdown, rest, heartbeat, settings
         self._attempts: dict[str, Attempt] = {}
-        self._published: list[ObjectId] = []
+        self._published: list[tuple[ObjectId, str | None]] = []
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._store_log = RepeatedFaultLog("MongoDB can't be reached")
         self._is_prepared = False
-        self._renew_at = 0.0
+        self._renew_at = self._sweep_at = 0.0
+        self._longest_silence_s = max(settings.lease_seconds / 2, 2 * self.tick_s)
         self._answered_at = time.monotonic()
-        # The first sweep waits for one lease, since the owners of expired leases may be about to renew them.
-        self._sweep_at = time.monotonic() + settings.lease_seconds
 
     def start(self) -> None:
         self._thread.start()
@@ -1179,10 +1252,10 @@ class Keeper:
         with self._lock:
             self._attempts.pop(attempt.job.owner, None)
 
-    def note_published(self, job_id: ObjectId) -> None:
-        """Takes a job's notice out of the outbox, with the next batch."""
+    def note_published(self, job_id: ObjectId, owner: str | None) -> None:
+        """Takes a job's notice out of the outbox, with the next batch. `owner` is the attempt that ended the job."""
         with self._lock:
-            self._published.append(job_id)
+            self._published.append((job_id, owner))
 
     def _run(self) -> None:
         stopping = False
@@ -1192,7 +1265,7 @@ class Keeper:
             except StoreUnavailable as error:
                 self._store_log.fault(error)
                 self._renew_at = 0.0
-                self._sweep_at = time.monotonic() + self._settings.lease_seconds
+                self._rest_one_lease()
             except Exception:  # nothing may end this thread, since no lease would be renewed any more
                 logger.exception("the keeper goes on after an error")
             if stopping:
@@ -1212,78 +1285,89 @@ class Keeper:
             for attempt in attempts:
                 attempt.cancel(HandBack("the grace of the shutdown is over"))
         with pymongo.timeout(self.PATIENCE_S):
-            self._renew(attempts)
-            self._cancel_lost(attempts)
-            self._empty_outbox()
-            self._prepare_store()
-            if time.monotonic() >= self._sweep_at and not self._shutdown.is_announced:
-                self._sweep()
+            store, sweeper, files, turns = self._connect()
+            self._renew(store, attempts)
+            self._cancel_lost(store, attempts)
+            self._empty_outbox(store)
+            self._prepare(store, sweeper, turns)
+        if self._may_sweep():
+            self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
+            self._sweep(sweeper)
+            if files.is_due():
+                threading.Thread(target=self._sweep_files, args=(files,), name="files", daemon=True).start()
         self._answered_at = time.monotonic()
         self._store_log.over()
 
-    def _renew(self, attempts: list[Attempt]) -> None:
-        if time.monotonic() < min(self._renew_at, self._sweep_at):
+    def _may_sweep(self) -> bool:
+        is_due = time.monotonic() >= max(self._sweep_at, self._rest.at or 0.0)
+        return is_due and not self._shutdown.is_announced
+
+    def _rest_one_lease(self) -> None:
+        self._rest.at = max(self._rest.at or 0.0, time.monotonic() + self._settings.lease_seconds)
+
+    def _renew(self, store: JobStore, attempts: list[Attempt]) -> None:
+        if time.monotonic() < self._renew_at and not self._may_sweep():
             return
-        at, primary_before = time.monotonic(), self._store.primary
-        self._store.synchronise_clock()
+        at, primary_before = time.monotonic(), store.primary
+        store.synchronise_clock()
         renewed = [attempt for attempt in attempts if attempt.may_renew()]
         if renewed:
-            self._store.renew_leases([attempt.job for attempt in renewed])
+            store.renew_leases([attempt.job for attempt in renewed])
         for attempt in renewed:
             attempt.renewed_at = at
         silent_s = time.monotonic() - self._answered_at  # MongoDB hung, or this process was suspended
-        if primary_before != self._store.primary or silent_s > max(self._settings.lease_seconds / 2, 2 * self.tick_s):
-            # The owners of leases that ran out meanwhile may be about to renew them.
-            self._sweep_at = max(self._sweep_at, time.monotonic() + self._settings.lease_seconds)
+        is_first = primary_before is None
+        if (primary_before != store.primary and not is_first) or silent_s > self._longest_silence_s:
+            self._rest_one_lease()
         self._renew_at = at + self._settings.lease_seconds / 3
 
-    def _cancel_lost(self, attempts: list[Attempt]) -> None:
+    def _cancel_lost(self, store: JobStore, attempts: list[Attempt]) -> None:
         if not attempts:
             return
-        lost = {job.owner for job in self._store.find_lost([attempt.job for attempt in attempts])}
+        lost = {job.owner for job in store.find_lost([attempt.job for attempt in attempts])}
         for attempt in attempts:
             if attempt.job.owner in lost:
                 attempt.cancel(DropJob("cancelled, or taken by another worker"))
 
-    def _empty_outbox(self) -> None:
+    def _empty_outbox(self, store: JobStore) -> None:
         with self._lock:
             batch, self._published = self._published, []
         try:
             if batch:
-                self._store.mark_notified(batch)
+                store.mark_notified(batch)
         except StoreUnavailable:
             with self._lock:
                 self._published += batch
             raise
 
-    def _prepare_store(self) -> None:
-        """Once: makes the indexes, and releases what dead processes of this node held."""
+    def _prepare(self, store: JobStore, sweeper: Sweeper, turns: Turns) -> None:
+        """Once: releases what dead processes of this node held, and makes the indexes."""
         if self._is_prepared:
             return
-        for line in self._sweeper.release_dead_siblings():
+        turns.register(self._settings.celery_queue_name)
+        for line in sweeper.release_dead_siblings():
             logger.warning(line)
         self._is_prepared = True
-        threading.Thread(target=self._ensure_indexes, name="indexes", daemon=True).start()
+        threading.Thread(target=self._ensure_indexes, args=(store,), name="indexes", daemon=True).start()
 
-    def _ensure_indexes(self) -> None:
+    def _ensure_indexes(self, store: JobStore) -> None:
         """In a thread of its own: on a large collection this takes longer than leases can wait."""
         try:
             with pymongo.timeout(self.INDEX_PATIENCE_S):
-                self._store.ensure_indexes()
+                store.ensure_indexes()
         except StoreUnavailable as error:
             logger.warning("indexes could not be made (%s): the worker runs without them, more slowly", error)
 
-    def _sweep(self) -> None:
-        self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
-        for line in self._sweeper.release_dead_siblings() + self._sweeper.sweep():
-            logger.warning(line)
-        if self._files.is_due():
-            threading.Thread(target=self._sweep_files, name="files", daemon=True).start()
+    def _sweep(self, sweeper: Sweeper) -> None:
+        for look in (sweeper.release_dead_siblings, sweeper.sweep):
+            with pymongo.timeout(2 * self.PATIENCE_S):
+                for line in look():
+                    logger.warning(line)
 
-    def _sweep_files(self) -> None:
+    def _sweep_files(self, files: FileSweeper) -> None:
         """In a thread of its own: a slow artifact store must not cost leases."""
         try:
-            for line in self._files.sweep():
+            for line in files.sweep():
                 logger.info(line)
         except (StoreUnavailable, FailJob) as error:
             logger.warning("the next search for files of lost attempts is in an hour: %s", error)
@@ -1292,10 +1376,21 @@ class Keeper:
 # ── runtime ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+Part = TypeVar("Part")
+
+
+class made_once(cached_property[Part]):
+    """A part of a runtime: made when first used, by one of the threads that ask for it."""
+
+    def __get__(self, runtime: Any, owner: Any = None) -> Part:  # type: ignore[override]
+        with runtime.lock:
+            return cast(Part, super().__get__(runtime, owner))
+
+
 class Runtime:
     """What one process works with. Each part is made when first used, so never in the parent of a fork.
 
-    Only the shutdown time is made at once: parent and children share its memory.
+    Only the two times are made at once: parent and children share their memory.
     """
 
     mongodb_timeout_s = 10.0  # for one call
@@ -1312,70 +1407,86 @@ class Runtime:
     def __init__(self, settings: Settings, mongo: pymongo.MongoClient[Document] | None = None) -> None:
         self.settings = settings
         self.shutdown = ShutdownTime()
+        self.rest = SharedTime(time.monotonic() + settings.lease_seconds)
+        self.lock = threading.RLock()
         # One log for all jobs of the process: an outage is a single fault, however many jobs meet it.
         self.waiting_log = RepeatedFaultLog("jobs wait to be claimed")
         self.unwritten_log = RepeatedFaultLog("the ends of jobs can't be written")
+        self.refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
         if mongo is not None:
             self.mongo = mongo
 
-    @cached_property
+    @made_once
     def mongo(self) -> pymongo.MongoClient[Document]:
         url, timeout_ms = self.settings.mongodb_url.get_secret_value(), int(self.mongodb_timeout_s * 1000)
-        return pymongo.MongoClient(url, timeoutMS=timeout_ms, appname="ai-backend-worker")
+        with unknown_when_unreachable():  # a name that doesn't resolve may raise here already
+            return pymongo.MongoClient(url, timeoutMS=timeout_ms, appname="ai-backend-worker")
 
-    @cached_property
+    @made_once
     def database(self) -> Database[Document]:
         return open_database(self.mongo, self.settings.database_name)
 
-    @cached_property
+    @made_once
     def store(self) -> JobStore:
         return JobStore(self.database, NODE, Clock(), self.settings)
 
-    @cached_property
+    @made_once
     def redis(self) -> redis.Redis:
         return redis.Redis.from_url(self.settings.redis_url.get_secret_value(), **self.REDIS_OPTIONS)
 
-    @cached_property
+    @made_once
     def notifier(self) -> Notifier:
         return Notifier(self.redis)
 
-    @cached_property
+    @made_once
     def notes(self) -> SharedNotes:
-        return SharedNotes(self.redis, self.settings.database_name)
+        return SharedNotes(self.redis, self.settings.celery_queue_name, self.settings.database_name)
 
-    @cached_property
+    @made_once
+    def lost_messages(self) -> LostMessages:
+        return LostMessages(self.database, self.turns, self.broker)
+
+    @made_once
+    def turns(self) -> Turns:
+        return Turns(self.database, self.store.now)
+
+    @made_once
     def broker(self) -> Broker:
-        return Broker(app, self.settings.celery_queue_name)
+        return Broker(app, self.settings.celery_queue_name, TASK_NAME)
 
-    @cached_property
+    @made_once
     def artifacts(self) -> Artifacts:
         settings = self.settings
         store_url, base_url = settings.artifact_store_url, settings.artifact_base_url
         return open_artifacts(store_url, base_url, lambda: self.database, settings.s3_options)
 
-    @cached_property
+    @made_once
     def providers(self) -> Providers:
         return Providers(self.settings)
 
-    @cached_property
+    @made_once
     def loop(self) -> EventLoopThread:
         return EventLoopThread()
 
-    @cached_property
+    @made_once
     def sweeper(self) -> Sweeper:
-        return Sweeper(self.store, self.notifier, self.notes, self.broker)
+        parts = (self.store, self.turns, self.lost_messages, self.notifier, self.notes, self.broker)
+        return Sweeper(*parts, self.settings.lease_seconds)
 
-    @cached_property
+    @made_once
     def files(self) -> FileSweeper:
-        return FileSweeper(self.store, self.notes, lambda: self.artifacts, self.settings.artifact_retention_days)
+        return FileSweeper(self.store, self.turns, lambda: self.artifacts, self.settings.artifact_retention_days)
 
-    @cached_property
+    @made_once
     def heartbeat(self) -> Heartbeat:
         return Heartbeat()
 
-    @cached_property
+    @made_once
     def keeper(self) -> Keeper:
-        return Keeper(self.store, self.sweeper, self.files, self.shutdown, self.heartbeat, self.settings)
+        def connect() -> tuple[JobStore, Sweeper, FileSweeper, Turns]:
+            return self.store, self.sweeper, self.files, self.turns
+
+        return Keeper(connect, self.shutdown, self.rest, self.heartbeat, self.settings)
 
     def close(self) -> None:
         """Closes what was made: connections to the providers and the event loop, MongoDB, Redis."""
@@ -1392,6 +1503,7 @@ class Runtime:
 
 # ── task ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+REFUSED_TRIES = 3  # a refusal of a store is taken for final
 LATER_S = 10.0  # the wait of a message for which MongoDB was away
 MIN_REDELIVERY_S = 0.2
 DAMAGED = "Your request reached us damaged. Please send it again."
@@ -1429,7 +1541,7 @@ class JobTask(Task):  # type: ignore[type-arg]
 
 def redelivery(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
     """The exception that redelivers the message later: under the same task id and limits, without its prompt."""
-    options: Document = {"args": (str(job_id), {"job_id": str(job_id)}), "kwargs": {}, "countdown": wait_s}
+    options: Document = {"args": own_arguments(job_id), "kwargs": {}, "countdown": wait_s}
     settings = task.runtime.settings
     if settings.is_rabbitmq:  # a message that waits in a worker's memory would hold a slot
         options |= {"countdown": 0, "queue": waiting_queue(settings.celery_queue_name, math.ceil(wait_s))}
@@ -1439,8 +1551,12 @@ def redelivery(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
         return Reject("the broker is away", requeue=True)
 
 
-def message_limits(task: JobTask) -> Limits:
-    return task.runtime.settings.limits(task.request.timelimit)
+def describe_delivery(task: JobTask, job_data: Document) -> Delivery:
+    """What the message says besides its job. One without a job type is the worker's own."""
+    request = task.request
+    priority = (request.delivery_info or {}).get("priority")
+    limits = task.runtime.settings.limits(request.timelimit)
+    return Delivery(limits, as_text(request.root_id or request.id), as_number(priority), "job_type" not in job_data)
 
 
 def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Reply]) -> Reply:
@@ -1448,9 +1564,11 @@ def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Reply])
 
     Raises:
         Retry: it took too long, and the message is delivered again later. Reject: the worker is shutting down.
+        StoreRefused: MongoDB has refused it several times.
     """
-    runtime = task.runtime
-    give_up_at = time.monotonic() + min(runtime.store_patience_s, message_limits(task).soft_s / 2)
+    runtime, refusals = task.runtime, 0
+    soft_s = runtime.settings.limits(task.request.timelimit).soft_s
+    give_up_at = time.monotonic() + min(runtime.store_patience_s, soft_s / 2)
     while True:
         try:
             # A call that hangs must not reach the hard limit, which would kill the process and lose the message.
@@ -1461,6 +1579,9 @@ def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Reply])
             return answer
         except StoreUnavailable as error:
             runtime.waiting_log.fault(f"job={job_id} {error}")
+            refusals += isinstance(error, StoreRefused)
+            if refusals >= REFUSED_TRIES:
+                raise
         if runtime.shutdown.is_announced:
             raise Reject("shutting down", requeue=True)
         if time.monotonic() > give_up_at:
@@ -1468,23 +1589,28 @@ def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Reply])
         time.sleep(runtime.poll_store_s)
 
 
-def announce(runtime: Runtime, document: Document, status: Status, sentence: str) -> None:
-    """Publishes a status that the document has. A terminal one then leaves the outbox."""
+def announce(
+    runtime: Runtime, document: Mapping[str, Any], status: Status, sentence: str, owner: str | None = None
+) -> None:
+    """Publishes a status that the document has. A terminal one, which `owner` wrote, then leaves the outbox."""
     if runtime.notifier.publish_status(document, status, sentence) and status in TERMINAL_STATUSES:
-        runtime.keeper.note_published(document["_id"])
+        runtime.keeper.note_published(document["_id"], owner)
 
 
 def announce_job(runtime: Runtime, job: Job, status: Status, sentence: str) -> None:
     document = {"_id": job.id, "user_id": job.user_id, "session_id": job.session_id}
-    announce(runtime, document, status, sentence)
+    announce(runtime, document, status, sentence, job.owner)
 
 
-def fail_unowned(task: JobTask, job_id: ObjectId, sentence: str) -> JobFailed:
+def fail_unowned(task: JobTask, job_id: ObjectId, fail: Callable[[], Document | None], sentence: str) -> JobFailed:
     """Fails a job that no attempt runs, notifies the person, and returns the exception to raise."""
-    runtime = task.runtime
-    if wait_for_store(task, job_id, lambda: runtime.store.fail_unowned(job_id, sentence)):
-        document = wait_for_store(task, job_id, lambda: runtime.store.read(job_id)) or {"_id": job_id}
-        announce(runtime, document, Status.FAILED, sentence)
+    runtime, failed = task.runtime, None
+    try:
+        failed = wait_for_store(task, job_id, fail)
+    except StoreRefused as refusal:
+        runtime.refused_log.fault(f"job={job_id} {refusal}")
+    if failed:
+        announce(runtime, failed, Status.FAILED, sentence, owner_of(failed))
     return JobFailed(sentence)
 
 
@@ -1498,8 +1624,8 @@ def parse_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str
     return job_id, arguments
 
 
-def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ObjectId:
-    """The job's id. If the message has a wrong form, the document that it names fails with a sentence.
+def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ObjectId, Document]:
+    """The job's id and data. If the message has a wrong form, the document that it names fails with a sentence.
 
     Raises:
         JobFailed: the message doesn't have the contract's form.
@@ -1508,29 +1634,51 @@ def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
     if not fits:
         logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
-        raise fail_unowned(task, ObjectId(job_id), DAMAGED)
-    return ObjectId(job_id)
+        fail = partial(task.runtime.store.fail_unowned, ObjectId(job_id), DAMAGED)
+        raise fail_unowned(task, ObjectId(job_id), fail, DAMAGED)
+    return ObjectId(job_id), arguments["job_data"]
 
 
-def claim(task: JobTask, job_id: ObjectId, taken_at: float) -> Job | NotClaimed:
+def receive_marker(task: JobTask, marker: ObjectId, queue_list: str) -> Document:
+    """Notes that a search's marker has come out of a list of the queue. It is no job."""
+    wait_for_store(task, marker, lambda: task.runtime.lost_messages.receive(marker, queue_list))
+    return {"job_id": str(marker), "status": "marker"}
+
+
+def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) -> Job | NotClaimed:
     """The claimed job, or why it can't be claimed.
 
     It also claims a job whose process on this node has died, and one beyond its bounds if its result is kept in Redis.
+
+    Raises:
+        JobFailed: MongoDB refuses the claim.
     """
-    runtime, limits, owner = task.runtime, message_limits(task), secrets.token_hex(8)
+    runtime, delivery, owner = task.runtime, describe_delivery(task, job_data), secrets.token_hex(8)
 
     def try_claim(*, bounded: bool = True) -> Job | NotClaimed:
         waited_s = time.monotonic() - taken_at
-        return runtime.store.claim(job_id, owner, limits, bounded=bounded, waited_s=waited_s)
+        return runtime.store.claim(job_id, owner, delivery, bounded=bounded, waited_s=waited_s)
 
-    claimed = wait_for_store(task, job_id, try_claim)
-    is_held = isinstance(claimed, NotClaimed) and claimed.reason is Reason.HELD
-    if is_held and wait_for_store(task, job_id, runtime.sweeper.release_dead_siblings):
+    try:
         claimed = wait_for_store(task, job_id, try_claim)
-    is_exhausted = isinstance(claimed, NotClaimed) and claimed.reason is Reason.EXHAUSTED
-    if is_exhausted and wait_for_store(task, job_id, lambda: runtime.notes.kept_result(job_id)):
-        claimed = wait_for_store(task, job_id, partial(try_claim, bounded=False))
-    return claimed
+        is_held = isinstance(claimed, NotClaimed) and claimed.reason is Reason.HELD
+        if is_held and wait_for_store(task, job_id, runtime.sweeper.release_dead_siblings):
+            claimed = wait_for_store(task, job_id, try_claim)
+        if isinstance(claimed, NotClaimed) and claimed.reason is Reason.EXHAUSTED and claimed.job:
+            started_at = claimed.job.bookkeeping.first_started_at
+            if started_at and wait_for_store(task, job_id, lambda: kept_result(runtime, job_id, started_at)):
+                claimed = wait_for_store(task, job_id, partial(try_claim, bounded=False))
+        return claimed
+    except StoreRefused as refusal:
+        logger.error("job=%s can't be claimed: %s", job_id, refusal)
+        sentence = TOO_LARGE_TO_RUN if refusal.is_too_large else NOT_SET_UP
+        raise fail_unowned(task, job_id, partial(runtime.store.fail_unowned, job_id, sentence), sentence) from None
+
+
+def kept_result(runtime: Runtime, job_id: ObjectId, first_started_at: datetime) -> Result | None:
+    """A result that an earlier attempt of the same life kept. Raises NotesUnavailable: Redis can't be asked."""
+    kept = runtime.notes.kept_result(result_name(job_id, first_started_at))
+    return Result(kept[0], kept[1] and Media(*kept[1])) if kept else None
 
 
 def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed) -> Document:
@@ -1540,24 +1688,32 @@ def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed)
         Ignore: a live attempt has the job. (A result under this task id would make Celery drop its redelivery.)
         Retry: the job waits for its next try. JobFailed: there is no such job, or it is at its bounds.
     """
-    reason, document = not_claimed.reason, not_claimed.document
+    runtime, reason, job = task.runtime, not_claimed.reason, not_claimed.job
     level = logging.ERROR if reason is Reason.UNKNOWN else logging.INFO
     logger.log(level, "job=%s not claimed: %s", job_id, reason.value)
-    match reason:
-        case Reason.TERMINAL:
-            status = Status(document["status"])
-            announce(task.runtime, document, status, final_sentence(document))
-            return {"job_id": str(job_id), "status": status.value}
-        case Reason.HELD:
-            raise Ignore()
-        case Reason.WAITING:
-            now = task.runtime.store.now()
-            available_at = bookkeeping(document).get("available_at", now).replace(tzinfo=UTC)
-            raise redelivery(task, job_id, max(MIN_REDELIVERY_S, (available_at - now).total_seconds()))
-        case Reason.EXHAUSTED:
-            raise fail_unowned(task, job_id, GAVE_UP)
-        case Reason.UNKNOWN | Reason.FOREIGN_STATUS:
-            raise JobFailed("There is no such job.")
+    if (job is None and reason is not Reason.WAITING) or reason is Reason.FOREIGN_STATUS:
+        raise JobFailed("There is no such job.")
+    if job and reason is Reason.TERMINAL:
+        return answer_ended(runtime, job)
+    if job and reason is Reason.EXHAUSTED:
+        raise fail_unowned(task, job_id, partial(runtime.store.fail_seen, job, GAVE_UP), GAVE_UP)
+    if reason is Reason.HELD:
+        raise Ignore()
+    now = runtime.store.now()
+    available_at = (job and job.bookkeeping.available_at) or now
+    raise redelivery(task, job_id, max(MIN_REDELIVERY_S, (available_at - now).total_seconds()))
+
+
+def answer_ended(runtime: Runtime, job: Snapshot) -> Document:
+    """Publishes the end of a job again, of which another message has come.
+
+    If messages of the worker's own were sent for it, this may be one too many. Then only an end that may not have been
+    published yet is.
+    """
+    status, own = Status(job.document["status"]), job.bookkeeping
+    if not own.rescues or "unnotified" in own.raw:
+        announce(runtime, job.document, status, final_sentence(job.document), own.owner)
+    return {"job_id": str(job.id), "status": status.value}
 
 
 async def generate(runtime: Runtime, attempt: Attempt, progress: Progress) -> Result:
@@ -1583,7 +1739,12 @@ async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
     """Runs the job's handler on the event loop. Raises a JobError for every end but a result."""
     running, loop = asyncio.current_task(), asyncio.get_running_loop()
     attempt.bind(lambda: running and loop.call_soon_threadsafe(running.cancel))
-    progress = Progress(attempt.job, runtime.notifier, attempt.is_lease_fresh)
+    notifier = runtime.notifier
+    progress = Progress(
+        partial(notifier.publish_progress, attempt.job),
+        lambda: attempt.is_lease_fresh() and notifier.may_have_listeners(),
+        notifier.recheck_s,
+    )
     try:
         result = await generate(runtime, attempt, progress)
         with contextlib.suppress(asyncio.CancelledError):  # the result is there, and settle sees whose the job is
@@ -1603,8 +1764,18 @@ async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
 def find_kept(runtime: Runtime, job: Job) -> Result | None:
     """A result that an earlier attempt could not write. If Redis can't be asked, the job is generated again."""
     with contextlib.suppress(NotesUnavailable):
-        return runtime.notes.kept_result(job.id)
+        return kept_result(runtime, job.id, job.first_started_at)
     return None
+
+
+def keep_result(runtime: Runtime, job: Job, result: Result) -> bool:
+    """Keeps a finished generation for the next attempt. False: Redis doesn't take it."""
+    media = result.media and [result.media.data, result.media.suffix, result.media.url_field]
+    return runtime.notes.keep_result(result_name(job.id, job.first_started_at), [result.output, media])
+
+
+def forget_result(runtime: Runtime, job: Job) -> None:
+    runtime.notes.forget_result(result_name(job.id, job.first_started_at))
 
 
 def run(runtime: Runtime, attempt: Attempt) -> Outcome:
@@ -1655,7 +1826,8 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
         if job.first_started_at > runtime.store.oldest_start(job.limits, wait_s):
             return RetryJob(outcome.detail, outcome.sentence, wait_s, is_counted=outcome.is_counted)
     tries = f"{job.attempt} tries" if job.attempt > 1 else "one try"
-    return FailJob(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
+    failure = OperatorFault if isinstance(outcome, NotStored) else FailJob
+    return failure(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
 
 
 def file_name(job: Job, suffix: str) -> str:
@@ -1671,28 +1843,23 @@ def complete(runtime: Runtime, job: Job, result: Result) -> bool:
     return runtime.store.complete(job, {**result.output, result.media.url_field: url}, url)
 
 
-def discard_files(runtime: Runtime, job: Job, *, of_others: bool = False) -> None:
-    """Deletes the files of this attempt, or those of all others at the job. The sweeper deletes what is left."""
-    with contextlib.suppress(StoreUnavailable, FailJob):
-        for name in list(runtime.artifacts.names(f"{job.id}-")):
-            if name.startswith(f"{job.id}-{job.owner}") is not of_others:
-                runtime.artifacts.delete(name)
+def discard_files(runtime: Runtime, job: Job) -> None:
+    """Deletes the files of this attempt. The sweeper deletes what is left."""
+    with contextlib.suppress(StoreUnavailable):
+        for name in list(runtime.artifacts.names(f"{job.id}-{job.owner}")):
+            runtime.artifacts.delete(name)
 
 
 def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     """Makes the fenced write that belongs to an outcome. Returns DropJob if the job is no longer this attempt's.
 
     Raises:
-        StoreUnavailable: the write may have been made; try again.
+        StoreUnavailable: the write may have been made; try again. StoreRefused, ArtifactsUnavailable: it wasn't.
     """
     store, now = runtime.store, runtime.store.now()
     match outcome:
         case Result():
-            try:
-                done = complete(runtime, job, outcome)
-            except FailJob as error:  # MongoDB or the artifact store can't take it
-                discard_files(runtime, job)
-                return write_outcome(runtime, job, error)
+            done = complete(runtime, job, outcome)
         case RetryJob():
             available_at = now + timedelta(seconds=outcome.after_s or 0)
             done = store.release(job, available_at, counted=outcome.is_counted)
@@ -1701,7 +1868,7 @@ def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
         case FailJob():
             done = store.fail(job, outcome.sentence)
         case _:
-            done = False
+            return outcome
     return outcome if done else DropJob("the job is no longer this attempt's")
 
 
@@ -1709,8 +1876,11 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
     """Writes the outcome, again and again while MongoDB is away, until the hard limit or the end of the process.
 
     A result that can't be written is then kept in Redis.
+
+    Raises:
+        StoreRefused, ArtifactsUnavailable: a store has refused it several times.
     """
-    job, limits, is_kept, try_s = attempt.job, attempt.job.limits, False, runtime.settle_try_s
+    job, limits, is_kept, try_s, refusals = attempt.job, attempt.job.limits, False, runtime.settle_try_s, 0
     give_up_at = attempt.started_at + max(limits.hard_s - LIMIT_MARGIN_S, limits.soft_s)
     while True:
         try:
@@ -1719,36 +1889,67 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
                 written = write_outcome(runtime, job, outcome)
             runtime.unwritten_log.over()
             if is_kept:
-                runtime.notes.forget_result(job.id)
+                forget_result(runtime, job)
             return written
         except StoreUnavailable as error:
             runtime.unwritten_log.fault(f"{job} {error}")
+            is_refused = isinstance(error, (StoreRefused, ArtifactsUnavailable))
+            refusals += is_refused
+            is_hopeless = isinstance(error, StoreRefused) and error.is_too_large
+            if is_hopeless or refusals >= REFUSED_TRIES:
+                raise
         if signals_arrived or runtime.shutdown.is_due or time.monotonic() + runtime.poll_store_s >= give_up_at:
             break
-        if isinstance(outcome, Result) and outcome.media and runtime.notes.keep_result(job, outcome):
+        if isinstance(outcome, Result) and outcome.media and not is_refused and keep_result(runtime, job, outcome):
             is_kept, try_s = True, try_s * 2  # a large file takes long, and a kill meanwhile loses nothing now
         time.sleep(runtime.poll_store_s)
-    if isinstance(outcome, Result):
-        runtime.notes.keep_result(job, outcome)
+    if isinstance(outcome, Result) and not is_refused:
+        keep_result(runtime, job, outcome)
     return LeaveJob("its end couldn't be written: the lease runs out, and a sweeper rescues the job")
+
+
+def instead_of(runtime: Runtime, attempt: Attempt, outcome: Outcome, error: StoreUnavailable) -> Outcome:
+    """What an attempt ends with whose outcome a store has refused. Each step leaves less to be written."""
+    job = attempt.job
+    if isinstance(error, ArtifactsUnavailable) and isinstance(outcome, Result):
+        keep_result(runtime, job, outcome)
+        return within_bounds(runtime, job, NotStored(str(error)))
+    if isinstance(outcome, Result):
+        discard_files(runtime, job)
+        return OperatorFault(str(error), CANT_BE_STORED)
+    if isinstance(outcome, FailJob):
+        runtime.refused_log.fault(f"{job} {error}")
+        return EndRefused(str(error))
+    return OperatorFault(str(error), NOT_SET_UP)
 
 
 def settle(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
     """Ends the attempt by one fenced write, which no signal interrupts. Nothing else of an attempt writes.
 
-    Returns what holds now: the outcome; DropJob if nothing was written, since the job is no longer this attempt's;
-    LeaveJob if the write couldn't be confirmed, so that it is unknown.
+    Returns what holds now: the outcome, or one that replaced it since a store refused the first; DropJob if nothing was
+    written, since the job is no longer this attempt's; LeaveJob if the write couldn't be confirmed, so that it is
+    unknown.
     """
     outcome = within_bounds(runtime, attempt.job, outcome)
     with signals_deferred() as arrived:
-        return write_patiently(runtime, attempt, outcome, arrived)
+        while True:
+            try:
+                return write_patiently(runtime, attempt, outcome, arrived)
+            except StoreUnavailable as error:
+                outcome = instead_of(runtime, attempt, outcome, error)
 
 
 def remove_leftovers(runtime: Runtime, job: Job) -> None:
-    """Removes what earlier attempts at a job left, once it has ended. What can't be reached now stays."""
+    """Removes what other attempts at a job left, once it has ended. What can't be reached now stays.
+
+    A job that was put back and has failed still has the file of its former life.
+    """
     if job.attempt > 1:
-        runtime.notes.forget_result(job.id)
-        discard_files(runtime, job, of_others=True)
+        forget_result(runtime, job)
+    if job.attempt > 1 or job.has_past:
+        with contextlib.suppress(StoreUnavailable):
+            for name in runtime.store.find_unreferenced(list(runtime.artifacts.names(f"{job.id}-"))):
+                runtime.artifacts.delete(name)
 
 
 def repeat_final_status(runtime: Runtime, job: Job) -> None:
@@ -1761,7 +1962,7 @@ def repeat_final_status(runtime: Runtime, job: Job) -> None:
     with contextlib.suppress(StoreUnavailable):
         document = runtime.store.read(job.id) or {}
         if document.get("status") in TERMINAL_STATUSES and document.get("completed_at"):
-            announce(runtime, document, Status(document["status"]), final_sentence(document))
+            announce(runtime, document, Status(document["status"]), final_sentence(document), owner_of(document))
 
 
 def log_end(attempt: Attempt, outcome: Outcome, event: str) -> None:
@@ -1807,6 +2008,9 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             announce_job(runtime, job, Status.FAILED, outcome.sentence)
             remove_leftovers(runtime, job)
             raise JobFailed(outcome.sentence)
+        case EndRefused():
+            log_end(attempt, outcome, "left without an end")
+            raise JobFailed(outcome.sentence)
         case _:
             log_end(attempt, outcome, "abandoned")
             if not isinstance(outcome, LeaveJob):
@@ -1825,8 +2029,10 @@ def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
         Reject: the message goes back to the queue.
     """
     taken_at = time.monotonic()
-    job_id = read_message(task, args, kwargs)
-    claimed = claim(task, job_id, taken_at)
+    job_id, job_data = read_message(task, args, kwargs)
+    if marker := as_text(job_data.get("marker")):
+        return receive_marker(task, job_id, marker)
+    claimed = claim(task, job_id, job_data, taken_at)
     if isinstance(claimed, NotClaimed):
         return answer_not_claimed(task, job_id, claimed)
     attempt = Attempt(claimed, task.runtime.settings.lease_seconds, taken_at)
@@ -1904,11 +2110,12 @@ def start_in_threads(sender: Any, **_: Any) -> None:
         start_keeper()
 
 
-def note_revoked(request: Any = None, **_: Any) -> None:
+def note_revoked(request: Any = None, expired: bool = False, **_: Any) -> None:
     """In the parent, for a task that Celery dropped or killed: the next sweep fails its job."""
     with contextlib.suppress(JobFailed):
         job_id, _arguments = parse_arguments(request.args or (), request.kwargs or {})
-        process_job.runtime.notes.note_revoked(job_id)
+        task = RevokedTask(job_id, request.root_id or request.id, EXPIRED if expired else REVOKED)
+        process_job.runtime.notes.note_revoked(task)
 
 
 def announce_shutdown(how: str = "", **_: Any) -> None:

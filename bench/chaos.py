@@ -124,8 +124,8 @@ BUSY_WITHIN_S: Final = 2.0  # for so long it waits for a process that runs a job
 GIVE_UP_S: Final = 20.0  # and after so long it is left out
 # The worker's own fixed waits. `--hurry` divides these, so that a short run reaches them.
 FIXED_WAITS: Final = (
-    *("JobStore.rescue_first_s", "JobStore.rescue_max_s", "JobStore.pending_overdue_s", "Sweeper.notice_overdue_s"),
-    *("Sweeper.broker_rest_s", "Keeper.tick_s"),
+    *("JobStore.rescue_first_s", "JobStore.rescue_max_s", "LostMessages.overdue_s", "LostMessages.marker_overdue_s"),
+    *("Sweeper.notice_overdue_s", "Keeper.tick_s"),
 )
 
 

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -107,7 +107,7 @@ class Step:
         return f"{self.kind}: {self.status}, owner {self.owner}, pid {self.pid}, attempt {self.attempt} {self.fields}"
 
 
-def name_of_step(before: Document, after: Document, changed: Document, removed: Sequence[str]) -> str:
+def name_of_step(before: Document, after: Document, changed: Document, removed: set[str]) -> str:
     """Return what kind of transition a write was."""
     if changed.get("status") in TERMINAL:
         return CANCELLED if changed.get("error_message") == CANCEL_SENTENCE else str(changed["status"])
@@ -120,25 +120,36 @@ def name_of_step(before: Document, after: Document, changed: Document, removed: 
         return "rescued" if after["status"] == "processing" else "sent again"
     if set(changed) == {"lease_until"}:
         return "renewed"
-    return "noticed" if not changed and list(removed) == ["worker.unnotified"] else "changed"
+    return "noticed" if not changed and removed == {"unnotified"} else "changed"
+
+
+def apply_event(event: Document, state: Document, own: Document) -> Document:
+    """Change a document's fields as an event says, and return the bookkeeping as it is then."""
+    description = event.get("updateDescription") or {}
+    for name, value in (description.get("updatedFields") or event.get("fullDocument") or {}).items():
+        if name == "worker":
+            own = dict(value) if isinstance(value, dict) else {}
+        elif name.startswith("worker."):
+            own = {**own, name.removeprefix("worker."): value}
+        else:
+            state[name] = value
+    gone = {name.removeprefix("worker.") for name in description.get("removedFields") or []}
+    return {} if "worker" in gone else {name: value for name, value in own.items() if name not in gone}
 
 
 def fold(events: Iterable[Document]) -> list[Step]:
     """Turn a document's change events into steps."""
     steps: list[Step] = []
-    state: Document = {"status": None}
+    state, own = {"status": None}, {}  # type: tuple[Document, Document]
     for event in events:
-        before = dict(state)
-        description = event.get("updateDescription") or {}
-        changed: Document = {}
-        for name, value in (description.get("updatedFields") or event.get("fullDocument") or {}).items():
-            changed |= value if name == "worker" and isinstance(value, dict) else {name.removeprefix("worker."): value}
-        removed = description.get("removedFields") or []
-        state |= changed
+        before = {**state, **own}
+        own = apply_event(event, state, own)
+        after = {**state, **own}
+        changed = {name: value for name, value in after.items() if name not in before or before[name] != value}
         is_update = event["operationType"] == "update"
-        kind = name_of_step(before, state, changed, removed) if is_update else event["operationType"]
+        kind = name_of_step(before, after, changed, set(before) - set(after)) if is_update else event["operationType"]
         fields = tuple(sorted(changed)) if kind in ("changed", "rescued") else ()
-        numbers = state.get("owner"), state.get("pid"), state.get("attempt", 0)
+        numbers = own.get("owner"), own.get("pid"), own.get("attempt", 0)
         steps.append(Step(event["wallTime"].timestamp(), kind, str(state["status"]), *numbers, fields))
     return steps
 

@@ -29,7 +29,7 @@ from bench.contestants import OURS, Bench, Contestant
 from bench.figures import Document, Figure
 from bench.measurements import FIRST_SWEEP_S, OUTBOX_S, SETTLE_S, make_api_indexes
 from testbed.servers import DATABASE
-from worker import Attempt, Job, JobStore, Keeper, Runtime, configure
+from worker import Attempt, Delivery, Job, JobStore, Keeper, Runtime, configure
 from workerkit.mongodb import Clock
 from workerkit.process import Heartbeat
 from workerkit.settings import Limits, Settings
@@ -161,7 +161,7 @@ def drive_keepers(
     barrier.wait()
     barrier.wait()
     for runtime, job_id in zip(runtimes, job_ids, strict=True):
-        job = runtime.store.claim(ObjectId(job_id), f"{job_id[8:]}", Limits(1800, 3600))
+        job = runtime.store.claim(ObjectId(job_id), f"{job_id[8:]}", Delivery(Limits(1800, 3600)))
         assert isinstance(job, Job)
         runtime.keeper.register(Attempt(job, settings.lease_seconds))
     barrier.wait()

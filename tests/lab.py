@@ -22,12 +22,15 @@ import worker
 from testbed.answers import picture
 from testbed.processes import poll
 from testbed.provider import Provider
-from worker import Attempt, Call, Job, NotClaimed, Reason, Result, Runtime
+from worker import Attempt, Call, Delivery, Job, NotClaimed, Reason, Result, Runtime, Sweeper
+from workerkit.bookkeeping import Snapshot
 from workerkit.inputs import check_input
 from workerkit.process import Heartbeat
 from workerkit.settings import Limits, Settings
+from workerkit.turns import EveryTurn
 
 LIMITS = Limits(soft_s=90, hard_s=120)
+DELIVERY = Delivery(LIMITS)
 KEY = "sk-test-planted-key"
 SECRET = "hunter2"
 NOWHERE = "127.0.0.1:1"  # nothing listens on this port
@@ -80,7 +83,7 @@ def change(runtime: Runtime, job_id: ObjectId, **fields: object) -> None:
 
 def claim(runtime: Runtime, job_id: ObjectId | None = None, owner: str = "owner-1") -> Job:
     """Claims this job, or a new one."""
-    job = runtime.store.claim(job_id or insert(runtime), owner, LIMITS)
+    job = runtime.store.claim(job_id or insert(runtime), owner, DELIVERY)
     assert isinstance(job, Job)
     return job
 
@@ -92,9 +95,26 @@ def kept(runtime: Runtime, owner: str = "owner-1") -> Attempt:
     return attempt
 
 
+def look(runtime: Runtime, job_id: ObjectId) -> Snapshot:
+    job = runtime.store.look(job_id)
+    assert job
+    return job
+
+
+def stale(runtime: Runtime) -> list[ObjectId]:
+    """The ids of the jobs that a sweep finds."""
+    return [job.id for job in runtime.store.find_stale()]
+
+
+def first_started(seconds: float) -> dict[str, datetime]:
+    """The fields of a job whose first attempt began so many seconds ago."""
+    at = ago(seconds)
+    return {"started_at": at, "worker__first_started_at": at}
+
+
 def why_not(runtime: Runtime, job_id: ObjectId, owner: str = "another") -> Reason:
     """Tries to claim the job, and returns why that was refused."""
-    refused = runtime.store.claim(job_id, owner, LIMITS)
+    refused = runtime.store.claim(job_id, owner, DELIVERY)
     assert isinstance(refused, NotClaimed)
     return refused.reason
 
@@ -223,3 +243,11 @@ def adopt(runtime: worker.Runtime, folder: Path) -> worker.Runtime:
     vars(worker.app).pop("amqp", None)  # with the connections of the test before
     runtime.heartbeat = Heartbeat(folder / "heartbeat")
     return worker.configure(runtime.settings, runtime)
+
+
+def new_sweeper(runtime: Runtime, **parts: Any) -> Sweeper:
+    """Another process's sweeper, which gets each turn. Parts of it may be replaced."""
+    turns = EveryTurn(runtime.database, runtime.store.now)
+    usual = {"store": runtime.store, "turns": turns, "lost_messages": runtime.lost_messages}
+    usual |= {"notifier": runtime.notifier, "notes": runtime.notes, "broker": runtime.broker}
+    return Sweeper(**{**usual, "lease_s": runtime.settings.lease_seconds, **parts})

@@ -195,7 +195,10 @@ def lease(**other: object) -> dict[str, Any]:
 
 
 def insert_processing(api: Api, prompt: str, **fields: object) -> ObjectId:
-    """Inserts a text job that is processing, and sends no message."""
+    """Inserts a text job that is processing, and sends no message. It started when its bookkeeping says so."""
+    own = fields.get("worker")
+    if isinstance(own, dict) and "first_started_at" in own:
+        fields = {"started_at": own["first_started_at"], **fields}
     return api.insert(TEXT, {"prompt": prompt}, status="processing", **fields)
 
 

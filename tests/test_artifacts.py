@@ -7,6 +7,7 @@ import base64
 import mimetypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from pymongo.database import Database
 from examples.artifact_route import add_artifacts
 from testbed.processes import free_port
 from testbed.servers import MongoServer
-from tests.lab import NOWHERE, PNG, bare_settings, some_job, table
-from worker import Job, Runtime, discard_files, file_name
+from tests.lab import NOWHERE, PNG, bare_settings, claim, some_job, table
+from worker import Job, Runtime, discard_files, file_name, remove_leftovers
 from workerkit.artifacts import Artifacts, InlineArtifacts, open_artifacts
-from workerkit.errors import CANT_BE_STORED, OperatorFault, StoreUnavailable
+from workerkit.errors import ArtifactsUnavailable, StoreUnavailable
 
 Documents = Database[dict[str, Any]]
 
@@ -146,9 +147,10 @@ def test_an_attempt_that_lost_deletes_its_own_files_only(runtime_with: Runtime) 
 
 
 def test_the_winner_deletes_those_of_the_others_and_of_no_other_job(runtime_with: Runtime) -> None:
-    job, stranger = some_job(owner="winner"), some_job()
+    job, stranger = claim(runtime_with, owner="winner"), some_job()
     publish_for(runtime_with, job, some_job(id=job.id, owner="loser"), stranger)
-    discard_files(runtime_with, job, of_others=True)
+    runtime_with.store.complete(job, {}, f"/artifacts/{file_name(job, 'png')}")
+    remove_leftovers(runtime_with, replace(job, attempt=2))
     assert names(runtime_with.artifacts, job) == [f"{job.id}-winner.png"]
     assert names(runtime_with.artifacts, stranger) == [f"{stranger.id}-owner-1.png"]
 
@@ -309,13 +311,8 @@ def test_a_store_that_cant_be_reached_raises_store_unavailable(s3: str, values: 
             artifacts.publish("a.png", PNG)
 
 
-def test_a_store_that_refuses_is_the_operators_fault_and_not_tried_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(Path, "open", refuse)  # root may write anywhere, so rights alone don't refuse
-    with pytest.raises(OperatorFault) as caught:
-        open_store(artifact_url=f"file://{tmp_path}").publish("a.png", PNG)
-    assert caught.value.sentence == CANT_BE_STORED
+def test_the_reason_is_named_and_no_path(tmp_path: Path) -> None:
+    (tmp_path / "planted").write_text("no folder")
+    with pytest.raises(ArtifactsUnavailable, match="artifact store: NotADirectoryError Not a directory") as caught:
+        open_store(artifact_url=f"file://{tmp_path}/planted/folder").publish("a.png", PNG)
+    assert "planted" not in str(caught.value)

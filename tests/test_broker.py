@@ -475,33 +475,33 @@ def test_an_empty_queue_has_no_length_even_where_it_doesnt_exist(light_runtime: 
 
 
 def test_a_message_that_is_sent_waits_in_the_queue_with_its_limits(light_runtime: Runtime) -> None:
-    light_runtime.broker.send(TASK_NAME, ("id", {}), time_limit=20, soft_time_limit=10)
+    light_runtime.broker.send("id", time_limit=20, soft_time_limit=10)
     assert light_runtime.broker.queue_length() == 1
     [message] = queued(light_runtime)
-    assert (message["args"], message["timelimit"]) == (["id", {}], [20, 10])
+    assert (message["args"], message["timelimit"]) == (["id", {"job_id": "id"}], [20, 10])
 
 
 def test_each_message_has_a_task_id_of_its_own(light_runtime: Runtime) -> None:
     for _ in range(2):
-        light_runtime.broker.send(TASK_NAME, ("id", {}))
+        light_runtime.broker.send("id")
     assert len({message["id"] for message in queued(light_runtime)}) == 2
 
 
 def test_a_message_is_sent_though_the_result_backend_is_away(light_runtime: Runtime) -> None:
     url = light_runtime.settings.redis_url.get_secret_value()
     app = Celery("app", broker=url, backend=f"redis://{NOWHERE}", amqp=JobAMQP, set_as_current=False)
-    Broker(app, light_runtime.settings.celery_queue_name).send(TASK_NAME, ("id", {}))
+    Broker(app, light_runtime.settings.celery_queue_name, TASK_NAME).send("id")
     assert light_runtime.broker.queue_length() == 1
 
 
 def broker_at(url: str) -> Broker:
     app = Celery("away", broker=url, amqp=JobAMQP, set_as_current=False)
-    return Broker(app, "jobs", patience_s=0.2)
+    return Broker(app, "jobs", TASK_NAME, patience_s=0.2)
 
 
 def fails_by_its_errors(broker: Broker) -> list[bool]:
     """Whether its calls, each in a thread of its own, raise one of the errors that it names."""
-    calls: list[Callable[[], object]] = [broker.queue_length, lambda: broker.send(TASK_NAME, ("id", {}))]
+    calls: list[Callable[[], object]] = [broker.queue_length, lambda: broker.send("id")]
     with ThreadPoolExecutor() as threads:
         return [isinstance(call.exception(), broker.errors) for call in [threads.submit(call) for call in calls]]
 

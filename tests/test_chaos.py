@@ -40,7 +40,7 @@ from testbed.api import Api
 from testbed.processes import SOURCE, poll
 from testbed.provider import Call, Provider
 from testbed.servers import RedisServer
-from tests.lab import LIMITS, ago, change, claim, gone_pid, insert
+from tests.lab import DELIVERY, ago, change, claim, gone_pid, insert, look
 from tests.site import StartWorker
 from workerkit.errors import HandBack
 
@@ -130,9 +130,7 @@ def test_chunks_of_a_file_that_was_never_finished_are_deleted(runtime: worker.Ru
 
 def take_away(runtime: worker.Runtime, job_id: ObjectId) -> None:
     """As the sweeper does when a lease has run out."""
-    document = runtime.store.read(job_id)
-    assert document is not None
-    assert runtime.store.release_stale(document)
+    assert runtime.store.release_stale(look(runtime, job_id))
 
 
 @pytest.fixture
@@ -222,10 +220,10 @@ def test_every_write_to_a_job_is_recorded_by_its_name(runtime: worker.Runtime, r
     store.release(claim(runtime, job_id, next(owners)), a_second_ago, counted=False)
     store.release(claim(runtime, job_id, next(owners)), datetime.now(UTC) + timedelta(seconds=2), counted=False)
     owner = next(owners)
-    poll(lambda: isinstance(store.claim(job_id, owner, LIMITS), worker.Job), 30, description="a job that is due")
+    poll(lambda: isinstance(store.claim(job_id, owner, DELIVERY), worker.Job), 30, description="a job that is due")
     take_away(runtime, job_id)
     store.complete(claim(runtime, job_id, next(owners)), {}, None)
-    store.mark_notified([job_id])
+    store.mark_notified([(job_id, "e")])
     recorder.end()
     kinds = [step.kind for step in fold(recorder.events[job_id])]
     assert kinds == [

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 import worker
 from testbed.processes import SOURCE, poll
 from tests.lab import IMAGE, KEY, NOWHERE, PNG, SECRET, TEXT, ago, change, claim, deliver, insert, queued, read, table
-from worker import COMMANDS, TASK_NAME, Runtime, Status
+from worker import COMMANDS, Runtime, Status
 from worker_commands.api_side import Followed, fetch_file, writable_folder
 from worker_commands.recover import recover
 from worker_commands.status import overview, status
@@ -191,7 +191,7 @@ def rows_of(output: str) -> set[str]:
 
 def test_status_shows_jobs_queue_and_errors(runtime: Runtime, command_here: Command) -> None:
     insert(runtime)
-    runtime.broker.send(TASK_NAME, ("waiting", {}))
+    runtime.broker.send("waiting")
     runtime.store.fail(claim(runtime), "That was [/too] [red]much.")
     code, output = command_here("status")
     assert code == 0

@@ -18,23 +18,27 @@ from testbed.processes import poll
 from tests.lab import (
     NOWHERE,
     PNG,
-    TEXT,
     ago,
     change,
     claim,
     deliver,
     gone_pid,
+    insert,
     kept,
+    new_sweeper,
     queued,
     read,
     redis_away,
     some_job,
+    stale,
     table,
 )
-from worker import FileSweeper, Job, Keeper, Notifier, Result, Runtime, SharedNotes, Sweeper
+from worker import FileSweeper, Job, Keeper, Notifier, Result, Runtime
 from workerkit.broker import Broker
 from workerkit.errors import StoreUnavailable
+from workerkit.notes import REVOKED, RevokedTask, SharedNotes
 from workerkit.settings import Settings
+from workerkit.turns import Turns
 
 # ── sweeper ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -56,7 +60,7 @@ def test_a_sweep_that_finds_nothing_does_nothing(runtime: Runtime) -> None:
 def test_a_lost_job_at_its_bounds_with_a_kept_result_is_brought_to_its_end(runtime: Runtime) -> None:
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
-    runtime.notes.keep_result(job, Result({"generated_text": "kept"}))
+    worker.keep_result(runtime, job, Result({"generated_text": "kept"}))
     runtime.sweeper.sweep()
     assert len(queued(runtime)) == 1
     assert deliver(runtime, job.id)["status"] == "completed"
@@ -67,71 +71,14 @@ def test_a_notice_that_is_on_its_way_is_not_sent_twice(runtime: Runtime) -> None
     assert runtime.sweeper.sweep() == []
 
 
-def new_sweeper(runtime: Runtime, notifier: Notifier | None = None, notes: SharedNotes | None = None) -> Sweeper:
-    """Another process's sweeper."""
-    return Sweeper(runtime.store, notifier or runtime.notifier, notes or runtime.notes, runtime.broker)
-
-
 def test_a_notice_stays_in_the_outbox_while_redis_is_away(runtime: Runtime) -> None:
     failed, overdue = claim(runtime), claim(runtime, owner="owner-2")
     change(runtime, failed.id, worker__lease_until=ago(1), worker__attempt=4)
     runtime.store.complete(overdue, {}, None)
     change(runtime, overdue.id, worker__unnotified=ago(31))
-    new_sweeper(runtime, Notifier(redis_away()), SharedNotes(redis_away())).sweep()
+    new_sweeper(runtime, notifier=Notifier(redis_away()), notes=SharedNotes(redis_away())).sweep()
     assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [overdue.id]
     assert read(runtime, failed.id)["status"] == "processing", "Redis may have its result, but can't be asked"
-
-
-def pending(runtime: Runtime, age_s: float, **fields: Any) -> ObjectId:
-    """Inserts a job that waits for so long, without any message."""
-    document = {"status": "pending", "job_type": TEXT, "input_data": {}, "user_id": "u", "created_at": ago(age_s)}
-    inserted: ObjectId = runtime.database["jobs"].insert_one({**document, **fields}).inserted_id
-    return inserted
-
-
-@table(
-    "age_s, queued, started_age_s, is_forgotten",
-    ("nothing is queued", 120, 0, None, True),
-    ("behind a backlog", 120, 5, None, False),
-    ("overtaken by one a minute younger", 120, 5, 30, True),
-    ("overtaken by one hardly younger", 120, 5, 100, False),
-    ("young", 30, 0, None, False),
-)
-def test_a_pending_job_counts_as_forgotten_only_if_its_message_is_lost(
-    runtime: Runtime, age_s: float, queued: int, started_age_s: float | None, is_forgotten: bool
-) -> None:
-    job_id = pending(runtime, age_s)
-    if started_age_s is not None:
-        pending(runtime, started_age_s, status="completed", started_at=ago(1))
-    found = runtime.store.find_forgotten_pending(lambda: queued)
-    assert [document["_id"] for document in found] == [job_id] * is_forgotten
-
-
-@table("bookkeeping", ("none", {}), ("null", {"worker": None}), ("handed on before", {"worker": {"rescues": 2}}))
-def test_a_forgotten_job_is_put_into_the_queue_once_by_many_sweepers(
-    runtime: Runtime, bookkeeping: dict[str, Any]
-) -> None:
-    job_id = pending(runtime, 120, **bookkeeping)
-    done = [new_sweeper(runtime).sweep() for _ in range(3)]
-    assert [len(lines) for lines in done] == [1, 0, 0]
-    assert runtime.broker.queue_length() == 1
-    assert runtime.store.claim(job_id, "owner", runtime.settings.limits())
-
-
-def test_of_two_sweepers_one_reserves_a_forgotten_job(runtime: Runtime) -> None:
-    pending(runtime, 120)
-    [document] = runtime.store.find_forgotten_pending(lambda: 0)
-    assert [runtime.store.reserve_rescue(document) for _ in range(2)] == [True, False]
-
-
-def test_of_two_sweepers_that_found_a_forgotten_job_one_sends_its_message(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pending(runtime, 120)
-    found = runtime.store.find_forgotten_pending(lambda: 0)
-    monkeypatch.setattr(runtime.store, "find_forgotten_pending", lambda _count: found)
-    assert [len(new_sweeper(runtime).sweep()) for _ in range(2)] == [1, 0]
-    assert len(queued(runtime)) == 1
 
 
 def test_a_sweep_tries_a_hung_redis_once_only(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +89,7 @@ def test_a_sweep_tries_a_hung_redis_once_only(runtime: Runtime, monkeypatch: pyt
         job = claim(runtime, owner=f"owner-{number}")
         runtime.store.complete(job, {}, None)
         change(runtime, job.id, worker__unnotified=ago(31))
-    new_sweeper(runtime, notifier).sweep()
+    new_sweeper(runtime, notifier=notifier).sweep()
     assert len(tried) == 1
 
 
@@ -150,9 +97,7 @@ def test_a_rescue_without_broker_is_made_up_for_by_a_later_sweep(runtime: Runtim
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
     away = Celery("away", broker=f"redis://{NOWHERE}", set_as_current=False)
-    sweeper = Sweeper(runtime.store, runtime.notifier, runtime.notes, Broker(away, "queue", patience_s=0.1))
-    assert sweeper.sweep() == []
-    change(runtime, job.id, worker__rescue_at=ago(1))
+    assert new_sweeper(runtime, broker=Broker(away, "queue", worker.TASK_NAME, patience_s=0.1)).sweep() == []
     assert len(new_sweeper(runtime).sweep()) == 1
 
 
@@ -163,7 +108,7 @@ def test_only_the_notices_that_redis_took_leave_the_outbox(runtime: Runtime, mon
         job = claim(runtime, owner=f"owner-{number}")
         runtime.store.complete(job, {}, None)
         change(runtime, job.id, worker__unnotified=ago(31))
-    assert len(new_sweeper(runtime, notifier).sweep()) == 1
+    assert len(new_sweeper(runtime, notifier=notifier).sweep()) == 1
     assert len(runtime.store.find_unnotified(0)) == 1
 
 
@@ -180,17 +125,6 @@ def tried(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return tried
 
 
-def test_after_a_failure_of_the_broker_it_is_left_alone_for_a_while(
-    runtime: Runtime, at: list[float], tried: list[object]
-) -> None:
-    sweeper, job = new_sweeper(runtime), claim(runtime)
-    for seconds, tries in ((0, 1), (4, 1), (2, 2)):
-        at[0] += seconds
-        change(runtime, job.id, worker__lease_until=ago(1), worker__owner="owner")
-        sweeper.sweep()
-        assert len(tried) == tries
-
-
 def test_a_rescue_whose_message_cant_be_sent_is_due_soon_again_and_does_not_count(
     runtime: Runtime, tried: list[object]
 ) -> None:
@@ -204,7 +138,7 @@ def test_a_rescue_whose_message_cant_be_sent_is_due_soon_again_and_does_not_coun
 
 
 def test_a_revoked_job_is_failed_once(runtime: Runtime) -> None:
-    runtime.notes.note_revoked(str(claim(runtime).id))
+    runtime.notes.note_revoked(RevokedTask(str(insert(runtime)), "task", REVOKED))
     assert [len(runtime.sweeper.sweep()) for _ in range(2)] == [1, 0]
     assert runtime.notes.revoked() == []
 
@@ -233,7 +167,7 @@ def test_the_lease_of_an_ended_attempt_is_not_renewed(runtime: Runtime) -> None:
     change(runtime, attempt.job.id, worker__lease_until=ago(1))
     runtime.keeper.unregister(attempt)
     runtime.keeper.tick()
-    assert len(runtime.store.find_stale()) == 1
+    assert len(stale(runtime)) == 1
 
 
 def test_the_first_tick_makes_the_indexes_and_frees_what_dead_processes_held(runtime: Runtime) -> None:
@@ -251,8 +185,8 @@ def tick_for_a_lease(keeper: Keeper, at: list[float], settings: Settings) -> Non
         keeper.tick()
 
 
-def test_a_keeper_that_just_began_rests_one_lease_before_it_sweeps(runtime: Runtime, at: list[float]) -> None:
-    keeper = runtime.keeper
+def test_a_node_that_just_began_rests_one_lease_before_it_sweeps(runtime: Runtime, at: list[float]) -> None:
+    runtime.rest.at, keeper = at[0] + runtime.settings.lease_seconds, runtime.keeper
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
     keeper.tick()
@@ -264,10 +198,11 @@ def test_a_keeper_that_just_began_rests_one_lease_before_it_sweeps(runtime: Runt
 def test_after_a_change_of_the_primary_the_keeper_rests_one_lease_before_it_sweeps(
     runtime: Runtime, at: list[float]
 ) -> None:
+    runtime.rest.at = None
     runtime.keeper.tick()
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
-    runtime.keeper._sweep_at = 0.0
+    runtime.keeper._sweep_at = runtime.keeper._renew_at = 0.0
     runtime.store.primary = ObjectId()  # as if another server had answered until now
     runtime.keeper.tick()
     assert queued(runtime) == []
@@ -276,6 +211,7 @@ def test_after_a_change_of_the_primary_the_keeper_rests_one_lease_before_it_swee
 
 
 def test_a_keeper_that_was_frozen_rests_one_lease_before_it_sweeps(runtime: Runtime, at: list[float]) -> None:
+    runtime.rest.at = None
     runtime.keeper.tick()
     runtime.keeper._sweep_at = 0.0
     job = claim(runtime)
@@ -291,6 +227,7 @@ def test_after_a_renewal_that_took_longer_than_a_lease_the_keeper_rests_before_i
     runtime: Runtime, at: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise it would rescue its own job, whose lease has run out again meanwhile."""
+    runtime.rest.at = None
     runtime.keeper.tick()
     attempt, renew = kept(runtime), runtime.store.renew_leases
 
@@ -309,7 +246,7 @@ def test_a_worker_that_shuts_down_sweeps_no_more(runtime: Runtime) -> None:
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
     runtime.shutdown.announce(3600)
-    runtime.keeper._sweep_at = 0.0
+    runtime.rest.at = None
     runtime.keeper.tick()
     assert queued(runtime) == []
 
@@ -365,13 +302,13 @@ def test_after_an_outage_the_keeper_renews_first_and_rests_one_lease_before_it_s
     attempt, lost = kept(runtime), claim(runtime, owner="owner-2")
     for job in (attempt.job, lost):
         change(runtime, job.id, worker__lease_until=ago(1))
-    runtime.keeper._sweep_at, runtime.keeper._renew_at = 0.0, time.monotonic() + 3600
+    runtime.rest.at, runtime.keeper._renew_at = None, time.monotonic() + 3600
     ticks = Troubled(runtime.keeper, StoreUnavailable("away"), times=1)
     monkeypatch.setattr(runtime.keeper, "tick", ticks)
     runtime.keeper.start()
     poll(lambda: ticks.fine >= 3, 10)
     runtime.keeper.stop()
-    assert [document["_id"] for document in runtime.store.find_stale()] == [lost.id]
+    assert stale(runtime) == [lost.id]
 
 
 def test_the_last_tick_of_a_keeper_that_stops_writes_down_what_was_published(runtime: Runtime, tmp_path: Path) -> None:
@@ -379,7 +316,7 @@ def test_the_last_tick_of_a_keeper_that_stops_writes_down_what_was_published(run
     runtime.store.complete(job, {}, None)
     runtime.keeper.start()
     poll(lambda: list(tmp_path.glob("heartbeat/*")), 10)
-    runtime.keeper.note_published(job.id)
+    runtime.keeper.note_published(job.id, job.owner)
     runtime.keeper.stop()
     assert runtime.store.find_unnotified(0) == []
     assert list(tmp_path.glob("heartbeat/*")) == []
@@ -388,12 +325,12 @@ def test_the_last_tick_of_a_keeper_that_stops_writes_down_what_was_published(run
 def test_what_was_published_stays_in_the_batch_while_mongodb_is_away(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_job_ids: list[ObjectId]) -> None:
+    def refuse(_told: object) -> None:
         raise StoreUnavailable("away")
 
     job = claim(runtime)
     runtime.store.complete(job, {}, None)
-    runtime.keeper.note_published(job.id)
+    runtime.keeper.note_published(job.id, job.owner)
     with monkeypatch.context() as broken:
         broken.setattr(runtime.store, "mark_notified", refuse)
         with pytest.raises(StoreUnavailable):
@@ -414,7 +351,8 @@ def file_of(runtime: Runtime, job: Job, suffix: str = "png") -> str:
 
 def new_file_sweeper(runtime: Runtime, retention_days: float = 0) -> FileSweeper:
     """Another process's file sweeper."""
-    return FileSweeper(runtime.store, runtime.notes, lambda: runtime.artifacts, retention_days)
+    turns = Turns(runtime.database, runtime.store.now)
+    return FileSweeper(runtime.store, turns, lambda: runtime.artifacts, retention_days)
 
 
 def files(runtime: Runtime) -> set[str]:
@@ -465,8 +403,7 @@ def test_the_keeper_deletes_files_without_holding_leases_up(runtime: Runtime) ->
     failed = claim(runtime)
     file_of(runtime, failed)
     runtime.store.fail(failed, "No.")
-    runtime.keeper._sweep_at = 0.0
-    runtime.store.synchronise_clock()
+    runtime.rest.at = None
     runtime.keeper.tick()
     poll(lambda: not files(runtime), 10)
 
@@ -478,5 +415,5 @@ def test_an_artifact_store_that_cant_be_reached_leaves_a_line(
         raise StoreUnavailable("artifact store: OSError")
 
     monkeypatch.setattr(runtime.files, "sweep", refuse)
-    runtime.keeper._sweep_files()
+    runtime.keeper._sweep_files(runtime.files)
     assert "the next search for files of lost attempts is in an hour: artifact store: OSError" in caplog.text

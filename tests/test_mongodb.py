@@ -13,11 +13,13 @@ from bson.errors import InvalidDocument
 from pymongo.errors import (
     AutoReconnect,
     DocumentTooLarge,
+    ExecutionTimeout,
     NetworkTimeout,
     OperationFailure,
     PyMongoError,
     ServerSelectionTimeoutError,
     WriteConcernError,
+    WriteError,
 )
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
@@ -25,8 +27,8 @@ from pymongo.write_concern import WriteConcern
 
 import workerkit.mongodb
 from tests.lab import NOWHERE, SECRET, table
-from workerkit.errors import CANT_BE_STORED, FailJob, StoreUnavailable
-from workerkit.mongodb import Clock, NoSubDocument, open_database, unknown_when_unreachable
+from workerkit.errors import StoreRefused, StoreUnavailable
+from workerkit.mongodb import Clock, open_database, unknown_when_unreachable
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -37,7 +39,8 @@ from workerkit.mongodb import Clock, NoSubDocument, open_database, unknown_when_
     ("no answer in time", NetworkTimeout("late"), "NetworkTimeout"),
     ("no server is there", ServerSelectionTimeoutError("none"), "ServerSelectionTimeoutError"),
     ("not confirmed by a majority", WriteConcernError("timed out", 64), "WriteConcernError 64"),
-    ("not allowed", OperationFailure("not authorized", 13), "OperationFailure 13"),
+    ("the primary steps down", OperationFailure("stepping down", 189), "OperationFailure 189"),
+    ("the server ran out of time", ExecutionTimeout("late", 50), "ExecutionTimeout 50"),
 )
 def test_an_error_of_mongodb_leaves_it_unknown_whether_a_write_was_made(error: PyMongoError, detail: str) -> None:
     with pytest.raises(StoreUnavailable) as caught, unknown_when_unreachable():
@@ -46,22 +49,20 @@ def test_an_error_of_mongodb_leaves_it_unknown_whether_a_write_was_made(error: P
 
 
 @table(
-    "error",
-    ("too large for the client", DocumentTooLarge("over 16 MB")),
-    ("too large for the server", OperationFailure("too large", 17419)),
-    ("a number beyond 64 bits", OverflowError("int too large")),
-    ("an object of Python", InvalidDocument("cannot encode")),
-    ("half a character", UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates")),
+    "error, is_too_large",
+    ("too large for the client", DocumentTooLarge("over 16 MB"), True),
+    ("too large for the server", OperationFailure("too large", 17419), True),
+    ("a number beyond 64 bits", OverflowError("int too large"), False),
+    ("an object of Python", InvalidDocument("cannot encode"), False),
+    ("half a character", UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates"), False),
+    ("a validator is against it", WriteError("failed validation", 121), False),
+    ("not allowed", OperationFailure("not authorized", 13), False),
+    ("a code of the future", OperationFailure("no", 424_242), False),
 )
-def test_a_result_that_mongodb_can_never_hold_fails_the_job(error: Exception) -> None:
-    with pytest.raises(FailJob) as caught, unknown_when_unreachable():
+def test_what_mongodb_never_takes_is_told_from_an_outage(error: Exception, is_too_large: bool) -> None:
+    with pytest.raises(StoreRefused) as caught, unknown_when_unreachable():
         raise error
-    assert caught.value.sentence == CANT_BE_STORED
-
-
-def test_a_field_below_what_is_no_sub_document_has_an_error_of_its_own() -> None:
-    with pytest.raises(NoSubDocument), unknown_when_unreachable():
-        raise OperationFailure("Cannot create field 'owner' in element {worker: null}", 28)
+    assert caught.value.is_too_large is is_too_large
 
 
 def test_the_words_of_an_error_which_may_hold_data_are_not_repeated() -> None:

@@ -8,9 +8,14 @@ from collections.abc import Callable
 import pytest
 from bson import ObjectId
 
-from tests.lab import redis_away, some_job
-from worker import Job, Notifier, Progress, Result, Runtime, SharedNotes, Status
+from tests.lab import redis_away, some_job, table
+from worker import Notifier, Runtime, Status
 from workerkit.errors import NotesUnavailable
+from workerkit.notes import REVOKED, RevokedTask, SharedNotes
+from workerkit.progress import Progress
+
+RECHECK_S = 0.02
+REVOKED_TASK = RevokedTask("0" * 24, "task", REVOKED)
 
 # ── notifier ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -19,23 +24,43 @@ def test_while_redis_is_away_writing_returns_false_and_reading_raises(caplog: py
     notifier, notes = Notifier(redis_away()), SharedNotes(redis_away())
     assert not notifier.publish_status({"_id": ObjectId()}, Status.FAILED, "x")
     assert not notifier.publish_progress(some_job(), 0, "x")
-    assert not notes.take_turn("chore", 1)
-    assert not notes.keep_result(some_job(), Result({}))
+    assert not notes.keep_result("name", {})
     with pytest.raises(NotesUnavailable):
-        notes.kept_result(ObjectId())
+        notes.kept_result("name")
     with pytest.raises(NotesUnavailable):
         notes.revoked()
-    notes.forget_result(ObjectId())
-    notes.note_revoked("0" * 24)
-    notes.forget_revoked("0" * 24)
+    notes.forget_result("name")
+    notes.note_revoked(REVOKED_TASK)
+    notes.forget_revoked(REVOKED_TASK)
     assert "can't be published" in caplog.text
 
 
 def test_a_kept_result_is_gone_after_an_hour(light_runtime: Runtime) -> None:
-    job = some_job()
-    light_runtime.notes.keep_result(job, Result({}))
-    assert 3_500 < int(str(light_runtime.redis.ttl(f"result:{job.id}"))) <= 3_600
-    light_runtime.notes.forget_result(job.id)
+    light_runtime.notes.keep_result("name", {})
+    assert 3_500 < int(str(light_runtime.redis.ttl("result:ai_jobs:ai_backend:name"))) <= 3_600
+
+
+@table(
+    "note",
+    ("an older version's", "0" * 24),
+    ("no JSON", b"\xff{"),
+    ("another shape", '{"job": 1}'),
+    ("no job's id", '["x", "task", "revoked"]'),
+    ("another reason", f'["{ObjectId()}", "task", "moved"]'),
+)
+def test_a_note_of_a_revoked_task_that_cant_be_read_is_deleted(light_runtime: Runtime, note: str | bytes) -> None:
+    light_runtime.redis.sadd("revoked:ai_jobs:ai_backend", note)
+    light_runtime.notes.note_revoked(REVOKED_TASK)
+    assert light_runtime.notes.revoked() == [REVOKED_TASK]
+    assert light_runtime.redis.scard("revoked:ai_jobs:ai_backend") == 1
+
+
+@table("queue, database", ("another queue", "other", "ai_backend"), ("another database", "ai_jobs", "other"))
+def test_notes_are_those_of_one_queue_and_database(light_runtime: Runtime, queue: str, database: str) -> None:
+    light_runtime.notes.keep_result("name", {})
+    light_runtime.notes.note_revoked(REVOKED_TASK)
+    others = SharedNotes(light_runtime.redis, queue, database)
+    assert (others.kept_result("name"), others.revoked()) == (None, [])
 
 
 # ── streamed text ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -44,17 +69,15 @@ def test_a_kept_result_is_gone_after_an_hour(light_runtime: Runtime) -> None:
 class Listener:
     """Stands in for the notifier. Its subscriber comes when it was asked so many times for one."""
 
-    recheck_s = 0.02
-
     def __init__(self, absent: int = 0) -> None:
         self.absent = absent
         self.pieces: list[tuple[int, str]] = []
 
-    def may_have_listeners(self) -> bool:
+    def may_publish(self) -> bool:
         self.absent -= 1
         return self.absent < 0
 
-    def publish_progress(self, _job: Job, sequence: int, delta: str) -> bool:
+    def publish(self, sequence: int, delta: str) -> bool:
         self.pieces.append((sequence, delta))
         return True
 
@@ -69,7 +92,7 @@ def stream(
     """Streams the words, each after a turn of the loop, and finishes."""
 
     async def send() -> None:
-        progress = Progress(some_job(), listener, is_fresh, batch_s)  # type: ignore[arg-type]
+        progress = Progress(listener.publish, lambda: is_fresh() and listener.may_publish(), RECHECK_S, batch_s)
         for word in words:
             progress(word)
             await asyncio.sleep(0.002)
@@ -110,7 +133,7 @@ def test_a_stopped_stream_sends_nothing_more() -> None:
     listener = Listener()
 
     async def send() -> None:
-        progress = Progress(some_job(), listener, lambda: True)  # type: ignore[arg-type]
+        progress = Progress(listener.publish, lambda: True, RECHECK_S)
         progress("late")
         progress.stop()
         with pytest.raises(asyncio.CancelledError):

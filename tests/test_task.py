@@ -231,7 +231,7 @@ def test_a_result_that_cant_be_written_is_kept_and_the_next_attempt_uses_it(
     assert deliver(runtime, job.id)["status"] == "completed"
     assert read(runtime, job.id)["output_data"] == {"generated_text": "kept"}
     assert provider.calls == []
-    assert runtime.notes.kept_result(job.id) is None
+    assert worker.find_kept(runtime, job) is None
 
 
 def test_a_picture_that_cant_be_written_is_kept_whole(runtime: Runtime, severed: Runtime) -> None:

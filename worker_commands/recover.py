@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import click
 
 from worker import Runtime, configure
 from workerkit.errors import FailJob, StoreUnavailable
 from workerkit.settings import load_settings
+from workerkit.turns import EveryTurn
 
 
 def recover(runtime: Runtime) -> list[str]:
     """Searches once; returns a line for each thing done. Raises ClickException: a server can't be reached."""
     where = "MongoDB"
     try:
+        runtime.turns = EveryTurn(runtime.database, runtime.store.now)  # it need not wait for a worker's turn
+        runtime.sweeper.budget_s = math.inf
         lines = runtime.sweeper.sweep()
         where = "the artifact store"
         return lines + runtime.files.sweep(all_files=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import gridfs
 
-from workerkit.errors import CANT_BE_STORED, Document, OperatorFault, StoreUnavailable
+from workerkit.errors import ArtifactsUnavailable, Document
 from workerkit.mongodb import unknown_when_unreachable
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ CONTENT_TYPES = {  # slim images have no mime.types, and Python's own table lack
 class Artifacts:
     """A store of files. Each kind has its own `put`, `names` and `delete`.
 
-    All methods raise StoreUnavailable (the store can't be reached) and OperatorFault (it refuses).
+    All methods raise ArtifactsUnavailable; those of GridFS raise StoreUnavailable and StoreRefused.
     """
 
     def __init__(self, base_url: str) -> None:
@@ -93,14 +93,13 @@ class GridFSArtifacts(Artifacts):
 
 
 @contextlib.contextmanager
-def unknown_when_files_fail() -> Iterator[None]:
-    """Turns the errors of file systems into the worker's own. S3 clients raise their own exceptions besides OSError."""
+def unavailable_when_files_fail() -> Iterator[None]:
+    """Turns every error of a file system into ArtifactsUnavailable. S3 clients raise others besides OSError, too."""
     try:
         yield
-    except PermissionError as error:  # another try would only keep the person waiting
-        raise OperatorFault("the artifact store refuses: run `check`", CANT_BE_STORED) from error
     except Exception as error:
-        raise StoreUnavailable(f"artifact store: {type(error).__name__}") from error
+        what = getattr(error, "strerror", None)  # it doesn't name the path
+        raise ArtifactsUnavailable(f"artifact store: {type(error).__name__} {what or ''}".strip()) from error
 
 
 class FolderArtifacts(Artifacts):
@@ -112,7 +111,7 @@ class FolderArtifacts(Artifacts):
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         part = self._folder / f"{name}.part"
-        with unknown_when_files_fail():
+        with unavailable_when_files_fail():
             self._folder.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 file.write(data)
@@ -123,11 +122,11 @@ class FolderArtifacts(Artifacts):
         return None
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        with unknown_when_files_fail(), contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as files:
+        with unavailable_when_files_fail(), contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as files:
             yield from (file.name for file in files if file.name.startswith(prefix))
 
     def delete(self, name: str) -> None:
-        with unknown_when_files_fail():
+        with unavailable_when_files_fail():
             (self._folder / name).unlink(missing_ok=True)
 
 
@@ -145,19 +144,19 @@ class FsspecArtifacts(Artifacts):
         return fsspec.core.url_to_fs(self._url, **self._options)  # type: ignore[no-any-return]
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
-        with unknown_when_files_fail():
+        with unavailable_when_files_fail():
             files, folder = self._open()
             files.pipe_file(f"{folder}/{name}", data, **({"ContentType": content_type} if self._is_s3 else {}))
         return None
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        with unknown_when_files_fail():
+        with unavailable_when_files_fail():
             files, folder = self._open()
             for path in files.glob(f"{folder}/{prefix}*"):
                 yield path.rsplit("/", 1)[-1]
 
     def delete(self, name: str) -> None:
-        with unknown_when_files_fail():
+        with unavailable_when_files_fail():
             files, folder = self._open()
             with contextlib.suppress(FileNotFoundError):
                 files.rm_file(f"{folder}/{name}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -224,14 +225,31 @@ def waiting_queue(name: str, wait_s: int) -> Queue:
     return Queue(f"{name}.waiting-{wait_s}s", queue_arguments={**back, **times})
 
 
+def own_arguments(job_id: object, **data: Any) -> tuple[str, Document]:
+    """The arguments of a message that the worker itself sends. They hold no prompt, since the job's document has it."""
+    return str(job_id), {"job_id": str(job_id), **data}
+
+
+@dataclass(frozen=True)
+class QueueList:
+    """A list of messages: those of a queue, or those that have the same priority in it."""
+
+    queue: str
+    priority: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.queue if self.priority is None else f"{self.queue}:{self.priority}"
+
+
 class Broker:
     """What the worker itself asks of the broker: the length of the queue, and to take a message.
 
     It gives up after `patience_s` seconds, so that a broker that hangs doesn't keep the keeper from renewing leases.
     """
 
-    def __init__(self, app: Celery, queue: str, patience_s: float = 2.0) -> None:
-        self._app, self._queue, self._patience_s = app, queue, patience_s
+    def __init__(self, app: Celery, queue: str, task_name: str, patience_s: float = 2.0) -> None:
+        self._app, self._queue, self._task_name, self._patience_s = app, queue, task_name, patience_s
 
     @property
     def errors(self) -> tuple[type[BaseException], ...]:
@@ -248,6 +266,7 @@ class Broker:
         of_rabbitmq = {**dict.fromkeys(("read_timeout", "write_timeout"), self._patience_s), "confirm_publish": True}
         connection.transport_options = {**(connection.transport_options or {}), **of_redis, **of_rabbitmq}
         try:
+            connection.connect()
             yield connection
         except BaseException:
             connection.collect()  # an orderly close would wait for the broker once more
@@ -257,16 +276,42 @@ class Broker:
     def queue_length(self) -> int:
         """Messages that no worker has taken yet. Redis keeps no empty lists, so a missing queue is an empty one."""
         with self.connection() as connection:
-            try:
-                return int(connection.default_channel.queue_declare(self._queue, passive=True).message_count)
-            except connection.channel_errors:
-                return 0
+            return self._length(connection, self._queue)
 
-    def send(self, task_name: str, args: tuple[Any, ...], **options: Any) -> None:
-        """Puts a message into the queue under a new task id. No client has this id, so no result is prepared for it."""
+    @staticmethod
+    def _length(connection: Any, queue: str) -> int:
+        try:
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+        except connection.channel_errors:
+            return 0
+
+    def lists_in_use(self, queue: str) -> list[QueueList]:
+        """The lists of a queue in which messages wait: on Redis one for each priority, on RabbitMQ the queue itself."""
         with self.connection() as connection:
-            options |= {"queue": self._queue, "retry": False, "ignore_result": True}
-            self._app.send_task(task_name, args=args, connection=connection, **options)
+            channel = connection.default_channel
+            if not isinstance(channel, kombu_redis.Channel):
+                return [QueueList(queue)] if self._length(connection, queue) else []
+            key: Any = channel._q_for_pri  # type: ignore[attr-defined]
+            steps = [step for step in channel.priority_steps if channel.client.llen(key(queue, step))]
+            return [QueueList(queue, step) for step in steps]
+
+    def send(
+        self,
+        job_id: object,
+        queue: str | None = None,
+        connection: Any = None,
+        *,
+        data: Document | None = None,
+        **options: Any,
+    ) -> None:
+        """Puts a message of the worker's own into a queue (by default the worker's), under a new task id.
+
+        No client has this id, so no result is prepared for it. Many messages can share a connection.
+        """
+        with contextlib.nullcontext(connection) if connection else self.connection() as connection:
+            options |= {"queue": queue or self._queue, "retry": False, "ignore_result": True}
+            arguments = own_arguments(job_id, **data or {})
+            self._app.send_task(self._task_name, args=arguments, connection=connection, **options)
 
 
 # ── consumer ─────────────────────────────────────────────────────────────────────────────────────────────────────

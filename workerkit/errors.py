@@ -50,6 +50,13 @@ class ProviderAway(RetryJob):
     default_sentence = "The provider can't be reached"
 
 
+class NotStored(RetryJob):
+    """The artifact store doesn't take the result, which is kept for the next try where Redis takes it."""
+
+    default_sentence = "The result can't be stored at the moment"
+    log_level = logging.ERROR
+
+
 class FailJob(JobError):
     """The job has failed: trying again would not help, or all tries are used up."""
 
@@ -90,12 +97,35 @@ class LeaveJob(DropJob):
     log_level = logging.WARNING
 
 
+class EndRefused(LeaveJob):
+    """MongoDB takes no end of the job in any form, and the log says why. Sweepers go on trying."""
+
+    default_sentence = NOT_SET_UP
+    log_level = logging.ERROR
+
+
 class JobFailed(Exception):
     """Ends the Celery task in state FAILURE. Its text is the sentence that the person reads."""
 
 
 class StoreUnavailable(Exception):
-    """MongoDB or the artifact store can't be reached, or it is unknown whether a write was made."""
+    """A store can't be reached, or it is unknown whether a write was made."""
+
+
+class StoreRefused(StoreUnavailable):
+    """MongoDB answered that it doesn't take this write, and a later try would be refused as well.
+
+    A validator is against it, the user lacks the right, or the document would be too large (`is_too_large`) or can't
+    be encoded.
+    """
+
+    def __init__(self, detail: str, *, is_too_large: bool = False) -> None:
+        super().__init__(detail)
+        self.is_too_large = is_too_large
+
+
+class ArtifactsUnavailable(StoreUnavailable):
+    """The artifact store didn't take or give a file. While this lasts, MongoDB and other jobs may be fine."""
 
 
 class NotesUnavailable(StoreUnavailable):

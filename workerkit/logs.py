@@ -33,13 +33,13 @@ LOGGERS_OF_OUTAGES = (
 class RepeatedFaultLog:
     """Logs a lasting fault once a minute, and once more when it is over."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, level: int = logging.WARNING) -> None:
+        self._what, self._level = what, level
         self._next_at = 0.0
 
     def fault(self, detail: object) -> None:
         if time.monotonic() >= self._next_at:
-            logger.warning("%s: %s (repeats are logged once a minute)", self._what, detail)
+            logger.log(self._level, "%s: %s (repeats are logged once a minute)", self._what, detail)
             self._next_at = time.monotonic() + REPEAT_AFTER_S
 
     def over(self) -> None:

@@ -6,22 +6,35 @@ import contextlib
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pymongo
+from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import BSONError
-from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
+from bson.raw_bson import RawBSONDocument
+from pymongo.errors import DocumentTooLarge, ExecutionTimeout, OperationFailure, PyMongoError, WriteConcernError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from workerkit.errors import CANT_BE_STORED, Document, FailJob, StoreUnavailable
+from workerkit.errors import Document, StoreRefused, StoreUnavailable
 
 if TYPE_CHECKING:
+    from pymongo.collection import Collection
+    from pymongo.cursor import Cursor
     from pymongo.database import Database
 
-PATH_NOT_VIABLE = 28  # MongoDB's error code: a field is to be set below something that is no sub-document
 TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
+# The server's errors that pass: those that MongoDB's drivers try again, and time-outs of the server itself, locks,
+# conflicts, a majority that can't be read yet, and credentials that are being changed. Any other error is a refusal.
+PASSING_CODES = frozenset(
+    {6, 7, 89, 91, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 50, 11601, 24, 46, 112, 133, 134, 18}
+)
+# Whatever a document holds can be read: one text that isn't UTF-8 would fail the whole query, and a date beyond the
+# year 9999 as well. `find_one_and_update` would even raise after it has written.
+TOLERANT = CodecOptions[Document](
+    unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
+)
 
 
 def open_database(client: pymongo.MongoClient[Document], name: str) -> Database[Document]:
@@ -29,16 +42,30 @@ def open_database(client: pymongo.MongoClient[Document], name: str) -> Database[
 
     This overrides the URL's options: a write without a majority can be rolled back when another primary is elected.
     """
-    return client.get_database(
-        name,
-        read_preference=ReadPreference.PRIMARY,
-        write_concern=WriteConcern("majority", j=True),
-        read_concern=ReadConcern("majority"),
-    )
+    options: Document = {
+        "read_preference": ReadPreference.PRIMARY,
+        "write_concern": WriteConcern("majority", j=True),
+        "read_concern": ReadConcern("majority"),
+    }
+    try:
+        return client.get_database(name, TOLERANT, **options)
+    except NotImplementedError:  # mongomock keeps Python's own values, so it has nothing to decode
+        return client.get_database(name, **options)
 
 
-class NoSubDocument(StoreUnavailable):
-    """A field can't be set, because what should be its sub-document is null or something else."""
+def read_raw(collection: Collection[Document]) -> Collection[Any]:
+    """The collection, read without decoding what lies below a document's top, so that it can be compared as it is."""
+    try:
+        return collection.with_options(TOLERANT.with_options(document_class=RawBSONDocument))
+    except NotImplementedError:
+        return collection
+
+
+def is_passing(error: PyMongoError) -> bool:
+    """Whether a later try may succeed: the server wasn't reached, or its answer is about its own state."""
+    if not isinstance(error, OperationFailure) or isinstance(error, (ExecutionTimeout, WriteConcernError)):
+        return True
+    return error.code in PASSING_CODES or error.has_error_label("RetryableWriteError")
 
 
 @contextlib.contextmanager
@@ -46,21 +73,32 @@ def unknown_when_unreachable() -> Iterator[None]:
     """Turns the errors of pymongo into the worker's own.
 
     Raises:
-        StoreUnavailable: MongoDB wasn't reached, timed out, was not confirmed by a majority, or doesn't allow it. So
-            it is unknown whether a write was made.
-        FailJob: the document would be too large, or MongoDB can't hold one of its values.
+        StoreUnavailable: MongoDB wasn't reached, timed out, or didn't confirm by a majority. So it is unknown whether
+            a write was made.
+        StoreRefused: MongoDB takes this write neither now nor later, or can't hold one of its values.
     """
     try:
         yield
     except (DocumentTooLarge, OverflowError, BSONError, UnicodeEncodeError) as error:
-        raise FailJob(f"MongoDB can't hold the result: {type(error).__name__}", CANT_BE_STORED) from None
+        is_too_large = isinstance(error, DocumentTooLarge)
+        raise StoreRefused(f"MongoDB can't hold it: {type(error).__name__}", is_too_large=is_too_large) from None
     except PyMongoError as error:
         code = error.code if isinstance(error, OperationFailure) else None
-        if code == PATH_NOT_VIABLE:
-            raise NoSubDocument("`worker` is no sub-document") from error
-        if code in TOO_LARGE_CODES:
-            raise FailJob(f"MongoDB can't hold the result: {code}", CANT_BE_STORED) from None
-        raise StoreUnavailable(f"{type(error).__name__} {code or ''}".strip()) from error
+        if is_passing(error):
+            raise StoreUnavailable(f"{type(error).__name__} {code or ''}".strip()) from error
+        name = (error.details or {}).get("codeName", "") if isinstance(error, OperationFailure) else ""
+        detail = " ".join(str(part) for part in ("MongoDB refuses it:", type(error).__name__, code, name) if part)
+        raise StoreRefused(detail, is_too_large=code in TOO_LARGE_CODES) from error
+
+
+def each_document(found: Cursor[Any]) -> Iterator[Any]:
+    """The documents of a query, one after the other. Raises what `unknown_when_unreachable` raises."""
+    with found:
+        while True:
+            with unknown_when_unreachable():
+                if (document := next(found, None)) is None:
+                    return
+            yield document
 
 
 class Clock:

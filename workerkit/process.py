@@ -61,6 +61,22 @@ class ShutdownTime:
         return self.is_announced
 
 
+class SharedTime:
+    """A time on the monotonic clock, or None, in memory that a process shares with every child it forks."""
+
+    def __init__(self, at: float | None = None) -> None:
+        self._memory = mmap.mmap(-1, 8)
+        self.at = at
+
+    @property
+    def at(self) -> float | None:
+        return float(struct.unpack("d", self._memory[:])[0]) or None
+
+    @at.setter
+    def at(self, at: float | None) -> None:
+        self._memory[:] = struct.pack("d", at or 0.0)
+
+
 def is_process_alive(pid: int) -> bool:
     """Whether a process runs. A zombie (ended, but its parent hasn't waited for it) doesn't; Linux alone shows it."""
     with contextlib.suppress(OSError):

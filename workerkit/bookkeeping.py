@@ -1,0 +1,166 @@
+"""The sub-document `worker` of a job's document, read into a typed value that nothing odd in it can break.
+
+The worker judges a job by this value alone. Before it changes a job that it has read, it compares `raw` with what the
+document holds, since a query that is built from the typed value would not match an odd original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+from bson import ObjectId
+
+from workerkit.errors import Document
+from workerkit.settings import is_duration
+
+MAX_TEXT_CHARACTERS = 200
+MAX_NUMBER = 2**31 - 1  # as large as a process id can be
+MAX_LEASE_S = 3600.0
+MAX_LIMIT_S = 2 * 86_400.0
+CLOCK_TOLERANCE_S = 60.0  # by which the times of two processes may differ while MongoDB answers slowly
+PAST_LIVES = 5
+
+
+def as_text(value: object) -> str | None:
+    return value if isinstance(value, str) and 0 < len(value) <= MAX_TEXT_CHARACTERS else None
+
+
+def as_number(value: object) -> int | None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number and 0 <= value <= MAX_NUMBER else None  # type: ignore[operator, return-value]
+
+
+def as_time(value: object, latest: datetime | None = None) -> datetime | None:
+    """A document's date as aware UTC; None if it is no date, or later than `latest`."""
+    if not isinstance(value, datetime):  # pymongo makes a DatetimeMS of a date beyond the year 9999
+        return None
+    time = value.replace(tzinfo=UTC)
+    return None if latest and time > latest else time
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def as_life(value: Any) -> Document:
+    """What is kept of a job's former life: when and why it ended, what it used. Other fields are left out."""
+    life = as_mapping(value)
+    reason, model = (life.get(name) for name in ("reason", "model"))
+    return {
+        "ended_at": as_time(life.get("ended_at")),
+        "reason": reason[:MAX_TEXT_CHARACTERS] if isinstance(reason, str) else None,
+        "model": as_text(model),
+        "tokens": as_number(life.get("tokens")),
+        "attempts": as_number(life.get("attempts")),
+    }
+
+
+@dataclass(frozen=True)
+class Bookkeeping:
+    """What the worker noted about a job. A field that is missing, of the wrong type or absurd is None (or 0).
+
+    `raw` is the sub-document as it was read. `has_owner_field` tells a null owner, which a release leaves, from none.
+    """
+
+    raw: Any = None
+    has_owner_field: bool = False
+    owner: str | None = None
+    node: str | None = None
+    pid: int | None = None
+    queue: str | None = None
+    priority: int | None = None
+    task_id: str | None = None
+    lease_until: datetime | None = None
+    deadline: datetime | None = None
+    available_at: datetime | None = None
+    rescue_at: datetime | None = None
+    rescues: int = 0
+    attempt: int = 0
+    first_started_at: datetime | None = None
+    limits: tuple[float, float] | None = None
+    past: tuple[Document, ...] = ()
+
+    @property
+    def is_released(self) -> bool:
+        return self.has_owner_field and self.raw["owner"] is None
+
+    @property
+    def has_past(self) -> bool:
+        """Whether the job has been worked on, or ended, before."""
+        return isinstance(self.raw, Mapping) and any(name in self.raw for name in ("attempt", "owner", "unnotified"))
+
+    def kept(self) -> Document:
+        """What stays of it from one attempt to the next."""
+        names = ("queue", "priority", "task_id", "rescues", "attempt", "first_started_at", "limits", "past")
+        values = {name: getattr(self, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
+
+
+def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkeeping:
+    """Reads the sub-document. `longest_wait_s` is the longest time from now until a rescue can be due."""
+    if not isinstance(raw, Mapping):
+        return Bookkeeping(raw)
+
+    def time(name: str, ahead_s: float) -> datetime | None:
+        return as_time(raw.get(name), now + timedelta(seconds=ahead_s))
+
+    limits, past = (value if isinstance(value := raw.get(name), list) else [] for name in ("limits", "past"))
+    return Bookkeeping(
+        raw,
+        has_owner_field="owner" in raw,
+        **{name: as_text(raw.get(name)) for name in ("owner", "node", "queue", "task_id")},  # type: ignore[arg-type]
+        **{name: as_number(raw.get(name)) for name in ("pid", "priority")},  # type: ignore[arg-type]
+        **{name: as_number(raw.get(name)) or 0 for name in ("rescues", "attempt")},  # type: ignore[arg-type]
+        lease_until=time("lease_until", MAX_LEASE_S),
+        deadline=time("deadline", MAX_LIMIT_S),
+        available_at=time("available_at", longest_wait_s),
+        rescue_at=time("rescue_at", longest_wait_s),
+        first_started_at=time("first_started_at", CLOCK_TOLERANCE_S),
+        limits=(limits[0], limits[1]) if len(limits) == 2 and all(map(is_duration, limits)) else None,
+        past=tuple(map(as_life, past[-PAST_LIVES:])),
+    )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A job as it was read, without its input and output. Every judgement about a job is made on one of these."""
+
+    document: Mapping[str, Any]
+    bookkeeping: Bookkeeping
+
+    @property
+    def id(self) -> ObjectId:
+        return cast(ObjectId, self.document["_id"])
+
+    @property
+    def status(self) -> str | None:
+        return as_text(self.document.get("status"))
+
+    @property
+    def is_of_older_worker(self) -> bool:
+        """Whether a worker that knows no leases took it. It may have left the bookkeeping of a former life in place."""
+        own = self.bookkeeping
+        return not own.has_owner_field or as_time(self.document.get("started_at")) != own.first_started_at
+
+    def is_stale(self, now: datetime, orphan_after_s: float) -> bool:
+        """Whether no attempt works on a job that has started, and a message of it may be lost.
+
+        Its lease ran out, the message after its release is overdue, its bookkeeping is damaged, or a worker of an older
+        version left it. Only what says positively that somebody has the job is believed.
+        """
+        own = self.bookkeeping
+        is_alive = own.owner and own.lease_until and own.lease_until > now
+        is_waiting = own.is_released and own.rescue_at and own.rescue_at > now
+        if is_alive or is_waiting:
+            return False
+        return not self.is_of_older_worker or self.age(now) > timedelta(seconds=orphan_after_s)
+
+    def age(self, now: datetime) -> timedelta:
+        """The time since it started, as far as its document says; `timedelta.max` where that has no such time."""
+        latest = now + timedelta(seconds=MAX_LEASE_S)  # the clock of an older worker's host may have been ahead
+        times = (as_time(self.document.get(name), latest) for name in ("started_at", "updated_at", "created_at"))
+        since = next(filter(None, times), None)
+        return now - since if since else timedelta.max

@@ -1,0 +1,98 @@
+"""What workers note for each other in Redis: results that MongoDB couldn't take, and tasks that were revoked.
+
+Each key has the queue and the database in its name, since one Redis may serve several of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import redis
+from bson import ObjectId, json_util
+from bson.errors import BSONError
+
+from workerkit.errors import NotesUnavailable
+from workerkit.logs import logger
+
+T = TypeVar("T")
+REVOKED, EXPIRED = "revoked", "expired"
+REASONS = {REVOKED: REVOKED, EXPIRED: EXPIRED}
+
+
+def asking(action: Callable[[], T]) -> T:
+    """Asks Redis. Raises NotesUnavailable: it can't be reached, or refuses."""
+    try:
+        return action()
+    except redis.RedisError as error:
+        raise NotesUnavailable(f"Redis: {type(error).__name__}") from error
+
+
+@dataclass(frozen=True)
+class RevokedTask:
+    """A task that Celery dropped or killed: which job its message named, its id, and why (`revoked` or `expired`)."""
+
+    job_id: str
+    task_id: str
+    why: str
+
+    def dump(self) -> str:
+        return json.dumps([self.job_id, self.task_id, self.why])
+
+
+class SharedNotes:
+    """A finished generation is kept here under a name that its job and that job's life have. It expires by itself."""
+
+    KEPT_S = 3600
+
+    def __init__(self, client: redis.Redis, queue: str = "", database_name: str = "") -> None:
+        self._redis = client
+        self._result_key = f"result:{queue}:{database_name}"
+        self._revoked_key = f"revoked:{queue}:{database_name}"
+
+    def keep_result(self, name: str, result: Any) -> bool:
+        """Keeps what BSON can hold, for an hour. False: Redis doesn't take it."""
+        try:
+            # Not set again (nx), so that it expires in the end however often it is kept.
+            self._redis.set(f"{self._result_key}:{name}", json_util.dumps(result), ex=self.KEPT_S, nx=True)
+        except redis.RedisError as error:
+            logger.error("a finished result could not be kept in Redis: %s", type(error).__name__)
+            return False
+        return True
+
+    def kept_result(self, name: str) -> Any:
+        """What was kept under this name, or None. Raises NotesUnavailable: Redis can't be asked."""
+        raw: Any = asking(lambda: self._redis.get(f"{self._result_key}:{name}"))
+        return json_util.loads(raw) if raw else None
+
+    def forget_result(self, name: str) -> None:
+        with contextlib.suppress(redis.RedisError):  # it expires by itself
+            self._redis.delete(f"{self._result_key}:{name}")
+
+    def note_revoked(self, task: RevokedTask) -> None:
+        """Notes a revoked task, until a sweep has failed its job."""
+        try:
+            self._redis.sadd(self._revoked_key, task.dump())
+        except redis.RedisError as error:
+            what = (task.job_id, task.why, type(error).__name__)
+            logger.warning("job=%s its task was %s, but this can't be noted in Redis: %s", *what)
+
+    def revoked(self) -> list[RevokedTask]:
+        """The revoked tasks. A note that can't be read is deleted. Raises NotesUnavailable: Redis can't be asked."""
+        members: Any = asking(lambda: self._redis.smembers(self._revoked_key))
+        tasks = []
+        for member in members:
+            try:
+                task = RevokedTask(*json.loads(member))
+                tasks.append(RevokedTask(str(ObjectId(task.job_id)), str(task.task_id), REASONS[task.why]))
+            except (ValueError, TypeError, KeyError, BSONError):
+                with contextlib.suppress(redis.RedisError):
+                    self._redis.srem(self._revoked_key, member)
+        return tasks
+
+    def forget_revoked(self, task: RevokedTask) -> None:
+        with contextlib.suppress(redis.RedisError):  # failing the job once more does nothing
+            self._redis.srem(self._revoked_key, task.dump())
