@@ -25,7 +25,6 @@ import logging
 import math
 import os
 import random
-import re
 import secrets
 import socket
 import sys
@@ -33,7 +32,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from enum import Enum, StrEnum
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -41,26 +40,35 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import click
 import pymongo
 import redis
-from bson import ObjectId, encode
+from bson import ObjectId
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
-from celery.worker.request import Request
 from kombu import Exchange
 from pydantic import BaseModel
 
 from workerkit import __version__, logs
 from workerkit.artifacts import Artifacts, open_artifacts
 from workerkit.bookkeeping import (
-    PAST_LIVES,
     Snapshot,
-    as_life,
     as_mapping,
     as_number,
     as_text,
     as_time,
+    first_attempt,
     parse_bookkeeping,
+    waiting,
 )
-from workerkit.broker import Broker, ExistingQueue, JobAMQP, own_arguments, transport_options, waiting_queue
+from workerkit.broker import (
+    JOB_ID,
+    Broker,
+    ExistingQueue,
+    JobAMQP,
+    JobRequest,
+    own_arguments,
+    transport_options,
+    waiting_queue,
+)
+from workerkit.chores import Chores
 from workerkit.errors import (
     CANT_BE_STORED,
     NOT_SET_UP,
@@ -81,13 +89,29 @@ from workerkit.errors import (
     StoreRefused,
     StoreUnavailable,
 )
+from workerkit.files import FileSweeper
 from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_input
 from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
-from workerkit.mongodb import Clock, each_document, open_database, read_raw, unknown_when_unreachable
+from workerkit.mongodb import (
+    DatabaseClock,
+    each_document,
+    largest_field,
+    open_database,
+    read_raw,
+    unknown_when_unreachable,
+)
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
-from workerkit.process import EventLoopThread, Heartbeat, SharedTime, ShutdownTime, is_process_alive, signals_deferred
+from workerkit.process import (
+    EventLoopThread,
+    Heartbeat,
+    SharedTime,
+    ShutdownTime,
+    is_process_alive,
+    made_once,
+    signals_deferred,
+)
 from workerkit.progress import Progress
 from workerkit.provider import OpenAIProvider, Provider
 from workerkit.settings import (
@@ -285,29 +309,14 @@ class JobStore:
     max_pending = 10_000  # ids of pending jobs that are looked at together
     CLAIM_TRIES = 5  # others may change a job between the read and the write of a claim
 
-    def __init__(self, database: Database[Document], node: str, clock: Clock, settings: Settings) -> None:
-        self._database = database
+    def __init__(self, database: Database[Document], node: str, clock: DatabaseClock, settings: Settings) -> None:
         self._jobs: Collection[Document] = database["jobs"]
         self._raw_jobs = read_raw(self._jobs)
         self._node = node
         self._settings = settings
         self.clock = clock
-        self.primary: ObjectId | None = None
-
-    def synchronise_clock(self) -> None:
-        """Reads the database's time, and which server process is the primary (unknown behind a mongos)."""
-        with unknown_when_unreachable():
-            try:
-                hello = self._database.command("hello")
-            except NotImplementedError:  # mongomock has no `hello`, so the host's clock serves
-                hello = {"localTime": datetime.now(UTC)}
-        self.primary = None if hello.get("msg") == "isdbgrid" else hello.get("topologyVersion", {}).get("processId")
-        self.clock.synchronise(hello["localTime"].replace(tzinfo=UTC))
 
     def now(self) -> datetime:
-        """The database's time. It is asked before its first use, since the host's clock may be minutes off."""
-        if not self.clock.is_synchronised:
-            self.synchronise_clock()
         return self.clock.now()
 
     def ensure_indexes(self) -> None:
@@ -369,7 +378,7 @@ class JobStore:
         now = self.now()
         lease = self._lease(now, owner, delivery, waited_s)
         untouched = {"_id": job_id, "status": Status.PENDING, "worker": None}  # null matches a missing field, too
-        document = self._update(untouched, self._first_attempt(now, lease, delivery))
+        document = self._update(untouched, self._afresh(now, first_attempt(lease, now, is_copy=delivery.is_copy)))
         for _ in range(self.CLAIM_TRIES):
             if document:
                 break
@@ -379,10 +388,17 @@ class JobStore:
             elif reason := self._why_not(job, delivery.limits, now, bounded=bounded):
                 return NotClaimed(reason, job)
             elif job and job.status == Status.PENDING:
-                document = self._update(self._unchanged(job), self._first_attempt(now, lease, delivery, job))
+                own = first_attempt(lease, now, is_copy=delivery.is_copy, former=job)
+                document = self._update(self._unchanged(job), self._afresh(now, own))
             elif job:
-                document = self._update(self._unchanged(job), self._next_attempt(now, lease, job))
+                own = job.bookkeeping.next_attempt(lease)
+                document = self._update(self._unchanged(job), {"$set": {"updated_at": now, "worker": own}})
         return self._job(document) if document else NotClaimed(Reason.WAITING)
+
+    def _afresh(self, now: datetime, own: Document) -> Document:
+        """The update that begins a life. The result of a former one stays until it is replaced."""
+        times = {"started_at": now, "updated_at": now, "completed_at": None}
+        return {"$set": {"status": Status.PROCESSING, **times, "error_message": None, "worker": own}}
 
     def _lease(self, now: datetime, owner: str, delivery: Delivery, waited_s: float) -> Document:
         message = {"task_id": delivery.task_id, "priority": delivery.priority}
@@ -396,27 +412,6 @@ class JobStore:
             "deadline": now + timedelta(seconds=delivery.limits.hard_s - waited_s),
             "limits": [delivery.limits.hard_s, delivery.limits.soft_s],
         }
-
-    def _first_attempt(
-        self, now: datetime, lease: Document, delivery: Delivery, job: Snapshot | None = None
-    ) -> Document:
-        """The update that begins a life. Of a former one, the last few ends are kept; its result stays for now."""
-        own: Document = {**lease, "attempt": 1, "first_started_at": now}
-        own |= {"rescues": 1} if delivery.is_copy else {}
-        if job and job.bookkeeping.has_past:
-            output = as_mapping(job.document.get("output_data"))
-            ended = {"ended_at": job.document.get("completed_at"), "reason": job.document.get("error_message")}
-            used = {"model": output.get("model_used"), "tokens": output.get("tokens_used")}
-            life = as_life({**ended, **used, "attempts": job.bookkeeping.attempt})
-            own["past"] = [*job.bookkeeping.past, life][-PAST_LIVES:]
-        afresh = {"started_at": now, "completed_at": None, "error_message": None}
-        return {"$set": {"status": Status.PROCESSING, "updated_at": now, **afresh, "worker": own}}
-
-    def _next_attempt(self, now: datetime, lease: Document, job: Snapshot) -> Document:
-        own = {**job.bookkeeping.kept(), **lease, "attempt": job.bookkeeping.attempt + 1}
-        if job.bookkeeping.available_at:
-            own["available_at"] = job.bookkeeping.available_at
-        return {"$set": {"updated_at": now, "worker": own}}
 
     def _why_not(self, job: Snapshot | None, limits: Limits, now: datetime, *, bounded: bool) -> Reason | None:
         """Why a job that was read can't be claimed; None if it can."""
@@ -482,7 +477,7 @@ class JobStore:
         If the reply to an earlier try was lost and the job was claimed or ended since, the answer is False as well.
         Where it is False, nothing was written.
         """
-        released = {f"worker.{name}": value for name, value in self._waiting(available_at, self.rescue_first_s).items()}
+        released = {f"worker.{name}": value for name, value in waiting(available_at, self.rescue_first_s).items()}
         update: Document = {"$set": {"updated_at": self.now(), **released, "worker.released_by": job.owner}}
         if not counted:
             update["$inc"] = {"worker.attempt": -1}
@@ -493,9 +488,6 @@ class JobStore:
 
     def _fence(self, job: Job) -> Document:
         return {"_id": job.id, "status": Status.PROCESSING, "worker.owner": job.owner}
-
-    def _waiting(self, available_at: datetime, rescue_s: float) -> Document:
-        return {"owner": None, "available_at": available_at, "rescue_at": available_at + timedelta(seconds=rescue_s)}
 
     def _ended(self, status: Status, **fields: Any) -> Document:
         now = self.now()
@@ -587,7 +579,7 @@ class JobStore:
             job = self.look(job_id)
             if job is None or not applies(job):
                 return None
-            if failed := self.fail_seen(job, sentence):
+            if failed := self._fail_seen(job, sentence):
                 return failed
         return None
 
@@ -597,7 +589,10 @@ class JobStore:
         Raises:
             StoreRefused: MongoDB takes this end in no form.
         """
-        own = {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner, "attempt": job.bookkeeping.attempt}
+        return self._fail_seen(job, sentence)
+
+    def _fail_seen(self, job: Snapshot, sentence: str) -> Document | None:
+        own = {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner}
         return self._end_by_force(self._unchanged(job), sentence, own)
 
     def _end_by_force(self, same: Document, sentence: str, own: Document) -> Document | None:
@@ -607,21 +602,18 @@ class JobStore:
         attempt = {name: own[name] for name in ("owner", "attempt")}
         updates: list[Document] = [{"$set": {**ended, "worker": {**each, **unnotified}}} for each in (own, attempt)]
         updates.append({"$set": ended, "$unset": {"worker": ""}})
-        while True:
-            try:
-                return self._update(same, updates.pop(0), NOTICE)
-            except StoreRefused as refusal:
-                if not updates and not refusal.is_too_large:
-                    raise
-                if not updates:  # the largest part of the document goes, since there is no room for a sentence
-                    updates = [{"$set": {**ended, **self._without_largest(same["_id"])}, "$unset": {"worker": ""}}]
-                    return self._update(same, updates.pop(), NOTICE)
-
-    def _without_largest(self, job_id: ObjectId) -> Document:
-        with unknown_when_unreachable():
-            document = self._jobs.find_one({"_id": job_id}, {"input_data": 1, "output_data": 1}) or {}
-        sizes = [len(encode({"": document.get(name)})) for name in ("input_data", "output_data")]
-        return {"input_data": {}} if sizes[0] >= sizes[1] else {"output_data": None}
+        for update in updates[:-1]:
+            with contextlib.suppress(StoreRefused):
+                return self._update(same, update, NOTICE)
+        try:
+            return self._update(same, updates[-1], NOTICE)
+        except StoreRefused as refusal:
+            if not refusal.is_too_large:
+                raise
+        # There is no room for a sentence, so the largest part of the document goes.
+        let_go: Document = {"input_data": {}, "output_data": None}
+        name = largest_field(self._jobs, same["_id"], tuple(let_go))
+        return self._update(same, {"$set": {**ended, name: let_go[name]}, "$unset": {"worker": ""}}, NOTICE)
 
     def find_siblings(self) -> list[Snapshot]:
         """Jobs that processes of this node hold, including processes that are dead."""
@@ -641,11 +633,8 @@ class JobStore:
 
         Each time the next rescue is twice as far away, so that a long queue isn't flooded with copies.
         """
-        now, own = self.now(), job.bookkeeping
-        # The life of an older worker's job begins here, with all its attempts and its time.
-        begins = {"attempt": 0, "first_started_at": now} if job.is_of_older_worker else {"attempt": own.attempt}
-        rescue_s = min(self.rescue_first_s * 2 ** min(own.rescues, 10), self.rescue_max_s)
-        released = {**own.kept(), **self._waiting(now, rescue_s), "rescues": own.rescues + 1, **begins}
+        now = self.now()
+        released = job.released(now, self.rescue_first_s, self.rescue_max_s)
         started = {"started_at": now} if job.is_of_older_worker else {}
         update = {"$set": {"updated_at": now, **started, "worker": released}}
         return released if self._update(self._unchanged(job), update, {"_id": 1}) else None
@@ -961,7 +950,6 @@ class Sweeper:
 
     TURN = "sweep"
     notice_overdue_s = 30.0  # until a notice that wasn't confirmed is published again
-    hang_s = 1.0  # a server that let a chore wait so long before it failed would do so with the next chore
 
     def __init__(
         self,
@@ -981,13 +969,14 @@ class Sweeper:
         self.had_fault = False
         self._publish_again_at = 0.0
         self._refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
-        chores: dict[str, Callable[[list[str]], None]] = {
-            "lost jobs can't be put back into the queue": self._rescue_stale,
-            "lost messages can't be looked for": self._rescue_pending,
-            "revoked tasks can't be looked up": self._fail_revoked,
-            "last notices can't be published": self._publish_ends,
-        }
-        self._chores = [(RepeatedFaultLog(fault), chore) for fault, chore in chores.items()]
+        self._chores = Chores(
+            {
+                "lost jobs can't be put back into the queue": self._rescue_stale,
+                "lost messages can't be looked for": self._rescue_pending,
+                "revoked tasks can't be looked up": self._fail_revoked,
+                "last notices can't be published": self._publish_ends,
+            }
+        )
 
     def sweep(self) -> list[str]:
         """Does every chore, if it is this process's turn; returns a line for each thing done.
@@ -1001,30 +990,10 @@ class Sweeper:
         if self.had_fault or not self._turns.take(self.TURN, self._turn_s):
             self.had_fault = False
             return done
-        for log, chore in self._chores:
-            began_at = time.monotonic()
-            if (fault := self._try(chore, done)) is None:
-                log.over()
-                continue
-            log.fault(fault)
-            self.had_fault = True
-            if time.monotonic() > began_at + self.hang_s:  # the keeper has leases to renew
-                break
+        self.had_fault = not self._chores.do(done)
         if self.had_fault:
             self._turns.give_back(self.TURN)
         return done
-
-    def _try(self, chore: Callable[[list[str]], None], done: list[str]) -> str | None:
-        """Does a chore. Returns its fault, if there was one; raises StoreUnavailable where MongoDB is away."""
-        try:
-            chore(done)
-        except (NotesUnavailable, StoreRefused) as error:
-            return str(error)
-        except StoreUnavailable:
-            raise
-        except Exception as error:  # the broker's own errors, and defects, which must not cost the other chores
-            return f"{type(error).__name__} at {place_of(error)}"
-        return None
 
     def _rescue_stale(self, done: list[str]) -> None:
         give_up_at = time.monotonic() + self.budget_s
@@ -1159,48 +1128,6 @@ class Sweeper:
         return [f"job={job.id} its process died: released"]
 
 
-class FileSweeper:
-    """Deletes files that attempts which died left behind, and files past `ARTIFACT_RETENTION_DAYS`."""
-
-    EVERY_S = 3600.0
-    TURN = "files"
-    NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{16}\.")
-
-    def __init__(
-        self, store: JobStore, turns: Turns, artifacts: Callable[[], Artifacts], retention_days: float
-    ) -> None:
-        self._store, self._turns, self._artifacts, self._retention_days = store, turns, artifacts, retention_days
-        self._next_at = 0.0
-
-    def is_due(self) -> bool:
-        """Whether it is time, and this process's turn among all that share the database."""
-        if time.monotonic() < self._next_at:
-            return False
-        self._next_at = time.monotonic() + self.EVERY_S
-        return self._turns.take(self.TURN, self.EVERY_S)
-
-    def sweep(self, *, all_files: bool = False) -> list[str]:
-        """One search; returns a line that says how many files were deleted.
-
-        A name begins with its job's id, which begins with the time. So without retention only the files of the last
-        day are listed, unless `all_files` are asked for.
-
-        Raises:
-            StoreUnavailable, FailJob: MongoDB or the artifact store can't be reached, or refuses.
-        """
-        artifacts, now, kept_days = self._artifacts(), self._store.now(), self._retention_days
-        oldest = ObjectId.from_datetime(now - timedelta(days=kept_days)) if kept_days else ObjectId("0" * 24)
-        period = int(now.timestamp()) >> 16  # the first four of the 24 digits change every 18 hours
-        prefixes = [""] if all_files or kept_days else [f"{period - 1:04x}", f"{period:04x}"]
-        names = (name for prefix in prefixes for name in artifacts.names(prefix) if self.NAME.match(name))
-        deleted = 0
-        while batch := list(itertools.islice(names, self._store.batch)):
-            for name in {*self._store.find_unreferenced(batch), *(name for name in batch if name < str(oldest))}:
-                artifacts.delete(name)
-                deleted += 1
-        return [f"{deleted} file(s) deleted that no job names or that are too old"] if deleted else []
-
-
 class Keeper:
     """One thread in each process that runs jobs. It renews leases, stops cancelled jobs, hands back, and sweeps.
 
@@ -1308,8 +1235,8 @@ class Keeper:
     def _renew(self, store: JobStore, attempts: list[Attempt]) -> None:
         if time.monotonic() < self._renew_at and not self._may_sweep():
             return
-        at, primary_before = time.monotonic(), store.primary
-        store.synchronise_clock()
+        at, primary_before = time.monotonic(), store.clock.primary
+        store.clock.read()
         renewed = [attempt for attempt in attempts if attempt.may_renew()]
         if renewed:
             store.renew_leases([attempt.job for attempt in renewed])
@@ -1317,7 +1244,7 @@ class Keeper:
             attempt.renewed_at = at
         silent_s = time.monotonic() - self._answered_at  # MongoDB hung, or this process was suspended
         is_first = primary_before is None
-        if (primary_before != store.primary and not is_first) or silent_s > self._longest_silence_s:
+        if (primary_before != store.clock.primary and not is_first) or silent_s > self._longest_silence_s:
             self._rest_one_lease()
         self._renew_at = at + self._settings.lease_seconds / 3
 
@@ -1376,17 +1303,6 @@ class Keeper:
 # ── runtime ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-Part = TypeVar("Part")
-
-
-class made_once(cached_property[Part]):
-    """A part of a runtime: made when first used, by one of the threads that ask for it."""
-
-    def __get__(self, runtime: Any, owner: Any = None) -> Part:  # type: ignore[override]
-        with runtime.lock:
-            return cast(Part, super().__get__(runtime, owner))
-
-
 class Runtime:
     """What one process works with. Each part is made when first used, so never in the parent of a fork.
 
@@ -1428,7 +1344,7 @@ class Runtime:
 
     @made_once
     def store(self) -> JobStore:
-        return JobStore(self.database, NODE, Clock(), self.settings)
+        return JobStore(self.database, NODE, DatabaseClock(self.database), self.settings)
 
     @made_once
     def redis(self) -> redis.Redis:
@@ -1475,7 +1391,8 @@ class Runtime:
 
     @made_once
     def files(self) -> FileSweeper:
-        return FileSweeper(self.store, self.turns, lambda: self.artifacts, self.settings.artifact_retention_days)
+        store, days = self.store, self.settings.artifact_retention_days
+        return FileSweeper(lambda: self.artifacts, store.find_unreferenced, self.turns, store.now, days)
 
     @made_once
     def heartbeat(self) -> Heartbeat:
@@ -1507,26 +1424,7 @@ REFUSED_TRIES = 3  # a refusal of a store is taken for final
 LATER_S = 10.0  # the wait of a message for which MongoDB was away
 MIN_REDELIVERY_S = 0.2
 DAMAGED = "Your request reached us damaged. Please send it again."
-JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
 Reply = TypeVar("Reply")
-
-
-class JobRequest(Request):
-    """A message in the parent. It has no soft limit, since the attempt has a deadline of its own in every pool.
-
-    Of its arguments, which hold the prompt, `inspect` and the events show the job's id only.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        task: Any = self.task
-        limits = task.runtime.settings.limits(self.request_dict.get("timelimit"))
-        self.time_limits = (limits.hard_s, None)
-        self._visible_args = [value for value in self.args[:1] if isinstance(value, str) and JOB_ID.fullmatch(value)]
-        self._argsrepr, self._kwargsrepr = repr(self._visible_args), "{}"
-
-    def info(self, safe: bool = False) -> Any:
-        return {**super().info(safe), "args": self._visible_args, "kwargs": {}}
 
 
 class JobTask(Task):  # type: ignore[type-arg]
@@ -1711,7 +1609,7 @@ def answer_ended(runtime: Runtime, job: Snapshot) -> Document:
     published yet is.
     """
     status, own = Status(job.document["status"]), job.bookkeeping
-    if not own.rescues or "unnotified" in own.raw:
+    if own.rescues is None or "unnotified" in own.raw:
         announce(runtime, job.document, status, final_sentence(job.document), own.owner)
     return {"job_id": str(job.id), "status": status.value}
 

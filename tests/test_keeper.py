@@ -33,9 +33,10 @@ from tests.lab import (
     stale,
     table,
 )
-from worker import FileSweeper, Job, Keeper, Notifier, Result, Runtime
+from worker import Job, Keeper, Notifier, Result, Runtime
 from workerkit.broker import Broker
 from workerkit.errors import StoreUnavailable
+from workerkit.files import FileSweeper
 from workerkit.notes import REVOKED, RevokedTask, SharedNotes
 from workerkit.settings import Settings
 from workerkit.turns import Turns
@@ -203,7 +204,7 @@ def test_after_a_change_of_the_primary_the_keeper_rests_one_lease_before_it_swee
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
     runtime.keeper._sweep_at = runtime.keeper._renew_at = 0.0
-    runtime.store.primary = ObjectId()  # as if another server had answered until now
+    runtime.store.clock.primary = ObjectId()  # as if another server had answered until now
     runtime.keeper.tick()
     assert queued(runtime) == []
     tick_for_a_lease(runtime.keeper, at, runtime.settings)
@@ -352,7 +353,8 @@ def file_of(runtime: Runtime, job: Job, suffix: str = "png") -> str:
 def new_file_sweeper(runtime: Runtime, retention_days: float = 0) -> FileSweeper:
     """Another process's file sweeper."""
     turns = Turns(runtime.database, runtime.store.now)
-    return FileSweeper(runtime.store, turns, lambda: runtime.artifacts, retention_days)
+    store = runtime.store
+    return FileSweeper(lambda: runtime.artifacts, store.find_unreferenced, turns, store.now, retention_days)
 
 
 def files(runtime: Runtime) -> set[str]:

@@ -19,7 +19,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -48,14 +48,20 @@ import worker
 import workerkit.mongodb
 from testbed.servers import MongoServer
 from tests.lab import bare_settings
-from worker import DAMAGED, GAVE_UP, STOPPED, Job, JobStore, NotClaimed, Reason, Result, Sweeper
-from workerkit.errors import Document, NotesUnavailable, StoreUnavailable
+from worker import DAMAGED, GAVE_UP, STOPPED, Delivery, Job, JobStore, NotClaimed, Reason, Sweeper, result_name
+from workerkit.bookkeeping import Snapshot
+from workerkit.broker import QueueList
+from workerkit.errors import Document, NotesUnavailable, StoreRefused, StoreUnavailable
 from workerkit.logs import logger
-from workerkit.mongodb import Clock
+from workerkit.lost_messages import LostMessages
+from workerkit.mongodb import DatabaseClock
+from workerkit.notes import EXPIRED, REVOKED, RevokedTask
 from workerkit.settings import Limits
+from workerkit.turns import EveryTurn
 
+QUEUE = "ai_jobs"
 LEASE_S, ORPHAN_S, DEADLINE_S, MAX_ATTEMPTS, RETRY_S = 10.0, 60.0, 300.0, 2, 1.0
-RESCUE_FIRST_S, RESCUE_MAX_S, PENDING_OVERDUE_S = 30.0, 600.0, 60.0
+RESCUE_FIRST_S, RESCUE_MAX_S, MARKER_OVERDUE_S = 30.0, 600.0, 400.0
 SETTINGS = bare_settings(
     lease_seconds=LEASE_S,
     orphan_after=ORPHAN_S,
@@ -70,9 +76,29 @@ ROUND_S, ROUNDS = 30.0, 40  # of the calm at the end: the longest rescue, the lo
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def normal(value: Any) -> Any:
+    """A value of a document with aware times."""
+    if isinstance(value, dict):
+        return {name: normal(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [normal(each) for each in value]
+    return aware(value) if isinstance(value, datetime) else value
+
+
+LONGEST_WAIT_S = DEADLINE_S + RESCUE_MAX_S
+# How far in the future a time may lie. One that is later counts as missing.
+AHEAD_S = {"lease_until": 3600.0, "deadline": 172_800.0, "available_at": LONGEST_WAIT_S, "rescue_at": LONGEST_WAIT_S}
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("owner", "node", "queue", "task_id"), str),
+    **dict.fromkeys(("pid", "rescues", "attempt"), int),
+    **dict.fromkeys((*AHEAD_S, "first_started_at"), datetime),
+    **dict.fromkeys(("limits", "past"), list),
+}
+
+
 @dataclass(frozen=True)
 class Facts:
-    """All that the worker writes in a job's document, flat; None where it isn't there."""
+    """All that the worker writes in a job's document; None where it isn't there. `own` is what `worker` holds."""
 
     status: str
     created_at: datetime
@@ -82,65 +108,92 @@ class Facts:
     output_data: Document | None = None
     artifact_url: str | None = None
     error_message: str | None = None
-    # below `worker`
-    owner: str | None = None
-    node: str | None = None
-    pid: int | None = None
-    lease_until: datetime | None = None
-    deadline: datetime | None = None
-    limits: list[float] | None = None
-    available_at: datetime | None = None
-    rescue_at: datetime | None = None
-    rescues: int | None = None
-    attempt: int | None = None
-    first_started_at: datetime | None = None
-    unnotified: datetime | None = None
+    own: Any = None
 
     @classmethod
     def of(cls, document: Document) -> Facts:
-        own = document.get("worker")
-        whole = {**document, **(own if isinstance(own, dict) else {})}
-        found: Document = {each.name: whole.get(each.name) for each in fields(cls)}
-        times = {key: aware(value) for key, value in found.items() if isinstance(value, datetime)}
-        return cls(**{**found, **times})
+        names = [each.name for each in fields(cls) if each.name != "own"]
+        return cls(**{name: normal(document.get(name)) for name in names}, own=normal(document.get("worker")))
+
+    def read(self, name: str, now: datetime) -> Any:
+        """A field of the bookkeeping, or None where it makes no sense."""
+        value = self.own.get(name) if isinstance(self.own, dict) else None
+        if not isinstance(value, KINDS[name]) or isinstance(value, bool):
+            return None
+        if isinstance(value, int) and not 0 <= value < 2**31:
+            return None
+        if name == "limits" and not (len(value) == 2 and all(isinstance(each, (int, float)) for each in value)):
+            return None
+        if name == "past":
+            return [life for life in value if isinstance(life, dict)]
+        if isinstance(value, datetime) and value > now + timedelta(seconds=AHEAD_S.get(name, 60.0)):
+            return None
+        return value
+
+    def number(self, name: str, now: datetime) -> int:
+        return self.read(name, now) or 0
+
+    def kept(self, now: datetime) -> Document:
+        """What a new attempt has from those before."""
+        names = ("queue", "task_id", "rescues", "attempt", "first_started_at", "limits", "past")
+        return {name: value for name in names if (value := self.read(name, now)) not in (None, [])}
+
+    @property
+    def owner(self) -> Any:
+        return self.own.get("owner") if isinstance(self.own, dict) else None
+
+    @property
+    def unnotified(self) -> datetime | None:
+        found = self.own.get("unnotified") if isinstance(self.own, dict) else None
+        return found if isinstance(found, datetime) else None
 
     @property
     def is_active(self) -> bool:
         return self.status in ("pending", "processing")
 
     @property
-    def is_released(self) -> bool:
-        return self.status == "processing" and self.owner is None and self.available_at is not None
+    def has_past(self) -> bool:
+        return isinstance(self.own, dict) and bool({"attempt", "owner", "unnotified"} & set(self.own))
 
-    @property
-    def is_older_workers(self) -> bool:
-        return self.status == "processing" and self.owner is None and self.available_at is None
+    def is_older_workers(self, now: datetime) -> bool:
+        has_owner = isinstance(self.own, dict) and "owner" in self.own
+        return not has_owner or self.started_at != self.read("first_started_at", now)
+
+    def is_released(self, now: datetime) -> bool:
+        is_free = self.status == "processing" and isinstance(self.own, dict) and self.owner is None
+        return is_free and not self.is_older_workers(now)
 
     @property
     def is_ended_by_us(self) -> bool:
         return not self.is_active and self.completed_at is not None
 
     def is_past_bounds(self, hard_s: float, now: datetime) -> bool:
-        oldest_start = now - timedelta(seconds=max(DEADLINE_S, hard_s))
-        is_too_old = self.first_started_at is not None and self.first_started_at <= oldest_start
-        return is_too_old or (self.attempt or 0) >= MAX_ATTEMPTS
+        first_started_at = self.read("first_started_at", now)
+        is_too_old = first_started_at and first_started_at <= now - timedelta(seconds=max(DEADLINE_S, hard_s))
+        is_used_up = self.number("attempt", now) >= MAX_ATTEMPTS
+        return bool(is_too_old or is_used_up) and not self.is_older_workers(now)
 
     def is_exhausted(self, now: datetime) -> bool:
-        return self.is_past_bounds(self.limits[0] if self.limits else SETTINGS.celery_time_limit, now)
+        return self.is_past_bounds(SETTINGS.limits(self.read("limits", now)).hard_s, now)
 
     def is_stale(self, now: datetime) -> bool:
-        if self.is_older_workers:
-            return (self.started_at or self.updated_at or self.created_at) < now - timedelta(seconds=ORPHAN_S)
-        at = self.lease_until if self.owner else self.rescue_at
-        return self.status == "processing" and at is not None and at <= now
+        lease_until, rescue_at = (self.read(name, now) for name in ("lease_until", "rescue_at"))
+        is_alive = self.read("owner", now) and lease_until and lease_until > now
+        is_free = isinstance(self.own, dict) and "owner" in self.own and self.owner is None
+        if self.status != "processing" or is_alive or (is_free and rescue_at and rescue_at > now):
+            return False
+        if not self.is_older_workers(now):
+            return True
+        return (self.started_at or self.updated_at or self.created_at) < now - timedelta(seconds=ORPHAN_S)
 
-    def next_rescue(self, now: datetime) -> dict[str, Any]:
-        rescues = self.rescues or 0
-        wait_s = min(RESCUE_FIRST_S * 2**rescues, RESCUE_MAX_S)
-        return {"rescue_at": now + timedelta(seconds=wait_s), "rescues": rescues + 1}
+    def ended(self, status: str, now: datetime, own: Document, **more: Any) -> Facts:
+        own = {**own, "unnotified": now}
+        return replace(self, status=status, updated_at=now, completed_at=now, own=own, **more)
 
-    def ended(self, status: str, now: datetime, **more: Any) -> Facts:
-        return replace(self, status=status, updated_at=now, completed_at=now, unnotified=now, **more)
+    def failed_as_seen(self, now: datetime, sentence: str) -> Facts:
+        """What a failure by somebody other than its attempt makes of it."""
+        own = {**self.kept(now), "owner": self.read("owner", now), "attempt": self.number("attempt", now)}
+        return self.ended("failed", now, own, error_message=sentence)
 
 
 @dataclass
@@ -152,7 +205,7 @@ class Call:
     pid: int
     arguments: Document
     is_calm: bool
-    kept: frozenset[ObjectId]  # jobs whose results are kept in Redis
+    kept: frozenset[str]  # names of the results that are kept in Redis
     now: datetime = field(default_factory=lambda: datetime.max.replace(tzinfo=UTC))
     is_first: bool = True
 
@@ -163,9 +216,20 @@ class Call:
     def targets(self) -> dict[ObjectId, Any]:
         """The jobs that it names, by whatever argument."""
         values = [each for value in self.arguments.values() for each in (value if isinstance(value, list) else [value])]
-        named = {each: each for each in values if isinstance(each, ObjectId)}
-        named |= {each["_id"]: each for each in values if isinstance(each, dict) and "_id" in each}
-        return named | {each.id: each for each in values if isinstance(each, Job)}
+        return {job_id: value for value in values if (job_id := id_of(value))}
+
+
+def id_of(value: Any) -> ObjectId | None:
+    match value:
+        case ObjectId():
+            return value
+        case Job() | Snapshot():
+            return value.id
+        case RevokedTask():
+            return ObjectId(value.job_id)
+        case (ObjectId() as job_id, _):
+            return job_id
+    return None
 
 
 class Model:
@@ -176,107 +240,138 @@ class Model:
 
     @staticmethod
     def claim(call: Call, facts: Facts, _: Any) -> Facts | None:
-        now, limits = call.now, call["limits"]
-        lease: Document = {"owner": call["owner"], "node": call.host.node, "pid": call.pid, "updated_at": now}
+        now, delivery = call.now, call["delivery"]
+        limits = delivery.limits
+        lease: Document = {"owner": call["owner"], "node": call.host.node, "pid": call.pid, "queue": QUEUE}
         lease |= {"lease_until": now + timedelta(seconds=LEASE_S), "limits": [limits.hard_s, limits.soft_s]}
-        lease |= {"deadline": now + timedelta(seconds=limits.hard_s - call["waited_s"])}
+        lease |= {"deadline": now + timedelta(seconds=limits.hard_s - call["waited_s"]), "task_id": delivery.task_id}
         if facts.status == "pending":
-            fresh = Facts(
-                "processing", facts.created_at, output_data=facts.output_data, artifact_url=facts.artifact_url
-            )
-            return replace(fresh, **lease, started_at=now, first_started_at=now, attempt=1)
-        is_due = facts.is_released and facts.available_at is not None and facts.available_at <= now
+            own = {**lease, "attempt": 1, "first_started_at": now, **({"rescues": 0} if delivery.is_copy else {})}
+            own |= {"past": [*(facts.read("past", now) or []), Model.life(facts, now)][-5:]} if facts.has_past else {}
+            fresh = Facts("processing", facts.created_at, now, now, own=own)
+            return replace(fresh, output_data=facts.output_data, artifact_url=facts.artifact_url)
+        available_at = facts.read("available_at", now)
+        is_due = facts.is_released(now) and (available_at is None or available_at <= now)
         if not is_due or (call["bounded"] and facts.is_past_bounds(limits.hard_s, now)):
             return None
-        lease |= {"first_started_at": min(facts.first_started_at or now, now), "attempt": (facts.attempt or 0) + 1}
-        return replace(facts, **lease)
+        own = {**facts.kept(now), **lease, "attempt": facts.number("attempt", now) + 1}
+        own |= {"available_at": available_at} if available_at else {}
+        return replace(facts, updated_at=now, own=own)
+
+    @staticmethod
+    def life(facts: Facts, now: datetime) -> Document:
+        """What stays of the life that ended before the job was put back."""
+        used = {"model": None, "tokens": None, "attempts": facts.number("attempt", now)}
+        return {"ended_at": facts.completed_at, "reason": facts.error_message, **used}
+
+    @staticmethod
+    def is_owned(facts: Facts, job: Job) -> bool:
+        return facts.status == "processing" and facts.owner == job.owner
 
     @staticmethod
     def renew_leases(call: Call, facts: Facts, job: Job) -> Facts | None:
-        if facts.status != "processing" or facts.owner != job.owner:
+        if not Model.is_owned(facts, job):
             return None
-        until = call.now + timedelta(seconds=LEASE_S)
-        return replace(facts, lease_until=max(facts.lease_until or until, until))
+        until, before = call.now + timedelta(seconds=LEASE_S), facts.own.get("lease_until")
+        until = max(before, until) if isinstance(before, datetime) else until
+        return replace(facts, own={**facts.own, "lease_until": until})
 
     @staticmethod
     def complete(call: Call, facts: Facts, job: Job) -> Facts | None:
-        if facts.status != "processing" or facts.owner != job.owner:
+        if not Model.is_owned(facts, job):
             return None
         result = {"output_data": call["output"], "artifact_url": call["artifact_url"], "error_message": None}
-        return facts.ended("completed", call.now, **result)
+        return facts.ended("completed", call.now, facts.own, **result)
 
     @staticmethod
     def fail(call: Call, facts: Facts, job: Job) -> Facts | None:
-        if facts.status != "processing" or facts.owner != job.owner:
+        if not Model.is_owned(facts, job):
             return None
-        return facts.ended("failed", call.now, error_message=call["sentence"])
+        return facts.ended("failed", call.now, facts.own, error_message=call["sentence"])
 
     @staticmethod
     def release(call: Call, facts: Facts, job: Job) -> Facts | None:
-        if facts.status != "processing" or facts.owner != job.owner:
+        if not Model.is_owned(facts, job):
             return None
-        available_at = call["available_at"]
-        waits = {"available_at": available_at, "rescue_at": available_at + timedelta(seconds=RESCUE_FIRST_S)}
-        attempt = (facts.attempt or 0) - (not call["counted"])
-        return replace(facts, owner=None, updated_at=call.now, attempt=attempt, **waits)
+        if not call["counted"] and not isinstance(facts.own.get("attempt", 0), int):
+            return None  # MongoDB refuses to count down what is no number
+        waits = {"owner": None, **Model.waiting(call["available_at"], RESCUE_FIRST_S), "released_by": job.owner}
+        own = {**facts.own, **waits}
+        own |= {} if call["counted"] else {"attempt": own.get("attempt", 0) - 1}
+        return replace(facts, updated_at=call.now, own=own)
 
     @staticmethod
-    def is_unchanged(facts: Facts, document: Document) -> bool:
-        """Whether the job is still what a sweeper has read."""
-        read = Facts.of(document)
-        is_same = all(getattr(read, name) == getattr(facts, name) for name in ("owner", "lease_until", "rescue_at"))
-        return facts.status == "processing" and is_same
+    def waiting(available_at: datetime, rescue_s: float) -> Document:
+        return {"available_at": available_at, "rescue_at": available_at + timedelta(seconds=rescue_s)}
+
+    @staticmethod
+    def is_unchanged(facts: Facts, seen: Snapshot) -> bool:
+        """Whether the job is still what was read."""
+        return facts.status == seen.status and facts.own == normal(plain(seen.bookkeeping.raw))
 
     @staticmethod
     def is_dead(call: Call, facts: Facts) -> bool:
         """Whether it is held by a process of the same node that has died."""
-        return facts.owner is not None and facts.pid in call.host.world.dead and facts.node == call.host.node
+        held = facts.read("owner", call.now) and facts.read("node", call.now) == call.host.node
+        return bool(held) and facts.read("pid", call.now) in call.host.world.dead
 
     @staticmethod
-    def release_stale(call: Call, facts: Facts, document: Document) -> Facts | None:
-        may_go_on = not facts.is_exhausted(call.now) or document["_id"] in call.kept
+    def release_stale(call: Call, facts: Facts, seen: Snapshot) -> Facts | None:
+        now = call.now
+        may_go_on = not facts.is_exhausted(now) or Model.is_kept(call, facts, seen.id)
         is_free = Model.is_dead(call, facts) or (facts.is_stale(call.host.world.now) and may_go_on)
-        if not is_free or not Model.is_unchanged(facts, document):
+        if not is_free or facts.status != "processing" or not Model.is_unchanged(facts, seen):
             return None
-        rescue = Facts.of(document).next_rescue(call.now)
-        return replace(facts, owner=None, updated_at=call.now, available_at=call.now, **rescue)
+        rescues, is_older = facts.number("rescues", now), facts.is_older_workers(now)
+        waits = Model.waiting(now, min(RESCUE_FIRST_S * 2 ** min(rescues, 10), RESCUE_MAX_S))
+        own = {**facts.kept(now), "owner": None, **waits, "rescues": rescues + 1}
+        own |= {"attempt": 0, "first_started_at": now} if is_older else {"attempt": facts.number("attempt", now)}
+        return replace(facts, updated_at=now, own=own, started_at=now if is_older else facts.started_at)
 
     @staticmethod
-    def fail_stale(call: Call, facts: Facts, document: Document) -> Facts | None:
-        deadline = facts.deadline or call.now
-        is_killed = Model.is_dead(call, facts) and call.now >= deadline - timedelta(seconds=1)
-        may_go_on = not facts.is_exhausted(call.now) or document["_id"] in call.kept
-        is_given_up = facts.is_stale(call.host.world.now) and not may_go_on
-        if not (is_killed or is_given_up) or not Model.is_unchanged(facts, document):
-            return None
-        return facts.ended("failed", call.now, error_message=call["sentence"])
+    def is_kept(call: Call, facts: Facts, job_id: ObjectId) -> bool:
+        """Whether Redis has a result of this very life."""
+        started_at = facts.read("first_started_at", call.now)
+        return started_at is not None and result_name(job_id, started_at) in call.kept
 
     @staticmethod
-    def reserve_rescue(call: Call, facts: Facts, document: Document) -> Facts | None:
-        if facts.status != "pending" or facts.rescue_at != Facts.of(document).rescue_at:
+    def fail_seen(call: Call, facts: Facts, seen: Snapshot) -> Facts | None:
+        now = call.now
+        deadline = facts.read("deadline", now) or now
+        is_killed = Model.is_dead(call, facts) and now >= deadline - timedelta(seconds=1)
+        is_free = facts.is_stale(call.host.world.now) or facts.is_released(now)
+        is_over = facts.is_exhausted(now) or facts.is_past_bounds(SETTINGS.celery_time_limit, now)
+        is_given_up = is_free and is_over and not Model.is_kept(call, facts, seen.id)
+        if not (is_killed or is_given_up) or facts.status != "processing" or not Model.is_unchanged(facts, seen):
             return None
-        return replace(facts, **facts.next_rescue(call.now))
+        return facts.failed_as_seen(now, call["sentence"])
 
     @staticmethod
-    def undo_rescue(call: Call, facts: Facts, document: Document) -> Facts | None:
-        before = Facts.of(document).rescues or 0
-        if not facts.is_active or facts.owner is not None or facts.rescues != before + 1:
+    def undo_rescue(call: Call, facts: Facts, _: Any) -> Facts | None:
+        if facts.status != "processing" or facts.own != normal(call["released"]):
             return None
-        return replace(facts, rescue_at=call.now + timedelta(seconds=SETTINGS.sweep_interval), rescues=before)
+        rescue_at = call.now + timedelta(seconds=SETTINGS.sweep_interval)
+        return replace(facts, own={**facts.own, "rescues": facts.own["rescues"] - 1, "rescue_at": rescue_at})
 
     @staticmethod
-    def fail_active(call: Call, facts: Facts, _: Any) -> Facts | None:
-        return facts.ended("failed", call.now, error_message=call["sentence"]) if facts.is_active else None
+    def fail_revoked(call: Call, facts: Facts, task: RevokedTask) -> Facts | None:
+        is_untried = facts.status == "pending" and not facts.has_past
+        is_its_own = facts.status == "processing" and facts.read("task_id", call.now) == task.task_id
+        if not (is_untried or (is_its_own and task.why == REVOKED)):
+            return None
+        return facts.failed_as_seen(call.now, call["sentence"])
 
     @staticmethod
     def fail_unowned(call: Call, facts: Facts, _: Any) -> Facts | None:
-        if facts.owner is not None or not (facts.status == "pending" or facts.is_released):
+        if not (facts.status == "pending" or facts.is_released(call.now)):
             return None
-        return facts.ended("failed", call.now, error_message=call["sentence"])
+        return facts.failed_as_seen(call.now, call["sentence"])
 
     @staticmethod
-    def mark_notified(call: Call, facts: Facts, _: Any) -> Facts | None:
-        return replace(facts, unnotified=None)
+    def mark_notified(call: Call, facts: Facts, told: tuple[ObjectId, str | None]) -> Facts | None:
+        if not isinstance(facts.own, dict) or facts.owner != told[1]:
+            return None
+        return replace(facts, own={name: value for name, value in facts.own.items() if name != "unnotified"})
 
     @staticmethod
     def after(call: Call, job_id: ObjectId, facts: Facts) -> Facts:
@@ -287,7 +382,7 @@ class Model:
         return verb(call, facts, call.targets[job_id]) or facts
 
     @staticmethod
-    def reason(facts: Facts | None, now: datetime) -> Reason:
+    def reason(facts: Facts | None, limits: Limits, now: datetime, bounded: bool) -> Reason:
         """Why a claim that has just read these facts got nothing."""
         if facts is None:
             return Reason.UNKNOWN
@@ -295,9 +390,9 @@ class Model:
             return Reason.TERMINAL
         if facts.status == "pending":
             return Reason.WAITING
-        if facts.owner is not None or facts.is_older_workers:
+        if not facts.is_released(now):
             return Reason.HELD
-        return Reason.EXHAUSTED if facts.is_exhausted(now) else Reason.WAITING
+        return Reason.EXHAUSTED if bounded and facts.is_past_bounds(limits.hard_s, now) else Reason.WAITING
 
 
 # ── the world ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -305,6 +400,13 @@ class Model:
 
 def aware(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC)
+
+
+def plain(value: Any) -> Any:
+    """A value that was read raw, as it is read otherwise."""
+    if isinstance(value, Mapping):
+        return {name: plain(each) for name, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list) else value
 
 
 def ids(documents: list[Document]) -> set[ObjectId]:
@@ -350,7 +452,7 @@ class Weather:
 CALM = Weather()
 
 
-NO_REQUESTS = ("now", "oldest_start", "is_past_bounds")
+NO_REQUESTS = ("now", "oldest_start", "is_past_bounds", "is_stale")
 METHODS = [name for name, value in vars(JobStore).items() if inspect.isfunction(value) and not name.startswith("_")]
 VERBS = [name for name in METHODS if name not in NO_REQUESTS]
 SIGNATURES = {verb: inspect.signature(getattr(JobStore, verb)) for verb in VERBS}
@@ -359,7 +461,7 @@ SIGNATURES = {verb: inspect.signature(getattr(JobStore, verb)) for verb in VERBS
 class WatchedStore(JobStore):
     """The real store; the world knows which verb is under way, and holds it against the model when it has answered."""
 
-    def __init__(self, host: Host, clock: Clock) -> None:
+    def __init__(self, host: Host, clock: DatabaseClock) -> None:
         self.host = host
         super().__init__(Network(host), host.node, clock, SETTINGS)  # type: ignore[arg-type]
 
@@ -389,23 +491,21 @@ class Host:
     def start_process(self, wall_offset_s: float) -> None:
         self.world.last_pid += 1
         self.pid = self.world.last_pid
-        self.refused_at_s = -math.inf
         with self.acting():
-            self.clock = Clock()
+            self.clock = DatabaseClock(cast(Any, Network(self)))
             self.clock.synchronise(self.world.now + timedelta(seconds=wall_offset_s))
             self.clock.is_synchronised = False
         self.store = WatchedStore(self, self.clock)
-        redis: Any = Redis(self.world)
-        self.sweeper = Sweeper(self.store, redis, redis, redis)
+        redis, network = cast(Any, Redis(self.world)), cast(Any, Network(self))
+        turns = EveryTurn(network, self.store.now)
+        lost_messages = LostMessages(network, turns, redis)
+        lost_messages.marker_overdue_s = MARKER_OVERDUE_S
+        self.lost_messages = lost_messages
+        self.sweeper = Sweeper(self.store, turns, lost_messages, redis, redis, redis, LEASE_S)
 
     @property
     def monotonic_s(self) -> float:
         return (self.world.now - BEGINNING).total_seconds() - self.behind_s
-
-    @property
-    def rests(self) -> bool:
-        """Whether its sweeper leaves the queue alone, since Redis was away a moment ago."""
-        return self.monotonic_s < self.refused_at_s + Sweeper.broker_rest_s
 
     def now(self) -> datetime:
         with self.acting():
@@ -431,7 +531,9 @@ class Network:
         return answer
 
     def __getitem__(self, name: str) -> Wire:
-        return Wire(self._host, self._host.world.jobs.database[name])
+        if name == "jobs":
+            return Wire(self._host, self._host.world.jobs)
+        return SideWire(self._host, self._host.world.jobs.database[name])
 
 
 class Wire:
@@ -443,6 +545,9 @@ class Wire:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(self._request, name)
 
+    def with_options(self, codec_options: Any) -> Wire:
+        return Wire(self._host, self._collection.with_options(codec_options))
+
     def _request(self, name: str, *args: Any, **options: Any) -> Any:
         world = self._host.world
         call = world.calls[-1]
@@ -450,6 +555,14 @@ class Wire:
             call.now, call.is_first = self._host.now(), False
         operation = partial(getattr(self._collection, name), *args, **options)
         return world.travel(operation if name in ("find", "find_one") else lambda: world.watch(call, operation))
+
+
+class SideWire(Wire):
+    """A collection that no verb of the store concerns."""
+
+    def _request(self, name: str, *args: Any, **options: Any) -> Any:
+        with self._host.acting():
+            return self._host.world.travel(partial(getattr(self._collection, name), *args, **options))
 
 
 class Redis:
@@ -462,7 +575,6 @@ class Redis:
 
     def _reach(self, error: type[Exception] = NotesUnavailable) -> None:
         if not self._world.is_redis_up:
-            self._world.actor.refused_at_s = self._world.actor.monotonic_s
             raise error("Redis is away")
 
     def publish_status(self, document: Document, status: str, _: str) -> bool:
@@ -471,26 +583,37 @@ class Redis:
             self._world.published[document["_id"]] = status
         return self._world.is_redis_up
 
-    def kept_result(self, job_id: ObjectId) -> Result | None:
+    def kept_result(self, name: str) -> Any:
         self._reach()
-        return self._world.kept.get(job_id)
+        return self._world.kept.get(name)
 
-    def revoked(self) -> list[str]:
+    def revoked(self) -> list[RevokedTask]:
         self._reach()
-        return [str(job_id) for job_id in self._world.revoked]
+        return list(self._world.revoked)
 
-    def forget_revoked(self, job_id: str) -> None:
+    def forget_revoked(self, task: RevokedTask) -> None:
         self._reach()
-        assert not self._world.facts[ObjectId(job_id)].is_active, "a revoke is forgotten before it is done"
-        self._world.revoked.discard(ObjectId(job_id))
+        self._world.revoked.discard(task)
 
-    def send(self, _: str, args: tuple[str, Document], **__: Any) -> None:
-        self.queue_length()
-        self._world.queue.append(ObjectId(args[0]))
-
-    def queue_length(self) -> int:
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[None]:
         self._reach(OperationalError)
-        return len(self._world.queue)
+        yield
+
+    def lists_in_use(self, queue: str) -> list[QueueList]:
+        self._reach(OperationalError)
+        return [QueueList(queue)] if self._world.queue else []
+
+    def send(self, job_id: ObjectId, *_: Any, data: Document | None = None, **options: Any) -> None:
+        self._reach(OperationalError)
+        is_copy = not data and "root_id" not in options
+        is_overdue = self._world.now > self._world.marker_sent_at + timedelta(seconds=MARKER_OVERDUE_S)
+        assert is_overdue or not (is_copy and job_id in self._world.queue), "a copy of a message that isn't lost"
+        if data:
+            self._world.markers.add(job_id)
+            self._world.marker_sent_at = self._world.now
+        self._world.queue.append(job_id)
+        self._world.copies |= {job_id} if is_copy else set()
 
 
 BEGINNING = datetime(2030, 1, 1, tzinfo=UTC)
@@ -503,7 +626,9 @@ class World:
     def __init__(self, stage: SimpleNamespace, jobs: Any) -> None:
         stage.world = self
         self.jobs = jobs
-        self.jobs.delete_many({})
+        for collection in (self.jobs, self.jobs.database["worker_turns"]):
+            collection.delete_many({})
+        self.jobs.database["worker_turns"].insert_one({"_id": f"queue:{QUEUE}"})
         self.now = BEGINNING
         self.facts: dict[ObjectId, Facts] = {}
         self.inserted: dict[ObjectId, Document] = {}
@@ -516,8 +641,12 @@ class World:
         self.fates: list[Fate] = []
         self.interrupt: Callable[[Meanwhile], None] = lambda _: None
         self.queue: list[ObjectId] = []
-        self.revoked: set[ObjectId] = set()
-        self.kept: dict[ObjectId, Result] = {}
+        self.markers: set[ObjectId] = set()  # messages of a search for lost ones
+        self.marker_sent_at = self.now
+        self.copies: set[ObjectId] = set()  # jobs whose next message is a sweeper's copy
+        self.tasks: dict[ObjectId, list[str]] = {}  # the ids of the API's tasks for a job, the latest last
+        self.revoked: set[RevokedTask] = set()
+        self.kept: dict[str, Any] = {}
         self.ever_kept: set[ObjectId] = set()
         self.published: dict[ObjectId, str] = {}
         self.is_redis_up = True
@@ -551,7 +680,7 @@ class World:
             with host.acting():
                 yield
         except StoreUnavailable as error:
-            if call.is_calm:
+            if call.is_calm and not isinstance(error, StoreRefused):
                 raise AssertionError(f"{verb} did not answer") from error
             raise
         finally:
@@ -585,7 +714,7 @@ class World:
             assert facts == Model.after(call, job_id, before), f"{call.verb} may not do this to {before}"
             assert not facts.is_active or before.is_active, "an ended job ran again"
             self.facts[job_id] = facts
-            if isinstance(job := call.targets[job_id], Job):
+            if call.verb != "renew_leases" and isinstance(job := call.targets[job_id], Job):
                 assert job.owner not in self.refused, "it had got the answer that the job is no longer its own"
                 self.settled[job.owner, call.verb] = facts
         return answer
@@ -610,10 +739,13 @@ class World:
 
 class Meddling(Enum):
     CANCEL = 0
-    REVOKE = 1
+    ITS_TASK_IS_REVOKED = 1
     DAMAGED_MESSAGE = 2
     OLDER_WORKER_TAKES_IT = 3
     OLDER_WORKER_COMPLETES_IT = 4
+    IT_IS_PUT_BACK = 5
+    ITS_TASK_EXPIRES = 6
+    ITS_FORMER_TASK_IS_REVOKED = 7
 
 
 class Trouble(Enum):
@@ -632,7 +764,7 @@ class Try:
     host: Host
     job_id: ObjectId
     owner: str
-    limits: Limits
+    delivery: Delivery
     bounded: bool = True
     job: Job | None = None
     outcome: str = ""  # once it is decided, nothing else is written
@@ -660,7 +792,8 @@ PAST = st.lists(st.sampled_from(["running", "retry", "hand back", "kept"]), max_
 ABSENT = "absent"
 SHAPES_OF_OURS: list[Any] = [ABSENT, {}]
 # mongomock takes `{"worker.x": None}` on these for a miss, and sets fields below them where MongoDB refuses to.
-SPOILT_SHAPES: list[Any] = [None, "another program's", ["another", "program's"]]
+SPOILT_SHAPES: list[Any] = [None, "another program's", ["another", "program's"], 7, {"owner": ["x"], "attempt": "2"}]
+ODD_VALUES: list[Any] = [None, "text", 2**40, ["x"], {"x": 1}, datetime(3000, 1, 1, tzinfo=UTC), True, -1]
 
 
 class StatusMachine(RuleBasedStateMachine):
@@ -670,10 +803,9 @@ class StatusMachine(RuleBasedStateMachine):
         super().__init__()
         self.world = World(stage, jobs)
         self.world.interrupt = self.interrupt
-        self.shapes = shapes
+        self.shapes, self.is_spoilt = shapes, shapes is not SHAPES_OF_OURS
         self.tries: list[Try] = []
-        self.stale: list[Document] = []
-        self.pending: list[Document] = []
+        self.stale: list[Snapshot] = []
         self.last_owner = 0
 
     # the API and the operator
@@ -695,8 +827,7 @@ class StatusMachine(RuleBasedStateMachine):
         self.world.jobs.insert_one(document)
         self.world.inserted[job_id] = document
         self.world.facts.update(self.world.read())
-        if not is_message_lost:
-            self.world.queue.append(job_id)
+        self.enqueue(job_id, is_message_lost=is_message_lost)
         for outcome in past:
             self.world.now += timedelta(seconds=RETRY_S)
             attempt = self.deliver(self.world.hosts[0], job_id, Limits(20, 30), CALM, is_patient=False)
@@ -706,6 +837,13 @@ class StatusMachine(RuleBasedStateMachine):
                 attempt.outcome = "complete"
                 self.leave(attempt)
 
+    def enqueue(self, job_id: ObjectId, *, is_message_lost: bool = False) -> None:
+        """As the API does, each time under a task id of its own."""
+        tasks = self.world.tasks.setdefault(job_id, [])
+        tasks.append(f"task-{job_id}-{len(tasks)}")
+        if not is_message_lost:
+            self.world.queue.append(job_id)
+
     @rule(job=PICK, host=HOST, what=st.sampled_from(Meddling), weather=WEATHER)
     def others_meddle(self, job: int, host: int, what: Meddling, weather: Weather) -> None:
         world, job_id = self.world, self.pick_job(job)
@@ -713,14 +851,31 @@ class StatusMachine(RuleBasedStateMachine):
         match what:
             case Meddling.CANCEL if facts.is_active:
                 world.write(job_id, status="failed", error_message="Cancelled.")
-            case Meddling.REVOKE:
-                world.revoked.add(job_id)
+            case Meddling.ITS_TASK_IS_REVOKED | Meddling.ITS_TASK_EXPIRES | Meddling.ITS_FORMER_TASK_IS_REVOKED:
+                why = EXPIRED if what is Meddling.ITS_TASK_EXPIRES else REVOKED
+                tasks = world.tasks[job_id]
+                former = tasks[0] if what is Meddling.ITS_FORMER_TASK_IS_REVOKED else tasks[-1]
+                world.revoked.add(RevokedTask(str(job_id), former, why))
+            case Meddling.IT_IS_PUT_BACK if not facts.is_active:
+                world.write(job_id, status="pending")
+                world.published.pop(job_id, None)
+                self.enqueue(job_id, is_message_lost=bool(host))
             case Meddling.DAMAGED_MESSAGE:
                 self.fail_unowned(world.hosts[host].store, job_id, weather)
             case Meddling.OLDER_WORKER_TAKES_IT if facts.status == "pending":
                 world.write(job_id, status="processing", **{"started_at" if host else "updated_at": world.now})
-            case Meddling.OLDER_WORKER_COMPLETES_IT if facts.is_older_workers:
+            case Meddling.OLDER_WORKER_COMPLETES_IT if self.is_running_elsewhere(facts):
                 world.write(job_id, status="completed", output_data={"generated_text": "old"})
+
+    @rule(job=PICK, field=st.sampled_from(sorted(KINDS)), value=PICK)
+    def bookkeeping_is_spoilt(self, job: int, field: str, value: int) -> None:
+        """A field has another type, or a time that makes no sense. Only MongoDB itself treats these as MongoDB does."""
+        world, job_id = self.world, self.pick_job(job)
+        if self.is_spoilt and isinstance(world.facts[job_id].own, dict):
+            world.write(job_id, **{f"worker.{field}": ODD_VALUES[value % len(ODD_VALUES)]})
+
+    def is_running_elsewhere(self, facts: Facts) -> bool:
+        return facts.status == "processing" and facts.is_older_workers(self.world.now)
 
     def fail_unowned(self, store: JobStore, job_id: ObjectId, weather: Weather) -> None:
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
@@ -742,6 +897,7 @@ class StatusMachine(RuleBasedStateMachine):
                 world.is_redis_up = not world.is_redis_up
             case Trouble.REDIS_IS_EMPTIED:
                 world.queue.clear()
+                world.copies.clear()
                 world.kept.clear()
             case Trouble.PROCESS_IS_KILLED:
                 self.kill_process(world.hosts[host], wall_offset_s=(0, -300, 300)[which % 3])
@@ -777,51 +933,68 @@ class StatusMachine(RuleBasedStateMachine):
             self.end(attempt, outcome, replace(weather, quiet_s=0.0), is_patient=True)
 
     def deliver(self, host: Host, job_id: ObjectId, limits: Limits, weather: Weather, is_patient: bool) -> Try:
-        if job_id in self.world.queue:
-            self.world.queue.remove(job_id)
+        """Lets the job's message come out of the queue, and the markers that are at its front then."""
+        world = self.world
+        if job_id in world.queue:
+            world.queue.remove(job_id)
         self.last_owner += 1
-        attempt = Try(host, job_id, f"owner-{self.last_owner}", limits)
+        delivery = Delivery(limits, world.tasks[job_id][-1], is_copy=job_id in world.copies)
+        world.copies.discard(job_id)
+        attempt = Try(host, job_id, f"owner-{self.last_owner}", delivery)
         self.tries.append(attempt)
         self.claim(attempt, weather, is_patient)
+        self.receive_markers(host)
         return attempt
+
+    def receive_markers(self, host: Host) -> None:
+        while self.world.queue and self.world.queue[0] in self.world.markers:
+            host.lost_messages.receive(self.world.queue.pop(0), QUEUE)
 
     def ask(self, is_patient: bool, question: Callable[[], Any]) -> Any:
         """Once, or until there is an answer: sooner or later the weather is fine."""
         while True:
             try:
                 return question()
-            except StoreUnavailable:
-                if not is_patient:
+            except StoreUnavailable as error:
+                if not is_patient or isinstance(error, StoreRefused):
                     raise
                 self.world.now += timedelta(seconds=1)
 
     def claim(self, attempt: Try, weather: Weather, is_patient: bool) -> None:
         """As the task does: the same owner until there is an answer."""
-        claim = partial(attempt.host.store.claim, attempt.job_id, attempt.owner, attempt.limits, waited_s=1)
+        claim = partial(attempt.host.store.claim, attempt.job_id, attempt.owner, attempt.delivery, waited_s=1)
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
             answer = self.ask(is_patient, lambda: claim(bounded=attempt.bounded))
             facts = self.world.facts.get(attempt.job_id)
             if isinstance(answer, Job):
                 assert facts
                 assert (facts.status, facts.owner) == ("processing", attempt.owner) == ("processing", answer.owner)
-                assert (answer.attempt, answer.first_started_at) == (facts.attempt, facts.first_started_at)
+                now = attempt.host.now()
+                assert answer.attempt == facts.number("attempt", now)
+                assert answer.first_started_at == (facts.read("first_started_at", now) or now)
                 attempt.job = answer
             else:
                 assert isinstance(answer, NotClaimed)
-                self.answer_not_claimed(attempt, answer.reason, facts)
+                self.answer_not_claimed(attempt, answer, facts)
 
-    def answer_not_claimed(self, attempt: Try, reason: Reason, facts: Facts | None) -> None:
-        assert facts is None or not (facts.is_active and facts.owner == attempt.owner), "its own lease is not known"
-        assert reason is Model.reason(facts, attempt.host.now())
+    def answer_not_claimed(self, attempt: Try, answer: NotClaimed, facts: Facts | None) -> None:
+        reason, job, now = answer.reason, answer.job, attempt.host.now()
+        is_its_own = facts is not None and facts.status == "processing" and facts.owner == attempt.owner
+        assert not is_its_own, "its own lease is not known"
+        assert reason is Model.reason(facts, attempt.delivery.limits, now, attempt.bounded)
         self.tries.remove(attempt)
         if reason is Reason.WAITING:
             self.world.queue.append(attempt.job_id)
         elif reason is Reason.TERMINAL:
             self.publish_end(attempt)
-        elif reason is Reason.EXHAUSTED and attempt.job_id in self.world.kept:
+        elif reason is Reason.EXHAUSTED and job and self.has_kept_result(job):
             self.tries.append(replace(attempt, bounded=False))
-        elif reason is Reason.EXHAUSTED and attempt.host.store.fail_unowned(attempt.job_id, GAVE_UP):
+        elif reason is Reason.EXHAUSTED and job and attempt.host.store.fail_seen(job, GAVE_UP):
             self.publish_end(attempt)
+
+    def has_kept_result(self, job: Snapshot) -> bool:
+        started_at = job.bookkeeping.first_started_at
+        return started_at is not None and result_name(job.id, started_at) in self.world.kept
 
     def publish_end(self, attempt: Try) -> None:
         """Publishes the status of a job that has ended, and takes it out of the outbox."""
@@ -829,7 +1002,7 @@ class StatusMachine(RuleBasedStateMachine):
         redis = Redis(self.world)
         if redis.publish_status(document, self.world.facts[attempt.job_id].status, ""):
             with contextlib.suppress(StoreUnavailable):
-                attempt.host.store.mark_notified([attempt.job_id])
+                attempt.host.store.mark_notified([(attempt.job_id, self.world.facts[attempt.job_id].owner)])
 
     def end(self, attempt: Try, outcome: str, weather: Weather, is_patient: bool) -> None:
         """One fenced write, the same in each repetition."""
@@ -837,7 +1010,11 @@ class StatusMachine(RuleBasedStateMachine):
             attempt.outcome = outcome
             attempt.available_at = attempt.host.now() + timedelta(seconds=RETRY_S if outcome == "retry" else 0)
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
-            is_written = self.ask(is_patient, lambda: self.write_outcome(attempt))
+            try:
+                is_written = self.ask(is_patient, lambda: self.write_outcome(attempt))
+            except StoreRefused:  # as the task does
+                attempt.outcome = "fail"
+                is_written = self.ask(is_patient, lambda: self.write_outcome(attempt))
             self.tries.remove(attempt)
             self.check_answer(attempt, is_written)
             if is_written and attempt.outcome in ("complete", "fail"):
@@ -883,7 +1060,7 @@ class StatusMachine(RuleBasedStateMachine):
             self.world.queue.append(attempt.job_id)
         elif attempt.outcome == "complete" and self.world.is_redis_up:
             self.world.ever_kept.add(attempt.job_id)
-            self.world.kept[attempt.job_id] = Result({"generated_text": attempt.owner})
+            self.world.kept[result_name(attempt.job_id, attempt.job.first_started_at)] = [attempt.owner, None]
 
     # the worker's keeper and sweeper
 
@@ -893,7 +1070,8 @@ class StatusMachine(RuleBasedStateMachine):
         keeper = self.world.hosts[host]
         jobs = [each.job for each in self.tries if each.host is keeper and each.job]
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
-            keeper.store.synchronise_clock()
+            with keeper.acting():
+                keeper.clock.read()
             self.ask(is_patient, lambda: keeper.store.renew_leases(jobs))
             lost = keeper.store.find_lost(jobs)
             facts = self.world.facts
@@ -907,7 +1085,7 @@ class StatusMachine(RuleBasedStateMachine):
     def sweep(self, host: int, weather: Weather) -> None:
         sweeper = self.world.hosts[host]
         with sweeper.acting(), contextlib.suppress(StoreUnavailable), self.world.under(weather):
-            is_whole = weather.is_calm and self.world.is_redis_up and not sweeper.rests
+            is_whole = weather.is_calm and self.world.is_redis_up and not sweeper.sweeper.had_fault
             sweeper.sweeper.release_dead_siblings()
             sweeper.sweeper.sweep()
             if is_whole:
@@ -917,47 +1095,31 @@ class StatusMachine(RuleBasedStateMachine):
     def stale_ids(self, now: datetime) -> set[ObjectId]:
         return {job_id for job_id, facts in self.world.facts.items() if facts.is_stale(now)}
 
-    def forgotten_ids(self, now: datetime, queued: int) -> set[ObjectId]:
-        """Pending for over a minute, and nothing queued or a job that is a minute younger has started.
-
-        A job from the future shows nothing: its time is wrong, or this sweeper's clock is behind.
-        """
-        minute, everything = timedelta(seconds=PENDING_OVERDUE_S), self.world.facts
-        begun = [each.created_at for each in everything.values() if each.status != "pending" and each.started_at]
-        started = [at for at in begun if at <= now]
-        overtaken_by = BEGINNING if not started else max(started) - minute
-        return {
-            job_id
-            for job_id, facts in everything.items()
-            if facts.status == "pending" and facts.created_at < now - minute
-            if facts.rescue_at is None or facts.rescue_at <= now
-            if not queued or facts.created_at < overtaken_by
-        }
-
-    @rule(host=HOST, queued=st.integers(0, 1), weather=WEATHER)
-    def sweep_by_what_was_read_before(self, host: int, queued: int, weather: Weather) -> None:
+    @rule(host=HOST, weather=WEATHER)
+    def sweep_by_what_was_read_before(self, host: int, weather: Weather) -> None:
         """A slow sweeper: it acts on what it read last time, which may be outdated, and then reads again."""
         sweeper, store = self.world.hosts[host], self.world.hosts[host].store
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
-            for document in self.pending:
-                store.reserve_rescue(document)
-            for document in self.stale:
-                if not store.is_past_bounds(document):
-                    store.release_stale(document)
-                elif document["_id"] not in self.world.kept:
-                    store.fail_stale(document, GAVE_UP)
-        self.stale, self.pending = store.find_stale(), store.find_forgotten_pending(lambda: queued)
-        self.check_what_is_found(sweeper, queued)
+            for job in self.stale:
+                if not store.is_past_bounds(job):
+                    store.release_stale(job)
+                elif not self.has_kept_result(job):
+                    store.fail_seen(job, GAVE_UP)
+        self.stale = list(store.find_stale())
+        self.check_what_is_found(sweeper)
 
-    def check_what_is_found(self, sweeper: Host, queued: int) -> None:
+    def check_what_is_found(self, sweeper: Host) -> None:
         now, everything = sweeper.now(), self.world.facts
-        assert ids(self.stale) == self.stale_ids(now)
-        assert ids(self.pending) == self.forgotten_ids(now, queued)
+        assert {job.id for job in self.stale} == self.stale_ids(now)
         since = now - timedelta(seconds=30)
-        overdue = {key for key, facts in everything.items() if facts.unnotified and facts.unnotified <= since}
+        ended = {key: facts for key, facts in everything.items() if not facts.is_active}
+        overdue = {key for key, facts in ended.items() if facts.unnotified and facts.unnotified <= since}
         assert ids(sweeper.store.find_unnotified(30)) == overdue
-        held = {key for key, facts in everything.items() if facts.status == "processing" and facts.owner}
-        assert ids(sweeper.store.find_siblings()) == {key for key in held if everything[key].node == sweeper.node}
+        held = {key for key, facts in everything.items() if facts.status == "processing" and facts.read("owner", now)}
+        mine = {key for key in held if everything[key].read("node", now) == sweeper.node}
+        assert {job.id for job in sweeper.store.find_siblings()} == mine
+        pending = {key for key, facts in everything.items() if facts.status == "pending"}
+        assert set(sweeper.store.pending_ids()) == pending
 
     # what others do between two requests of a verb
 
@@ -982,7 +1144,8 @@ class StatusMachine(RuleBasedStateMachine):
             case Meanwhile.CANCEL if self.world.facts[job_id].is_active:
                 self.world.write(job_id, status="failed", error_message="Cancelled.")
             case Meanwhile.REVOKE:
-                rival.store.fail_active(job_id, STOPPED)
+                task = RevokedTask(str(job_id), self.world.tasks[job_id][-1], REVOKED)
+                rival.store.fail_revoked(task, STOPPED)
             case Meanwhile.CLAIM:
                 self.deliver(rival, job_id, Limits(20, 30), CALM, is_patient=False)
 
@@ -1000,7 +1163,8 @@ class StatusMachine(RuleBasedStateMachine):
             assert {**theirs, "created_at": created_at} == before
 
         for job_id, facts in self.world.facts.items():
-            assert 0 <= (facts.attempt or 0) <= MAX_ATTEMPTS or job_id in self.world.ever_kept
+            attempts = facts.number("attempt", self.world.now)
+            assert attempts <= MAX_ATTEMPTS or job_id in self.world.ever_kept or self.is_spoilt
 
     def teardown(self) -> None:
         """In calm weather, with one worker, every job ends, and its end is published."""
@@ -1023,7 +1187,8 @@ class StatusMachine(RuleBasedStateMachine):
         self.world.now += timedelta(seconds=ROUND_S)
         self.renew(0, CALM, is_patient=False)
         self.sweep(0, CALM)
-        for job_id in list(self.world.queue):
+        self.receive_markers(self.world.hosts[0])
+        for job_id in [each for each in self.world.queue if each not in self.world.markers]:
             self.deliver(self.world.hosts[0], job_id, Limits(20, 30), CALM, is_patient=False)
         for attempt in [each for each in self.tries if each.job is None]:
             self.claim(attempt, CALM, is_patient=False)

@@ -36,7 +36,7 @@ from tests.lab import (
 from worker import Job, JobStore, NotClaimed, Reason, Runtime
 from workerkit.bookkeeping import Bookkeeping, Snapshot
 from workerkit.errors import StoreRefused, StoreUnavailable
-from workerkit.mongodb import Clock
+from workerkit.mongodb import DatabaseClock
 from workerkit.notes import REVOKED, RevokedTask
 
 # ── races ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -317,20 +317,20 @@ def test_a_sweep_examines_only_jobs_that_run_or_wait(
 
 def test_the_clock_takes_the_databases_time(runtime: Runtime) -> None:
     runtime.store.clock.synchronise(datetime(2001, 1, 1, tzinfo=UTC))
-    runtime.store.synchronise_clock()
+    runtime.store.clock.read()
     assert abs(runtime.store.clock.now() - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 def test_a_process_asks_for_the_databases_time_before_it_judges_a_lease(runtime: Runtime) -> None:
     claim(runtime)
-    ahead = Clock()
+    ahead = DatabaseClock(runtime.database)
     ahead.synchronise(ago(-3600))
     ahead.is_synchronised = False
     assert next(JobStore(runtime.database, "another-node", ahead, runtime.settings).find_stale(), None) is None
 
 
 def test_a_database_without_a_time_of_its_own_leaves_the_hosts(light_runtime: Runtime) -> None:
-    light_runtime.store.synchronise_clock()
+    light_runtime.store.clock.read()
     assert abs(light_runtime.store.clock.now() - datetime.now(UTC)) < timedelta(minutes=1)
 
 
@@ -338,12 +338,12 @@ def test_a_database_without_a_time_of_its_own_leaves_the_hosts(light_runtime: Ru
 
 
 def store_on(client: pymongo.MongoClient[Any]) -> JobStore:
-    return JobStore(client["away"], "node", Clock(), bare_settings())
+    return JobStore(client["away"], "node", DatabaseClock(client["away"]), bare_settings())
 
 
 NOBODY = Snapshot({"_id": ObjectId(), "status": "processing"}, Bookkeeping())
 EVERY_VERB: list[Callable[[JobStore], object]] = [
-    lambda store: store.synchronise_clock(),
+    lambda store: store.clock.read(),
     lambda store: store.ensure_indexes(),
     lambda store: store.read(ObjectId()),
     lambda store: store.claim(ObjectId(), "owner-1", DELIVERY),

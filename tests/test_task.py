@@ -52,6 +52,7 @@ from tests.lab import (
     table,
 )
 from worker import Attempt, Call, Job, Media, Result, Runtime
+from workerkit.broker import JobRequest
 from workerkit.errors import CANT_BE_STORED, FailJob, HandBack, JobFailed, LeaveJob, StoreUnavailable
 from workerkit.settings import Limits
 
@@ -139,7 +140,7 @@ def test_a_message_in_the_parent_loses_celerys_soft_limit() -> None:
         message = app.amqp.as_task_v2(uuid(), worker.TASK_NAME, args=("x", {}), time_limit=50, soft_time_limit=20)
         with connection.SimpleQueue("parent") as queue:
             queue.put(message.body, headers=message.headers, serializer="json", **message.properties)
-            request = worker.JobRequest(queue.get(timeout=5), app=app, task=worker.process_job)
+            request = JobRequest(queue.get(timeout=5), app=app, task=worker.process_job)
     assert request.time_limits == (50, None)
 
 

@@ -62,7 +62,8 @@ def as_life(value: Any) -> Document:
 class Bookkeeping:
     """What the worker noted about a job. A field that is missing, of the wrong type or absurd is None (or 0).
 
-    `raw` is the sub-document as it was read. `has_owner_field` tells a null owner, which a release leaves, from none.
+    `rescues` is None as long as every message for the job came from the API. `raw` is the sub-document as it was read.
+    `has_owner_field` tells a null owner, which a release leaves, from none.
     """
 
     raw: Any = None
@@ -77,7 +78,7 @@ class Bookkeeping:
     deadline: datetime | None = None
     available_at: datetime | None = None
     rescue_at: datetime | None = None
-    rescues: int = 0
+    rescues: int | None = None
     attempt: int = 0
     first_started_at: datetime | None = None
     limits: tuple[float, float] | None = None
@@ -92,11 +93,17 @@ class Bookkeeping:
         """Whether the job has been worked on, or ended, before."""
         return isinstance(self.raw, Mapping) and any(name in self.raw for name in ("attempt", "owner", "unnotified"))
 
+    def next_attempt(self, lease: Document) -> Document:
+        """The bookkeeping of the attempt that has this lease. It keeps when the job became available, for the log."""
+        since = {"available_at": self.available_at} if self.available_at else {}
+        return {**self.kept(), **since, **lease, "attempt": self.attempt + 1}
+
     def kept(self) -> Document:
-        """What stays of it from one attempt to the next."""
+        """What stays of it from one attempt to the next, and when the job ends."""
         names = ("queue", "priority", "task_id", "rescues", "attempt", "first_started_at", "limits", "past")
         values = {name: getattr(self, name) for name in names}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
+        told = {name: value for name, value in values.items() if value not in (None, ())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
 
 def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkeeping:
@@ -112,16 +119,29 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
         raw,
         has_owner_field="owner" in raw,
         **{name: as_text(raw.get(name)) for name in ("owner", "node", "queue", "task_id")},  # type: ignore[arg-type]
-        **{name: as_number(raw.get(name)) for name in ("pid", "priority")},  # type: ignore[arg-type]
-        **{name: as_number(raw.get(name)) or 0 for name in ("rescues", "attempt")},  # type: ignore[arg-type]
+        **{name: as_number(raw.get(name)) for name in ("pid", "priority", "rescues")},  # type: ignore[arg-type]
+        attempt=as_number(raw.get("attempt")) or 0,
         lease_until=time("lease_until", MAX_LEASE_S),
         deadline=time("deadline", MAX_LIMIT_S),
         available_at=time("available_at", longest_wait_s),
         rescue_at=time("rescue_at", longest_wait_s),
         first_started_at=time("first_started_at", CLOCK_TOLERANCE_S),
         limits=(limits[0], limits[1]) if len(limits) == 2 and all(map(is_duration, limits)) else None,
-        past=tuple(map(as_life, past[-PAST_LIVES:])),
+        past=tuple(as_life(life) for life in past if isinstance(life, Mapping))[-PAST_LIVES:],
     )
+
+
+def waiting(available_at: datetime, rescue_s: float) -> Document:
+    """What a release notes: nobody has the job, from when on it may be claimed, and when it is to be rescued."""
+    return {"owner": None, "available_at": available_at, "rescue_at": available_at + timedelta(seconds=rescue_s)}
+
+
+def first_attempt(lease: Document, now: datetime, *, is_copy: bool, former: Snapshot | None = None) -> Document:
+    """The bookkeeping with which a job's life begins. Of former lives the last few ends are kept."""
+    own = {**lease, "attempt": 1, "first_started_at": now, **({"rescues": 0} if is_copy else {})}
+    if former and former.bookkeeping.has_past:
+        own["past"] = [*former.bookkeeping.past, former.life()][-PAST_LIVES:]
+    return own
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,24 @@ class Snapshot:
         if is_alive or is_waiting:
             return False
         return not self.is_of_older_worker or self.age(now) > timedelta(seconds=orphan_after_s)
+
+    def released(self, now: datetime, rescue_first_s: float, rescue_max_s: float) -> Document:
+        """The bookkeeping after a rescue. Each time the next one is twice as far away.
+
+        The life of an older worker's job begins here, with all its attempts and its time.
+        """
+        own = self.bookkeeping
+        rescues = own.rescues or 0
+        rescue_s = min(rescue_first_s * 2 ** min(rescues, 10), rescue_max_s)
+        begins = {"attempt": 0, "first_started_at": now} if self.is_of_older_worker else {}
+        return {**own.kept(), **waiting(now, rescue_s), "rescues": rescues + 1, **begins}
+
+    def life(self) -> Document:
+        """What is kept of the life that has ended."""
+        document, output = self.document, as_mapping(self.document.get("output_data"))
+        ended = {"ended_at": document.get("completed_at"), "reason": document.get("error_message")}
+        used = {"model": output.get("model_used"), "tokens": output.get("tokens_used")}
+        return as_life({**ended, **used, "attempts": self.bookkeeping.attempt})
 
     def age(self, now: datetime) -> timedelta:
         """The time since it started, as far as its document says; `timedelta.max` where that has no such time."""

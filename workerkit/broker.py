@@ -8,6 +8,7 @@ tests/test_broker.py has a test that fails once a newer version of Celery or kom
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
+from celery.worker.request import Request
 from kombu import Connection, Queue
 from kombu.connection import ConnectionPool, PooledConnection
 from kombu.exceptions import OperationalError
@@ -318,6 +320,7 @@ class Broker:
 
 EVENTS_BATCH_S = 0.05
 MAX_TASK_ID_CHARACTERS = 200
+JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
 
 
 def is_safe_id(value: object) -> bool:
@@ -396,6 +399,24 @@ class JobConsumer(Consumer):
     def stop(self) -> None:
         self._flush_now()
         super().stop()
+
+
+class JobRequest(Request):
+    """A message in the parent. It has no soft limit, since the attempt has a deadline of its own in every pool.
+
+    Of its arguments, which hold the prompt, `inspect` and the events show the job's id only.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        task: Any = self.task
+        limits = task.runtime.settings.limits(self.request_dict.get("timelimit"))
+        self.time_limits = (limits.hard_s, None)
+        self._visible_args = [value for value in self.args[:1] if isinstance(value, str) and JOB_ID.fullmatch(value)]
+        self._argsrepr, self._kwargsrepr = repr(self._visible_args), "{}"
+
+    def info(self, safe: bool = False) -> Any:
+        return {**super().info(safe), "args": self._visible_args, "kwargs": {}}
 
 
 # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pymongo
+from bson import ObjectId, encode
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import BSONError
 from bson.raw_bson import RawBSONDocument
@@ -120,3 +121,37 @@ class Clock:
         server_time, at = self._pair
         now = server_time + timedelta(seconds=time.monotonic() - at)
         return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+
+class DatabaseClock(Clock):
+    """The time of this database, asked before its first use, since the host's clock may be minutes off.
+
+    `primary` is the server process that answered last (None behind a mongos). Both methods raise StoreUnavailable.
+    """
+
+    def __init__(self, database: Database[Document]) -> None:
+        super().__init__()
+        self._database = database
+        self.primary: ObjectId | None = None
+
+    def read(self) -> None:
+        """Reads the database's time, and which server process is the primary."""
+        with unknown_when_unreachable():
+            try:
+                hello = self._database.command("hello")
+            except NotImplementedError:  # mongomock has no `hello`, so the host's clock serves
+                hello = {"localTime": datetime.now(UTC)}
+        self.primary = None if hello.get("msg") == "isdbgrid" else hello.get("topologyVersion", {}).get("processId")
+        self.synchronise(hello["localTime"].replace(tzinfo=UTC))
+
+    def now(self) -> datetime:
+        if not self.is_synchronised:
+            self.read()
+        return super().now()
+
+
+def largest_field(collection: Collection[Document], document_id: object, names: Sequence[str]) -> str:
+    """The name of the field that takes most room in a document."""
+    with unknown_when_unreachable():
+        document = collection.find_one({"_id": document_id}, dict.fromkeys(names, 1)) or {}
+    return max(names, key=lambda name: len(encode({"": document.get(name)})))

@@ -14,12 +14,21 @@ import threading
 import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from workerkit.logs import RepeatedFaultLog
 
 T = TypeVar("T")
+
+
+class made_once(cached_property[T]):
+    """A part of an object that has a `lock`: made when first used, by one of the threads that ask for it."""
+
+    def __get__(self, instance: Any, owner: Any = None) -> T:  # type: ignore[override]
+        with instance.lock:
+            return cast(T, super().__get__(instance, owner))
 
 
 class ShutdownTime:
