@@ -20,7 +20,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from functools import partial, partialmethod
@@ -206,7 +206,7 @@ class Call:
     arguments: Document
     is_calm: bool
     kept: frozenset[str]  # names of the results that are kept in Redis
-    now: datetime = field(default_factory=lambda: datetime.max.replace(tzinfo=UTC))
+    now: datetime = datetime(9000, 1, 1, tzinfo=UTC)
     is_first: bool = True
 
     def __getitem__(self, name: str) -> Any:
@@ -1085,7 +1085,8 @@ class StatusMachine(RuleBasedStateMachine):
     def sweep(self, host: int, weather: Weather) -> None:
         sweeper = self.world.hosts[host]
         with sweeper.acting(), contextlib.suppress(StoreUnavailable), self.world.under(weather):
-            is_whole = weather.is_calm and self.world.is_redis_up and not sweeper.sweeper.had_fault
+            had_time = sweeper.sweeper._after is None  # else it goes on behind the last one
+            is_whole = weather.is_calm and self.world.is_redis_up and had_time and not sweeper.sweeper.had_fault
             sweeper.sweeper.release_dead_siblings()
             sweeper.sweeper.sweep()
             if is_whole:
