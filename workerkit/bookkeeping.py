@@ -25,7 +25,8 @@ PAST_LIVES = 5
 
 
 def as_text(value: object) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= MAX_TEXT_CHARACTERS else None
+    """A short text. BSON's code, which pymongo reads as a kind of text, is none."""
+    return value if type(value) is str and 0 < len(value) <= MAX_TEXT_CHARACTERS else None
 
 
 def as_number(value: object) -> int | None:

@@ -69,7 +69,7 @@ class LostMessages:
                 self._end()
                 return ids, max((each.priority for each in lists if each.priority), default=None)
             if not search.sent_at:
-                self._send_markers(ids, lists, now)
+                self._send_markers(ids, lists, search.noted_at, now)
         return [], None
 
     def receive(self, marker: ObjectId, list_name: str) -> None:
@@ -77,9 +77,11 @@ class LostMessages:
         with unknown_when_unreachable():
             self._state.update_one({**self.STATE, "marker": marker}, {"$pull": {"waiting_in": list_name}})
 
-    def _send_markers(self, ids: Sequence[ObjectId], lists: Sequence[QueueList], now: datetime) -> None:
+    def _send_markers(
+        self, ids: Sequence[ObjectId], lists: Sequence[QueueList], noted_at: datetime, now: datetime
+    ) -> None:
         marker, names = ObjectId(), [each.name for each in lists]
-        self._write({"ids": list(ids), "noted_at": now, "marker": marker, "sent_at": now, "waiting_in": names})
+        self._write({"ids": list(ids), "noted_at": noted_at, "marker": marker, "sent_at": now, "waiting_in": names})
         try:
             with self._broker.connection() as connection:
                 for each in lists:
