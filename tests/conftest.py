@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -117,3 +117,22 @@ def lab(broker_lab: BrokerLab) -> Iterator[BrokerLab]:
 def outage(broker_lab: BrokerLab, request: pytest.FixtureRequest) -> BrokerOutage:
     """An outage of the broker that is over. Its name is the fixture's parameter."""
     return broker_lab.live_through(request.param)
+
+
+# ── proxies ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the environment's proxies; those that aren't named are unset."""
+
+    def use(**variables: str) -> None:
+        for name in PROXY_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return use

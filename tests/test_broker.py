@@ -13,18 +13,26 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import kombu.pools
 import pytest
 import redis
-from amqp.exceptions import AMQPNotImplementedError, PreconditionFailed
+from amqp.exceptions import (
+    AccessRefused,
+    AMQPNotImplementedError,
+    ChannelError,
+    NotFound,
+    PreconditionFailed,
+    error_for_code,
+)
 from celery import Celery, states
 from celery import _state as celery_state
 from celery.app.amqp import AMQP
 from celery.app.trace import build_tracer, reset_worker_optimizations
 from celery.backends.redis import RedisBackend
 from celery.worker import state as worker_state
+from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from kombu import Connection, Exchange, Queue
 from kombu.connection import PooledConnection
@@ -42,12 +50,14 @@ from workerkit.broker import (
     ExistingQueue,
     JobAMQP,
     JobConnection,
+    JobConsumer,
     PooledJobConnection,
     RedisChannel,
     RedisQoS,
     RedisTransport,
     ResultBackend,
     is_safe_id,
+    refusal_of,
     transport_options,
     waiting_queue,
 )
@@ -400,11 +410,11 @@ def quorum_queue(rabbit: RabbitServer) -> str:
 def consume(app: Celery, queue: str) -> None:
     """Begins to consume as Celery's worker does, with the limit that it then sets."""
 
-    class Consumer:
+    class Limited:
         """What Celery's step looks at."""
 
     with app.connection_for_read() as connection:
-        consumer: Any = Consumer()
+        consumer: Any = Limited()
         consumer.app, consumer.connection = app, connection
         step: Any = Tasks(consumer)
         channel: Any = connection.default_channel
@@ -443,11 +453,13 @@ def test_kombu_refuses_a_queue_that_was_made_with_other_arguments(rabbit: Rabbit
 
 @pytest.mark.slow
 @pytest.mark.servers
-def test_a_queue_that_is_not_there_is_made(rabbit: RabbitServer) -> None:
+def test_a_queue_that_is_not_there_is_made_without_an_exchange(rabbit: RabbitServer) -> None:
     with JobConnection(rabbit.url) as connection:
         channel: Any = connection.default_channel
         ExistingQueue("new", Exchange("new"), "new")(channel).declare()
         assert channel.queue_declare("new", passive=True).message_count == 0
+        with pytest.raises(NotFound):
+            channel.exchange_declare("new", "direct", passive=True)
 
 
 @pytest.mark.slow
@@ -465,6 +477,87 @@ def test_a_waiting_queue_ends_by_itself_when_nothing_has_used_it() -> None:
     arguments = queue.queue_arguments or {}
     assert queue.name == "jobs.waiting-45s"
     assert (arguments["x-message-ttl"], arguments["x-expires"]) == (45_000, 105_000)
+
+
+# ── what RabbitMQ refuses ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def amqp_error(code: int, text: str, method: str = "") -> Exception:
+    """An error as the client makes it of RabbitMQ's answer to a method."""
+    error = error_for_code(code, text, (0, 0), ChannelError)
+    error.method_name = method
+    return cast(Exception, error)
+
+
+LASTING = (
+    ("a wrong password", 403, "ACCESS_REFUSED - Login was refused using PLAIN.", "", "correct user and password"),
+    (
+        "a missing right",
+        403,
+        "ACCESS_REFUSED - access to queue 'q' refused",
+        "Queue.declare",
+        "give its user the rights",
+    ),
+    ("no such virtual host", 530, "NOT_ALLOWED - vhost x not found", "Connection.open", "correct the virtual host"),
+    ("another queue", 406, "PRECONDITION_FAILED - inequivalent arg", "Queue.declare", "delete it in RabbitMQ"),
+    ("another exchange", 406, "PRECONDITION_FAILED - inequivalent arg", "Exchange.declare", "delete it in RabbitMQ"),
+    ("another's queue", 405, "RESOURCE_LOCKED - cannot obtain exclusive access", "Queue.declare", "delete it"),
+)
+PASSING = (
+    ("a node of the cluster is down", 404, "NOT_FOUND - home node is down or inaccessible", "Queue.declare"),
+    ("RabbitMQ stops", 320, "CONNECTION_FORCED - broker forced connection closure", ""),
+    ("a virtual host starts", 541, "INTERNAL_ERROR - vhost '/' is down", "Connection.open"),
+    ("too many connections", 530, "NOT_ALLOWED - connection limit (9) is reached", "Connection.open"),
+    ("a message was held too long", 406, "PRECONDITION_FAILED - delivery acknowledgement timed out", ""),
+    ("a second ack", 406, "PRECONDITION_FAILED - unknown delivery tag 1", "Basic.ack"),
+)
+
+
+class Starting(JobConsumer):
+    """A consumer that hasn't consumed yet, without anything that Celery would set up."""
+
+    def __init__(self) -> None: ...
+
+
+@table("code, text, method, advice", *LASTING)
+def test_a_worker_that_is_refused_ends_at_its_start(
+    caplog: pytest.LogCaptureFixture, code: int, text: str, method: str, advice: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        Starting().on_connection_error_after_connected(amqp_error(code, text, method))
+    assert ended.value.code == 2
+    [line] = caplog.messages
+    assert line.startswith(f'The worker can\'t start: RabbitMQ says "{text.rstrip(".")}": {advice}')
+
+
+@table("code, text, method", *PASSING)
+def test_what_may_soon_be_over_is_no_refusal(code: int, text: str, method: str) -> None:
+    assert refusal_of(amqp_error(code, text, method)) is None
+    assert refusal_of(ConnectionRefusedError()) is None
+
+
+def test_a_worker_that_has_consumed_goes_on_trying(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker, "REFUSED_PAUSE_S", 0.0)
+    monkeypatch.setattr(Consumer, "on_connection_error_before_connected", lambda *_: None)
+    monkeypatch.setattr(JobConsumer, "refused_log", RepeatedFaultLog("refused"))
+    consumer = Starting()
+    consumer._has_consumed = True
+    for _ in range(3):
+        consumer.on_connection_error_before_connected(amqp_error(403, "ACCESS_REFUSED - Login was refused"))
+    assert caplog.messages == [
+        "refused: ACCESS_REFUSED - Login was refused: correct user and password in CELERY_BROKER_URL "
+        "(repeats are logged once a minute)"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.servers
+def test_a_length_that_rabbitmq_does_not_tell_is_not_zero(rabbit: RabbitServer) -> None:
+    app = Celery("ours", broker=rabbit.url.replace("guest:guest", "guest:wrong"), amqp=JobAMQP, set_as_current=False)
+    with pytest.raises(AccessRefused):
+        Broker(app, "jobs").queue_length()
 
 
 # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────

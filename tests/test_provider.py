@@ -34,9 +34,9 @@ from workerkit.provider import (
     EventReader,
     OpenAIProvider,
     is_public,
-    proxy_for,
     public_address,
 )
+from workerkit.proxies import proxy_for
 from workerkit.settings import ProviderSettings
 
 MODEST_BYTES = 2**18
@@ -462,22 +462,6 @@ def test_a_cancelled_call_closes_its_socket(provider: Provider, kind: Kind, prom
 
 # ── proxies, by our way and by aiohttp's ─────────────────────────────────────────────────────────────────────────
 
-PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-
-
-@pytest.fixture
-def proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the environment's proxies; those that aren't named are unset."""
-
-    def use(**variables: str) -> None:
-        for name in PROXY_VARIABLES:
-            monkeypatch.delenv(name, raising=False)
-            monkeypatch.delenv(name.upper(), raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return use
-
 
 def as_proxy(provider: Provider, scheme: str = "http://") -> str:
     """The provider's address; it answers what is asked of it as a proxy as well."""
@@ -551,7 +535,7 @@ def trusting_the_environment(url: str, **options: Any) -> int:
 def test_aiohttps_trust_env_misses_proxies_that_other_programs_use(
     provider: Provider, proxies: Callable[..., None], variable: str, scheme: str, error: type[Exception]
 ) -> None:
-    """If this fails, and the two tests below as well: then delete `proxy_for` from workerkit/provider.py."""
+    """If this fails, and the two tests below as well: then see what workerkit/proxies.py is still needed for."""
     proxies(**{variable: as_proxy(provider, scheme)})
     with pytest.raises(error):
         trusting_the_environment("http://provider.invalid/v1")
@@ -559,14 +543,14 @@ def test_aiohttps_trust_env_misses_proxies_that_other_programs_use(
 
 @pytest.mark.usefixtures("netrc")
 def test_aiohttps_trust_env_sends_the_credentials_of_netrc_to_the_provider(provider: Provider) -> None:
-    """If this fails, and the tests above and below as well: then delete `proxy_for` from workerkit/provider.py."""
+    """If this fails, and the tests above and below as well: then see what workerkit/proxies.py is still needed for."""
     trusting_the_environment(provider.url)
     assert provider.calls[0].authorization == f"Basic {base64.b64encode(f'user:{SECRET}'.encode()).decode()}"
 
 
 @pytest.mark.usefixtures("netrc")
 def test_aiohttps_trust_env_refuses_a_key_beside_credentials_in_netrc(provider: Provider) -> None:
-    """If this fails, and the two tests above as well: then delete `proxy_for` from workerkit/provider.py."""
+    """If this fails, and the two tests above as well: then see what workerkit/proxies.py is still needed for."""
     with pytest.raises(ValueError, match="Cannot combine"):
         trusting_the_environment(provider.url, headers={"authorization": f"Bearer {KEY}"})
 

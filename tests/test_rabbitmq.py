@@ -7,11 +7,13 @@ each test asserts what has come of one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import pytest
+from amqp.exceptions import NotFound
 from kombu import Connection, Exchange, Queue
 
 from testbed.api import WorkerProcess
@@ -34,6 +36,15 @@ def declare_queue(place: Place, kind: str) -> None:
     place.api.celery.conf.task_queues = [queue]
     with Connection(place.environment["CELERY_BROKER_URL"]) as connection:
         queue(connection.default_channel).declare()
+
+
+def declare_exchange(place: Place, kind: str) -> None:
+    """Lets the API publish to an exchange of this type that has the queue's name, and declares this one alone."""
+    name = place.api.queue
+    exchange = Exchange(name, kind)
+    place.api.celery.conf.task_queues = [Queue(name, exchange, name)]
+    with Connection(place.environment["CELERY_BROKER_URL"]) as connection:
+        exchange(connection.default_channel).declare()
 
 
 def command(place: Place, *arguments: str) -> str:
@@ -118,12 +129,96 @@ def use_every_command(place: Place) -> None:
     assert place.api.wait(forgotten, timeout_s=PATIENCE_S)["status"] == "completed"
 
 
+def start_after_the_exchange(place: Place, kind: str) -> None:
+    declare_exchange(place, kind)
+    place.start_worker()
+    place.wait_ready()
+    place.submit("job", Step(""))
+    assert place.api.wait(place.jobs["job"], timeout_s=PATIENCE_S)["status"] == "completed"
+    lose_the_queue(place)
+
+
+def lose_the_queue(place: Place) -> None:
+    """The API keeps its connection and doesn't declare again, but the worker makes the queue anew and binds it."""
+    with Connection(place.environment["CELERY_BROKER_URL"]) as connection:
+        channel: Any = connection.default_channel
+        channel.queue_delete(place.api.queue)
+        poll(lambda: is_there(connection, place.api.queue), PATIENCE_S)
+    sent_at = datetime.now(UTC)
+    place.submit("afterwards", Step(""))
+    ended = place.api.wait(place.jobs["afterwards"], timeout_s=PATIENCE_S)
+    assert (ended["completed_at"] - sent_at).total_seconds() < 30  # a sweep would find its message lost after a minute
+
+
+def is_there(connection: Connection, queue: str) -> bool:
+    channel: Any = connection.channel()
+    with suppress(NotFound), channel:
+        return bool(channel.queue_declare(queue, passive=True))
+    return False
+
+
+def start_before_the_exchange(place: Place, kind: str) -> None:
+    place.start_worker()
+    place.wait_ready()
+    declare_exchange(place, kind)
+    place.submit("job", Step(""))
+    assert place.api.wait(place.jobs["job"], timeout_s=PATIENCE_S)["status"] == "completed"
+
+
+def be_refused(place: Place, url: str, reason: str, advice: str) -> None:
+    """The worker ends at its start, and `check` says the same. What a table has cut in lines is joined."""
+    variables = {**place.environment, "CELERY_BROKER_URL": url, "WORKER_POOL": "threads"}
+    ended = run_forked(variables, place.folder, "run")
+    log = ended.stdout + ended.stderr
+    assert ended.returncode == 2, ended
+    assert f"The worker can't start: RabbitMQ says \"{reason}" in log
+    assert log.count(advice) == 1
+    assert "Traceback" not in log
+    checked = run_forked(variables, place.folder, "check")
+    assert checked.returncode == 1
+    assert advice.split()[0] in checked.stdout.split("FAULT")[1]
+
+
 SCENARIOS: dict[str, tuple[Scenario, str]] = {
     **{f"retries wait, {kind}": (wait_for_retries, kind) for kind in QUEUES},  # the longest first
     **{f"worker killed, {kind}": (kill_a_worker, kind) for kind in QUEUES},
     **{f"handed back, {kind}": (hand_back, kind) for kind in QUEUES},
     "every command": (use_every_command, "quorum"),
 }
+
+
+EXCHANGES = {
+    **{
+        f"{kind} exchange before the worker": partial(start_after_the_exchange, kind=kind)
+        for kind in ("fanout", "topic")
+    },
+    **{
+        f"{kind} exchange after the worker": partial(start_before_the_exchange, kind=kind)
+        for kind in ("fanout", "topic")
+    },
+}
+RIGHTS = "give its user the rights"
+# The URL's part that is replaced, the reason that RabbitMQ gives, and what the worker advises.
+REFUSALS = {
+    "a wrong password": ("guest:wrong@", "ACCESS_REFUSED - Login was refused", "correct user and password"),
+    "no such virtual host": ("guest:guest@", "NOT_ALLOWED - vhost none not found", "correct the virtual host"),
+    "no rights at all": ("none:pw@", "ACCESS_REFUSED - access to ", RIGHTS),
+    "no right to make waiting queues": ("some:pw@", "ACCESS_REFUSED - access to queue 'queue_", RIGHTS),
+    "no right to publish": ("mute:pw@", "ACCESS_REFUSED - access to exchange 'amq.default'", RIGHTS),
+}
+# Each has the patterns of the names that it may configure, write and read. One call of rabbitmqctl makes all of them.
+USERS = {"none": ("^$",) * 3, "some": ("^queue_[^.]*$|^worker|celery", ".*", ".*"), "mute": (".*", "^[^a]", ".*")}
+ADD_USER = """rabbit_auth_backend_internal:add_user(<<"{0}">>, <<"pw">>, <<"test">>),
+rabbit_auth_backend_internal:set_permissions(<<"{0}">>, <<"/">>, <<"{1}">>, <<"{2}">>, <<"{3}">>, <<"test">>)"""
+
+
+def refusal(name: str, url: str) -> Scenario:
+    """A worker that RabbitMQ refuses. The URL leads to the default virtual host with all rights."""
+    login, reason, advice = REFUSALS[name]
+    there = url.replace("guest:guest@", login)
+    if name == "no such virtual host":
+        there = there.removesuffix("/") + "none"
+    return partial(be_refused, url=there, reason=reason, advice=advice)
 
 
 def with_its_queue(place: Place, name: str) -> None:
@@ -136,7 +231,10 @@ def with_its_queue(place: Place, name: str) -> None:
 def outcomes(open_place: OpenPlace) -> Iterator[Outcomes]:
     with running(RabbitServer()) as rabbit:
         open_one = partial(open_place, CELERY_BROKER_URL=rabbit.url, LEASE_SECONDS="4")
+        users = ", ".join(ADD_USER.format(name, *rights) for name, rights in USERS.items())
+        rabbit.control("eval", f"{users}.")
         scenarios: dict[str, Scenario] = {name: partial(with_its_queue, name=name) for name in SCENARIOS}
+        scenarios |= EXCHANGES | {name: refusal(name, rabbit.url) for name in REFUSALS}
         with side_by_side(open_one, scenarios) as outcomes:
             yield outcomes
 
@@ -163,3 +261,13 @@ def test_a_retry_that_waits_holds_no_slot_of_rabbitmqs_queue(outcomes: Outcomes,
 
 def test_every_command_works_with_rabbitmq(outcomes: Outcomes) -> None:
     outcomes["every command"].result()
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_jobs_complete_whatever_type_of_exchange_the_api_publishes_to(outcomes: Outcomes, name: str) -> None:
+    outcomes[name].result()
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_worker_that_rabbitmq_refuses_says_so_in_a_sentence_and_ends(outcomes: Outcomes, name: str) -> None:
+    outcomes[name].result()

@@ -63,8 +63,14 @@ def check_redis(runtime: Runtime) -> Iterator[Finding]:
     def broker() -> str:
         return f"reached; {runtime.broker.queue_length()} waiting in {runtime.settings.celery_queue_name}"
 
+    def rehearse() -> str:
+        runtime.broker.rehearse()
+        return "sufficient"
+
     yield probe("Redis", "is REDIS_URL right?", publish)
     yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", broker)
+    if runtime.settings.is_rabbitmq:
+        yield probe("broker rights", "is CELERY_BROKER_URL right?", rehearse)
     for name, good, advice in (
         ("maxmemory-policy", "noeviction", "another policy lets Redis throw jobs away: set noeviction"),
         ("appendonly", "yes", "without it a restart of Redis loses the queue (the sweeper then takes minutes)"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pymongo
 
+from workerkit.broker import refusal_of
 from workerkit.errors import JobError
 
 CHECK_TIMEOUT_S = 5
@@ -46,6 +47,8 @@ def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
     except Exception as error:  # any library's error is an answer here
         if fault := certificate_fault(error):
             return Finding(what, fault, TRUST_ADVICE, is_fault=True)
+        if refusal := refusal_of(error):
+            return Finding(what, refusal.reason, refusal.advice, is_fault=True)
         if isinstance(error, JobError):
             return Finding(what, error.detail, advice, is_fault=True)
         return Finding(what, f"{type(error).__name__}{error_code(error)}", advice, is_fault=True)

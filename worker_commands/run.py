@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
 from worker import NODE, app, configure
 from workerkit import __version__
+from workerkit.proxies import USUAL_PORTS, ProxyFault, proxy_of
 from workerkit.settings import PROVIDER_KINDS, Settings, load_settings, redact_url
+
+
+def proxies_in_use() -> Iterator[str]:
+    """The proxy for each scheme, without user and password, or why the worker can't use it."""
+    for scheme in USUAL_PORTS:
+        try:
+            if proxy := proxy_of(scheme):
+                yield f"{redact_url(proxy)} ({scheme})"
+        except ProxyFault as fault:
+            yield f"none for {scheme}: {fault}"
 
 
 def print_connections(settings: Settings) -> None:
@@ -25,6 +36,8 @@ def print_connections(settings: Settings) -> None:
         "artifacts": f"{redact_url(settings.artifact_url)}, served at {redact_url(settings.artifact_base_url)}",
         **{kind: settings.provider(kind).label for kind in PROVIDER_KINDS},
     }
+    if proxies := ", ".join(proxies_in_use()):
+        rows["proxies"] = proxies
     print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
     if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
         print("  WARNING: no provider is set for some kinds, so the OFFLINE STAND-IN answers, which is no model.")

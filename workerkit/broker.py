@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import redis
-from amqp.exceptions import NotFound
+from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
 from celery import states
 from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
@@ -34,7 +34,7 @@ from redis.retry import Retry
 
 from workerkit.errors import Document
 from workerkit.logs import RepeatedFaultLog, logger
-from workerkit.settings import Settings
+from workerkit.settings import EXIT_BAD_SETTINGS, Settings
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -192,28 +192,50 @@ class JobConnectionPool(ConnectionPool):
         return PooledJobConnection(self, **dict(self.connection._info(resolve=False)))
 
 
-class JobAMQP(AMQP):
-    """What our Celery app makes its connections with."""
-
-    Connection = JobConnection
-
-
 # ── queue ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 WAITING_QUEUE_KEPT_S = 60
 
 
 class ExistingQueue(Queue):
-    """A queue on RabbitMQ, which is taken as it is if it exists. The API may have made it a quorum queue, say."""
+    """A queue on RabbitMQ that is taken as it is, with any arguments and whatever exchange leads to it.
+
+    Our own messages go through RabbitMQ's default exchange, which leads to a queue by its name, and so do those of an
+    API that configures no exchange. So the worker makes no exchange, whose type might be another than the API's.
+    """
 
     def declare(self, nowait: bool = False, channel: Any = None) -> str:
         own: Any = channel or self.channel
         try:
-            with own.connection.channel() as another:  # a refusal closes the channel that it comes on
-                self.queue_declare(passive=True, channel=another)
+            self._declare_apart(own, passive=True)
         except NotFound:
-            super().declare(nowait, channel)
+            self._make(own)
         return str(self.name)
+
+    def _declare_apart(self, channel: Any, passive: bool = False) -> None:
+        """Declares the queue on a channel of its own, since a refusal closes the channel that it comes on."""
+        with channel.connection.channel() as another:
+            self.queue_declare(passive=passive, channel=another)
+
+    def _make(self, channel: Any) -> None:
+        """Makes the queue, and binds it to the exchange of its name if there is one.
+
+        The API has made that exchange. If the queue was deleted, the API would bind its queue again only when it
+        connects the next time, and until then RabbitMQ would throw its messages away.
+        """
+        try:
+            self._declare_apart(channel)
+        except PreconditionFailed as refusal:  # perhaps the API has just made it
+            try:
+                return self._declare_apart(channel, passive=True)
+            except NotFound:
+                raise refusal from None
+        try:
+            with channel.connection.channel() as another:
+                another.exchange_declare(self.exchange.name, "direct", passive=True)  # any type will do
+        except NotFound:
+            return None
+        self.queue_bind(channel=channel)
 
 
 def waiting_queue(name: str, wait_s: int) -> Queue:
@@ -242,6 +264,54 @@ class QueueList:
     @property
     def name(self) -> str:
         return self.queue if self.priority is None else f"{self.queue}:{self.priority}"
+
+
+def try_waiting_queue(name: str, channel: Any) -> None:
+    """Declares a queue for waiting messages. For this RabbitMQ demands all the rights that a retry needs.
+
+    Without one of them each retry would go round and round while it should wait. Raises AMQPError: a right is missing.
+    """
+    waiting_queue(name, 1)(channel).declare()
+
+
+class JobAMQP(AMQP):
+    """What our Celery app makes its connections and its consumer with."""
+
+    Connection = JobConnection
+
+    def TaskConsumer(self, channel: Any, *args: Any, **kwargs: Any) -> Any:
+        consumer = super().TaskConsumer(channel, *args, **kwargs)
+        for queue in consumer.queues:
+            if isinstance(queue, ExistingQueue):
+                try_waiting_queue(queue.name, consumer.channel)
+        return consumer
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What RabbitMQ refuses until an operator changes something, in its own words, and what to change."""
+
+    reason: str
+    advice: str
+
+
+def refusal_of(error: BaseException) -> Refusal | None:
+    """The refusal that an error of the broker's client stands for; None if it may be over at the next try."""
+    if not isinstance(error, AMQPError):
+        return None
+    reason = " ".join(str(error.reply_text).split())[:300].rstrip(".")
+    match error:
+        case AccessRefused() if "login" in reason.lower():
+            advice = "correct user and password in CELERY_BROKER_URL"
+        case AccessRefused():
+            advice = "give its user the rights that docs/production.md names"
+        case NotAllowed() if "limit" not in reason:  # a limit on connections may soon have room again
+            advice = "correct the virtual host in CELERY_BROKER_URL, or let its user in"
+        case PreconditionFailed() | ResourceLocked() if error.method_name in ("Exchange.declare", "Queue.declare"):
+            advice = "delete it in RabbitMQ, or choose another CELERY_QUEUE_NAME"
+        case _:
+            return None
+    return Refusal(reason, advice)
 
 
 class Broker:
@@ -284,8 +354,22 @@ class Broker:
     def _length(connection: Any, queue: str) -> int:
         try:
             return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
-        except connection.channel_errors:
+        except connection.channel_errors as error:
+            if str(getattr(error, "reply_code", "")) != str(NotFound.code):  # kombu's own Redis has it as text
+                raise
             return 0
+
+    def rehearse(self) -> None:
+        """Does on RabbitMQ what a worker does when it starts, but takes no message and makes no lasting queue.
+
+        Raises:
+            AMQPError: something is refused.
+        """
+        with self.connection() as connection:
+            channel = connection.default_channel
+            try_waiting_queue(self._queue, channel)
+            mailbox: Any = self._app.control.mailbox  # type: ignore[attr-defined]
+            mailbox.Node(f"worker-check-{self._app.oid}", channel=channel).listen().cancel()
 
     def lists_in_use(self, queue: str) -> list[QueueList]:
         """The lists of a queue in which messages wait: on Redis one for each priority, on RabbitMQ the queue itself."""
@@ -319,6 +403,7 @@ class Broker:
 # ── consumer ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EVENTS_BATCH_S = 0.05
+REFUSED_PAUSE_S = 2.0
 MAX_TASK_ID_CHARACTERS = 200
 JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
 
@@ -348,17 +433,50 @@ def fault_of(message: Any, tasks: Mapping[str, Any]) -> str:
 
 
 class JobConsumer(Consumer):
-    """Celery's consumer, with a check in front of it and with events in batches.
+    """Celery's consumer, with a check in front of it, with events in batches, and with an end to what is hopeless.
 
     Celery (5.7) ends its consumer, at each start again, on a message whose task isn't text, or whose task is unknown
-    and whose id isn't text. Sent one by one, events take half of the parent's time.
+    and whose id isn't text. Sent one by one, events take half of the parent's time. Where
+    RabbitMQ refuses something, Celery asks again several times a second, since `broker_channel_error_retry` is on.
     """
+
+    refused_log = RepeatedFaultLog("RabbitMQ refuses what the worker needs")
 
     hub: Any
     event_dispatcher: Any
     strategies: Any
     _flush_events: Callable[[], None]
     _flush_at = 0.0
+    _has_consumed = False
+
+    def on_ready(self) -> None:
+        super().on_ready()
+        self._has_consumed = True
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        self._end_or_pause_if_refused(exc)
+        super().on_connection_error_before_connected(exc)
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        self._end_or_pause_if_refused(exc)
+        super().on_connection_error_after_connected(exc)
+
+    def _end_or_pause_if_refused(self, error: Exception) -> None:
+        """Ends a worker that RabbitMQ refuses at its start.
+
+        Later on the worker has jobs to end, and what was once allowed may soon be allowed again, for example when the
+        server that RabbitMQ asks for passwords is back. So it goes on trying then.
+
+        Raises:
+            SystemExit: the worker has consumed nothing yet.
+        """
+        refusal = refusal_of(error)
+        if refusal and not self._has_consumed:
+            logger.critical('The worker can\'t start: RabbitMQ says "%s": %s.', refusal.reason, refusal.advice)
+            raise SystemExit(EXIT_BAD_SETTINGS)
+        if refusal:
+            self.refused_log.fault(f"{refusal.reason}: {refusal.advice}")
+            time.sleep(REFUSED_PAUSE_S)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         take: Callable[[Any], Any] = super().create_task_handler(*args, **kwargs)

@@ -16,7 +16,6 @@ import re
 import socket
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +33,7 @@ from workerkit.errors import (
     ProviderAway,
     RetryJob,
 )
+from workerkit.proxies import ProxyFault, proxy_for
 from workerkit.settings import OPENAI_URL, ProviderSettings
 
 if TYPE_CHECKING:
@@ -76,7 +76,12 @@ class Provider(Protocol):
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 REFUSED = "The provider refused this request. Change the input and try again."
-SET_UP_WRONGLY = {401: "check the provider's key", 403: "check the provider's key", 404: "check the model and the URL"}
+PROXY_LOGIN, CHECK_PROXY = 407, "check the proxy's user and password, and whether it lets requests to the provider pass"
+SET_UP_WRONGLY = {
+    **dict.fromkeys((401, 403), "check the provider's key"),
+    404: "check the model and the URL",
+    PROXY_LOGIN: CHECK_PROXY,
+}
 AWAY_STATUSES = frozenset({502, 503, 504})  # of a proxy in front of the provider
 WRONG_SHAPE_ERRORS = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
 # Newer models take the cap of an answer under another name, and count their thinking before the answer in.
@@ -101,6 +106,14 @@ def status_error(status: int, detail: str, headers: Mapping[str, str]) -> JobErr
     return FailJob(detail, REFUSED)
 
 
+def proxy_error(status: int) -> JobError:
+    """What it means that a proxy didn't connect the worker with a server. The request was never sent."""
+    detail = f"HTTP {status} of the proxy"
+    if status in RETRIED_STATUSES or status >= 500:
+        return ProviderAway(detail, is_counted=False)
+    return OperatorFault(f"{detail}: {CHECK_PROXY}")
+
+
 @contextlib.contextmanager
 def provider_errors() -> Iterator[None]:
     """Turns every error that a provider's answer, or the way to it, can raise into RetryJob or FailJob.
@@ -115,6 +128,8 @@ def provider_errors() -> Iterator[None]:
         raise
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         raise ProviderAway(type(error).__name__, is_counted=False) from None  # the request was never sent
+    except aiohttp.ClientHttpProxyError as error:
+        raise proxy_error(error.status) from None
     except WRONG_SHAPE_ERRORS as error:
         raise FailJob(type(error).__name__, UNUSABLE) from None
     except (aiohttp.ClientError, OSError) as error:
@@ -296,19 +311,6 @@ def open_session() -> aiohttp.ClientSession:
     )
 
 
-def proxy_for(url: str) -> str | None:
-    """The proxy that `https_proxy`, `all_proxy` and the like name for a URL, or None.
-
-    aiohttp's own `trust_env` knows neither `all_proxy` nor a proxy without scheme, and sends credentials of `~/.netrc`
-    (`test_aiohttps_trust_env_…`).
-    """
-    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies()
-    found = proxies.get(parts.scheme) or proxies.get("all")
-    if not found or urllib.request.proxy_bypass(parts.hostname or ""):
-        return None
-    return found if "://" in found else f"http://{found}"
-
-
 @contextlib.contextmanager
 def connection_watched(response: aiohttp.ClientResponse) -> Iterator[None]:
     """Ends a read when its connection is gone. After a broken chunk aiohttp (3.14) closes it but wakes no reader.
@@ -354,10 +356,20 @@ async def public_address(host: str, port: int) -> str:
     return f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])
 
 
+def picture_proxy(url: str) -> str | None:
+    """The proxy that leads to a picture. Raises OperatorFault: the variable that names it can't be followed."""
+    try:
+        return proxy_for(url)
+    except ProxyFault as fault:
+        raise OperatorFault(str(fault)) from None
+
+
 def picture_host_error(answer: Answer) -> JobError:
     """What an error status of a picture's host means: a retry, or a failure. The provider's key plays no part in it."""
     detail = f"HTTP {answer.status} for the picture's URL"
     error = status_error(answer.status, detail, answer.headers)
+    if answer.status == PROXY_LOGIN:
+        return error
     return RetryJob(detail) if isinstance(error, RetryJob) else FailJob(detail, REFUSED)
 
 
@@ -513,11 +525,13 @@ class OpenAIProvider:
             pinned = pinned._replace(netloc=f"{address}:{parts.port}" if parts.port else address)
         quoted = urllib.parse.quote(pinned.geturl(), safe="%/:?#[]@!$&'()*+,;=~")
         target = yarl.URL(quoted, encoded=True)  # not encoded once more, since a signature may cover it
-        options = {"headers": headers, "server_hostname": parts.hostname, "proxy": proxy_for(url)}
+        options = {"headers": headers, "server_hostname": parts.hostname, "proxy": picture_proxy(url)}
         try:
             async with self._request("GET", target, **options) as answer:
                 if answer.status == 200:
                     return await answer.read()
+        except aiohttp.ClientHttpProxyError as error:
+            raise proxy_error(error.status) from None
         except (aiohttp.ClientError, OSError) as error:  # of the picture's host, which is not the provider
             raise RetryJob(type(error).__name__, "The picture can't be fetched") from None
         raise picture_host_error(answer)

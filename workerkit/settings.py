@@ -16,6 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pymongo.errors import PyMongoError
 
+from workerkit.proxies import ProxyFault, proxy_for
+
 ProviderKind = Literal["text", "image", "audio"]
 PROVIDER_KINDS: tuple[ProviderKind, ...] = ("text", "image", "audio")
 EXIT_BAD_SETTINGS = 2
@@ -317,12 +319,28 @@ def settings_faults(error: ValidationError) -> list[str]:
     return lines
 
 
+def proxy_faults(settings: Settings) -> list[str]:
+    """A line for each variable because of which a provider's key might take another way than the operator meant."""
+    lines = []
+    for kind in PROVIDER_KINDS:
+        where = settings.provider(kind)
+        try:
+            if not where.is_offline:
+                proxy_for(where.base_url or OPENAI_URL)
+        except ProxyFault as fault:
+            lines.append(f"  {fault.name} = {redact_url(fault.value)!r}: {fault.advice}")
+    return list(dict.fromkeys(lines))
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Reads the settings. If any are wrong, prints all faults to stderr and exits with 2."""
     try:
-        return Settings(**overrides)
+        settings = Settings(**overrides)
+        lines = proxy_faults(settings)
     except ValidationError as error:
         lines = settings_faults(error)
-        print("The worker can't start, because of its settings:", *lines, sep="\n", file=sys.stderr)
-        print("Fix them in the environment or in .env; docs/settings.md lists all variables.", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_SETTINGS) from None
+    if not lines:
+        return settings
+    print("The worker can't start, because of its settings:", *lines, sep="\n", file=sys.stderr)
+    print("Fix them in the environment or in .env; docs/settings.md lists all variables.", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_SETTINGS)
