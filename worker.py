@@ -15,6 +15,11 @@ What knows no job is in workerkit/, and the commands are in worker_commands/.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take most of a second
+    from workerkit.start import end_on_sigterm
+
+    end_on_sigterm()
+
 import asyncio
 import contextlib
 import gc
@@ -50,7 +55,7 @@ from pydantic import BaseModel
 
 from workerkit import __version__, logs
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.broker import Broker, ExistingQueue, JobAMQP, transport_options, waiting_queue
+from workerkit.broker import Broker, ExistingQueue, JobAMQP, child_pids, transport_options, waiting_queue
 from workerkit.errors import (
     Document,
     DropJob,
@@ -69,7 +74,7 @@ from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_
 from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
 from workerkit.mongodb import Clock, NoSubDocument, open_database, unknown_when_unreachable
-from workerkit.process import EventLoopThread, Heartbeat, ShutdownTime, is_process_alive, signals_deferred
+from workerkit.process import EventLoopThread, Heartbeat, Shutdown, ShutdownTime, is_process_alive, signals_deferred
 from workerkit.provider import OpenAIProvider, Provider
 from workerkit.settings import (
     EXIT_BAD_SETTINGS,
@@ -1295,7 +1300,7 @@ class Keeper:
 class Runtime:
     """What one process works with. Each part is made when first used, so never in the parent of a fork.
 
-    Only the shutdown time is made at once: parent and children share its memory.
+    Only the shutdown is made at once: parent and children share the memory that holds its time.
     """
 
     mongodb_timeout_s = 10.0  # for one call
@@ -1311,7 +1316,7 @@ class Runtime:
 
     def __init__(self, settings: Settings, mongo: pymongo.MongoClient[Document] | None = None) -> None:
         self.settings = settings
-        self.shutdown = ShutdownTime()
+        self.shutdown = Shutdown()
         # One log for all jobs of the process: an outage is a single fault, however many jobs meet it.
         self.waiting_log = RepeatedFaultLog("jobs wait to be claimed")
         self.unwritten_log = RepeatedFaultLog("the ends of jobs can't be written")
@@ -1636,7 +1641,7 @@ def run(runtime: Runtime, attempt: Attempt) -> Outcome:
     except SystemExit:
         hand_back = HandBack("this process got a signal to end")
         attempt.cancel(hand_back)
-        if runtime.shutdown.wait_until_announced():
+        if runtime.shutdown.is_announced:
             return hand_back
         raise
 
@@ -1824,18 +1829,21 @@ def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
         Ignore: another attempt has the job, or its end is unknown and a sweeper decides. Retry: it is tried later.
         Reject: the message goes back to the queue.
     """
-    taken_at = time.monotonic()
-    job_id = read_message(task, args, kwargs)
-    claimed = claim(task, job_id, taken_at)
-    if isinstance(claimed, NotClaimed):
-        return answer_not_claimed(task, job_id, claimed)
-    attempt = Attempt(claimed, task.runtime.settings.lease_seconds, taken_at)
-    task.runtime.keeper.register(attempt)
-    try:
-        outcome = settle(task.runtime, attempt, run(task.runtime, attempt))
-    finally:
-        task.runtime.keeper.unregister(attempt)
-    return conclude(task, attempt, outcome)
+    taken_at, runtime = time.monotonic(), task.runtime
+    with runtime.shutdown.waits_for_task():
+        job_id = read_message(task, args, kwargs)
+        with runtime.shutdown.waits_for_job():
+            claimed = claim(task, job_id, taken_at)
+            if isinstance(claimed, Job):
+                attempt = Attempt(claimed, runtime.settings.lease_seconds, taken_at)
+                runtime.keeper.register(attempt)
+                try:
+                    outcome = settle(runtime, attempt, run(runtime, attempt))
+                finally:
+                    runtime.keeper.unregister(attempt)
+        if isinstance(claimed, NotClaimed):
+            return answer_not_claimed(task, job_id, claimed)
+        return conclude(task, attempt, outcome)
 
 
 def configure(settings: Settings, runtime: Runtime | None = None) -> Runtime:
@@ -1898,9 +1906,9 @@ def start_in_child(**_: Any) -> None:
     start_keeper()
 
 
-def start_in_threads(sender: Any, **_: Any) -> None:
-    """In the only process of the threads pool, once it consumes."""
-    if sender.pool.__class__.__module__.endswith(".thread"):
+def start_in_threads(instance: Any, **_: Any) -> None:
+    """In the only process of the threads pool, before it connects to the broker, which may be away."""
+    if instance.pool.__class__.__module__.endswith(".thread"):
         start_keeper()
 
 
@@ -1911,10 +1919,10 @@ def note_revoked(request: Any = None, **_: Any) -> None:
         process_job.runtime.notes.note_revoked(job_id)
 
 
-def announce_shutdown(how: str = "", **_: Any) -> None:
+def announce_shutdown(how: str = "", exitcode: int = 0, **_: Any) -> None:
     """In the parent's signal handler. A cold shutdown (Ctrl-C twice, SIGQUIT) has no grace."""
     runtime = process_job.runtime
-    runtime.shutdown.announce(runtime.settings.shutdown_grace if how == "Warm" else 0.0)
+    runtime.shutdown.announce(runtime.settings.shutdown_grace if how == "Warm" else 0.0, exitcode)
 
 
 def stop_keeper(**_: Any) -> None:
@@ -1927,7 +1935,7 @@ HOOKS: tuple[tuple[Any, Callable[..., None]], ...] = (
     (signals.after_setup_logger, set_up_logging),
     (signals.worker_before_create_process, share_memory),
     (signals.worker_process_init, start_in_child),
-    (signals.worker_ready, start_in_threads),
+    (signals.celeryd_after_setup, start_in_threads),
     (signals.task_revoked, note_revoked),
     (signals.worker_shutting_down, announce_shutdown),
     (signals.worker_process_shutdown, stop_keeper),
@@ -1941,6 +1949,7 @@ def connect_hooks(sender: Any, **_: Any) -> None:
     if sender.app is not app:
         return
     refuse_other_pools(sender)
+    process_job.runtime.shutdown.bound(lambda: child_pids(sender.pool))
     for signal, hook in HOOKS:
         signal.connect(hook)
 
