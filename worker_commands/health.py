@@ -14,10 +14,10 @@ MISSING = {
 }
 
 
-def find_faults() -> list[str]:
+def find_faults(heartbeat: Heartbeat) -> list[str]:
     """A sentence for each sign of life that is missing or overdue."""
     try:
-        signs = Heartbeat().signs_of_life()
+        signs = heartbeat.signs_of_life()
     except OSError as error:
         return [f"signs of life can't be read: {error.strerror or error}"]
     parts = {sign.part for sign in signs}
@@ -31,6 +31,6 @@ def find_faults() -> list[str]:
 @click.command("health", short_help="Exit with 0 if this host's worker is alive.")
 def command() -> None:
     """Exit with 0 if this host's worker is alive (for Docker's HEALTHCHECK)."""
-    faults = find_faults()
+    faults = find_faults(Heartbeat())
     print("\n".join(faults) or "alive")
     sys.exit(1 if faults else 0)

@@ -175,13 +175,15 @@ class JobConnection(Connection):
     transport_cls: Any
     on_failed_try: Callable[[], object] = staticmethod(lambda: None)  # called for each failed try to reach the broker
 
-    def ensure_connection(self, errback: Callable[..., object] | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _ensure_connection(self, errback: Callable[..., object] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Every try to connect comes through here. The event of Celery's own heartbeat is tried until it is sent."""
+
         def fail(error: Exception, interval: float) -> None:
             self.on_failed_try()
             if errback:
                 errback(error, interval)
 
-        return super().ensure_connection(fail, *args, **kwargs)
+        return super()._ensure_connection(fail, *args, **kwargs)
 
     def get_transport_cls(self) -> Any:
         return TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()
