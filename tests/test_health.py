@@ -25,6 +25,7 @@ from workerkit.process import Heartbeat
 
 SILENT_S = 3.0
 LONG_S = 1.5 * SILENT_S  # longer than the parent may be silent
+HANG_S = LONG_S + 3  # Celery's own heartbeat, every 2 s, is the first that waits for a Redis that hangs
 MODULE = f"""
 import time
 from functools import partialmethod
@@ -111,16 +112,17 @@ def seen(open_place: OpenPlace) -> Iterator[Callable[[str], Seen]]:
             made: dict[str, Future[list[str]]] = {p: threads.submit(experience, places[p]) for p in places}
             return {pool: future.result() for pool, future in made.items()}
 
-        stopped_ones = {pool: start("stopped", pool) for pool in POOLS}
-        after_stop = in_each(stop, stopped_ones)
         places = {pool: start("hangs", pool) for pool in POOLS}
+        others = {pool: start("stopped", pool) for pool in POOLS}
+        stops = {pool: threads.submit(stop, other) for pool, other in others.items()}
         for place in places.values():
             wait_alive(place)
         during_job = in_each(run_long_job, places)
+        after_stop = {pool: future.result() for pool, future in stops.items()}
         with stopped(redis):
             during_outage = in_each(lambda place: faults_within(place, LONG_S), places)
         with hung(redis):
-            while_paused = in_each(lambda place: faults_within(place, LONG_S), places)
+            while_paused = in_each(lambda place: faults_within(place, HANG_S), places)
         for place in places.values():
             assert place.goes_on()
         during_hang = in_each(hang, places)
