@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.lab import gone_pid
 from workerkit.process import (
     EventLoopThread,
     Heartbeat,
+    Shutdown,
     ShutdownTime,
     is_process_alive,
     process_age_s,
@@ -67,6 +69,84 @@ def test_a_shutdown_that_the_parent_announces_a_moment_later_is_waited_for() -> 
 def test_a_shutdown_that_is_not_announced_is_waited_for_briefly_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShutdownTime, "ANNOUNCED_WITHIN_S", 0.05)
     assert not ShutdownTime().wait_until_announced()
+
+
+class QuickShutdown(Shutdown):
+    ORDERLY_END_S, LOOK_AGAIN_S, ANNOUNCED_WITHIN_S = 0.0, 0.05, 0.1
+
+
+def in_child(run: Callable[[int], None]) -> tuple[int, bytes]:
+    """Runs this in a child, with the end of a pipe to write to. Returns its exit code, and what it has written."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(write)
+        finally:
+            os._exit(99)
+    os.close(write)
+    with os.fdopen(read, "rb") as written:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.read()
+
+
+def hold_a_job(shutdown: Shutdown, write: int) -> None:
+    """Holds a job for a moment, in which the process is asked to end several times. Then there is nothing to do."""
+    with shutdown.waits_for_task():
+        with shutdown.waits_for_job():
+            time.sleep(0.3)
+            os.write(write, b"written, ")
+        os.write(write, b"published")
+    time.sleep(60)
+
+
+def test_a_process_ends_by_force_once_it_holds_no_job() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        shutdown.bound(list)
+        shutdown.announce(0, exit_code=7)
+        hold_a_job(shutdown, write)
+
+    code, written = in_child(run)
+    assert code == 7
+    assert written.startswith(b"written, ")
+
+
+def test_a_parent_ends_by_force_once_its_children_hold_no_job() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        child = os.fork()
+        if child == 0:
+            hold_a_job(shutdown, write)
+        shutdown.bound(lambda: [child])
+        shutdown.announce(0.1, exit_code=7)
+        time.sleep(60)
+
+    code, written = in_child(run)
+    assert code == 7
+    assert written.startswith(b"written, ")
+
+
+def test_sigterm_to_a_child_waits_for_its_task_once_a_shutdown_is_announced() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        if child := os.fork():
+            shutdown.announce(60)
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # SIGALRM is what SIGTERM is tried again by
+        hold_a_job(shutdown, write)
+
+    assert in_child(run) == (143, b"written, published")
+
+
+def test_sigterm_to_a_child_ends_it_at_once_where_no_shutdown_is_announced() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        if child := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        hold_a_job(shutdown, write)
+
+    assert in_child(run) == (143, b"")
 
 
 # ── signs of life ────────────────────────────────────────────────────────────────────────────────────────────────

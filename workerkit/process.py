@@ -98,13 +98,16 @@ class Shutdown(ShutdownTime):
         self._jobs: set[object] = set()
         self._children: Callable[[], Sequence[int]] | None = None
         self._exit_code = 0
-        self._end_child: Any = None  # the pool's own handler in a child, once ours stands in front of it
+        self._end_child: Callable[..., object] | None = (
+            None  # the pool's own handler in a child, once ours stands in front of it
+        )
 
     @contextlib.contextmanager
     def waits_for_task(self) -> Iterator[None]:
         """Around the task of a message. The end of its job is announced and logged in it, so it should not be cut."""
         if self.is_of_parent and self._end_child is None:
-            self._end_child = signal.getsignal(signal.SIGTERM)
+            before = signal.getsignal(signal.SIGTERM)
+            self._end_child = before if callable(before) else lambda *_: os._exit(128 + signal.SIGTERM)
             for number in (signal.SIGTERM, signal.SIGALRM):
                 signal.signal(number, self._end_child_later)
         with self._one_of(self._tasks):
@@ -142,7 +145,7 @@ class Shutdown(ShutdownTime):
         is_busy = bool(self._jobs) or (bool(self._tasks) and not is_overdue)
         if is_busy and self.wait_until_announced():
             signal.setitimer(signal.ITIMER_REAL, self.LOOK_AGAIN_S)
-        else:  # also for a task that is revoked
+        elif self._end_child:  # also for a task that is revoked
             self._end_child(signal.SIGTERM, frame)
 
     def _end_by_force(self, _number: int, _frame: FrameType | None) -> None:
