@@ -15,6 +15,11 @@ What knows no job is in workerkit/, and the commands are in worker_commands/.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take most of a second
+    from workerkit.start import end_on_sigterm
+
+    end_on_sigterm()
+
 import asyncio
 import contextlib
 import gc
@@ -64,6 +69,7 @@ from workerkit.broker import (
     ExistingQueue,
     JobAMQP,
     JobRequest,
+    child_pids,
     own_arguments,
     transport_options,
     waiting_queue,
@@ -107,6 +113,7 @@ from workerkit.process import (
     EventLoopThread,
     Heartbeat,
     SharedTime,
+    Shutdown,
     ShutdownTime,
     is_process_alive,
     made_once,
@@ -1306,7 +1313,7 @@ class Keeper:
 class Runtime:
     """What one process works with. Each part is made when first used, so never in the parent of a fork.
 
-    Only the two times are made at once: parent and children share their memory.
+    Only the shutdown and the rest are made at once: parent and children share the memory that holds their times.
     """
 
     mongodb_timeout_s = 10.0  # for one call
@@ -1322,7 +1329,7 @@ class Runtime:
 
     def __init__(self, settings: Settings, mongo: pymongo.MongoClient[Document] | None = None) -> None:
         self.settings = settings
-        self.shutdown = ShutdownTime()
+        self.shutdown = Shutdown()
         self.rest = SharedTime(time.monotonic() + settings.lease_seconds)
         self.lock = threading.RLock()
         # One log for all jobs of the process: an outage is a single fault, however many jobs meet it.
@@ -1705,7 +1712,7 @@ def run(runtime: Runtime, attempt: Attempt) -> Outcome:
     except SystemExit:
         hand_back = HandBack("this process got a signal to end")
         attempt.cancel(hand_back)
-        if runtime.shutdown.wait_until_announced():
+        if runtime.shutdown.is_announced:
             return hand_back
         raise
 
@@ -1917,6 +1924,23 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             raise Ignore()
 
 
+def make_attempt(
+    task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float
+) -> tuple[Attempt, Outcome] | NotClaimed:
+    """Claims the job, runs it, and settles its end. A signal waits for this, or the lease would have to run out."""
+    runtime = task.runtime
+    with runtime.shutdown.waits_for_job():
+        claimed = claim(task, job_id, job_data, taken_at)
+        if isinstance(claimed, NotClaimed):
+            return claimed
+        attempt = Attempt(claimed, runtime.settings.lease_seconds, taken_at)
+        runtime.keeper.register(attempt)
+        try:
+            return attempt, settle(runtime, attempt, run(runtime, attempt))
+        finally:
+            runtime.keeper.unregister(attempt)
+
+
 @app.task(bind=True, base=JobTask, name=TASK_NAME, throws=(JobFailed,), max_retries=None, shared=False)
 def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
     """Brings one job to its end: claim, run, settle, conclude (contract, section 1).
@@ -1927,19 +1951,12 @@ def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
         Reject: the message goes back to the queue.
     """
     taken_at = time.monotonic()
-    job_id, job_data = read_message(task, args, kwargs)
-    if marker := as_text(job_data.get("marker")):
-        return receive_marker(task, job_id, marker)
-    claimed = claim(task, job_id, job_data, taken_at)
-    if isinstance(claimed, NotClaimed):
-        return answer_not_claimed(task, job_id, claimed)
-    attempt = Attempt(claimed, task.runtime.settings.lease_seconds, taken_at)
-    task.runtime.keeper.register(attempt)
-    try:
-        outcome = settle(task.runtime, attempt, run(task.runtime, attempt))
-    finally:
-        task.runtime.keeper.unregister(attempt)
-    return conclude(task, attempt, outcome)
+    with task.runtime.shutdown.waits_for_task():
+        job_id, job_data = read_message(task, args, kwargs)
+        if marker := as_text(job_data.get("marker")):
+            return receive_marker(task, job_id, marker)
+        done = make_attempt(task, job_id, job_data, taken_at)
+        return answer_not_claimed(task, job_id, done) if isinstance(done, NotClaimed) else conclude(task, *done)
 
 
 def configure(settings: Settings, runtime: Runtime | None = None) -> Runtime:
@@ -2002,9 +2019,9 @@ def start_in_child(**_: Any) -> None:
     start_keeper()
 
 
-def start_in_threads(sender: Any, **_: Any) -> None:
-    """In the only process of the threads pool, once it consumes."""
-    if sender.pool.__class__.__module__.endswith(".thread"):
+def start_in_threads(instance: Any, **_: Any) -> None:
+    """In the only process of the threads pool, before it connects to the broker, which may be away."""
+    if instance.pool.__class__.__module__.endswith(".thread"):
         start_keeper()
 
 
@@ -2016,10 +2033,10 @@ def note_revoked(request: Any = None, expired: bool = False, **_: Any) -> None:
         process_job.runtime.notes.note_revoked(task)
 
 
-def announce_shutdown(how: str = "", **_: Any) -> None:
+def announce_shutdown(how: str = "", exitcode: int = 0, **_: Any) -> None:
     """In the parent's signal handler. A cold shutdown (Ctrl-C twice, SIGQUIT) has no grace."""
     runtime = process_job.runtime
-    runtime.shutdown.announce(runtime.settings.shutdown_grace if how == "Warm" else 0.0)
+    runtime.shutdown.announce(runtime.settings.shutdown_grace if how == "Warm" else 0.0, exitcode)
 
 
 def stop_keeper(**_: Any) -> None:
@@ -2032,7 +2049,7 @@ HOOKS: tuple[tuple[Any, Callable[..., None]], ...] = (
     (signals.after_setup_logger, set_up_logging),
     (signals.worker_before_create_process, share_memory),
     (signals.worker_process_init, start_in_child),
-    (signals.worker_ready, start_in_threads),
+    (signals.celeryd_after_setup, start_in_threads),
     (signals.task_revoked, note_revoked),
     (signals.worker_shutting_down, announce_shutdown),
     (signals.worker_process_shutdown, stop_keeper),
@@ -2046,6 +2063,7 @@ def connect_hooks(sender: Any, **_: Any) -> None:
     if sender.app is not app:
         return
     refuse_other_pools(sender)
+    process_job.runtime.shutdown.bound(lambda: child_pids(sender.pool))
     for signal, hook in HOOKS:
         signal.connect(hook)
 

@@ -159,7 +159,7 @@ def look(place: Place, since: datetime, works_off_its_queue: bool) -> Meanwhile:
         return bookkeeping["owner"] is None or (works_off_its_queue and bookkeeping["attempt"] == 2)
 
     def beats() -> list[float]:
-        return [path.stat().st_mtime for path in place.folder.glob("ai-backend-worker-*/*") if path.name.isdigit()]
+        return [path.stat().st_ctime for path in place.folder.glob("ai-backend-worker-*/*.keeper")]
 
     ended = comes_true(lambda: statuses("ends") == {"completed"})
     cancelled = comes_true(lambda: place.calls("cancelled")[0].outcome == "disconnected")

@@ -147,7 +147,7 @@ class Place:
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the most silent keeper's last beat."""
-        beats = [path.stat().st_mtime for path in self.folder.glob("ai-backend-worker-*/*")]
+        beats = [path.stat().st_ctime for path in self.folder.glob("ai-backend-worker-*/*.keeper")]
         return time.time() - min(beats)
 
     def kill_workers(self) -> None:

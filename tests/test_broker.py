@@ -557,7 +557,7 @@ def test_a_worker_that_has_consumed_goes_on_trying(
 def test_a_length_that_rabbitmq_does_not_tell_is_not_zero(rabbit: RabbitServer) -> None:
     app = Celery("ours", broker=rabbit.url.replace("guest:guest", "guest:wrong"), amqp=JobAMQP, set_as_current=False)
     with pytest.raises(AccessRefused):
-        Broker(app, "jobs").queue_length()
+        Broker(app, "jobs", TASK_NAME).queue_length()
 
 
 # ── the queue ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -226,21 +226,45 @@ def test_a_command_says_that_mongodb_is_away(command: Command, monkeypatch: pyte
 # ── health ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@table("age_s, code", ("it beat just now", 0, 0), ("it has been silent for long", 300, 1))
-def test_health_looks_at_the_heartbeats_of_living_processes(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, age_s: float, code: int
+@table(
+    "parts, code, says",
+    ("both parts are alive", {"keeper": 60, "parent": 60}, 0, "alive\n"),
+    (
+        "the keeper is silent",
+        {"keeper": -1, "parent": 60},
+        1,
+        "the keeper of process {} has given no sign of life for 0 s\n",
+    ),
+    (
+        "the parent is silent",
+        {"keeper": 60, "parent": -1},
+        1,
+        "the parent of process {} has given no sign of life for 0 s\n",
+    ),
+    ("no process runs jobs", {"parent": 60}, 1, "no process that runs jobs gives signs of life\n"),
+    ("the parent is gone", {"keeper": 60}, 1, "no worker's parent process gives signs of life\n"),
+)
+def test_health_wants_signs_of_life_of_keeper_and_parent(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parts: dict[str, float], code: int, says: str
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    Heartbeat().beat()
-    [beat] = tmp_path.glob("*/*")
-    os.utime(beat, (time.time() - age_s,) * 2)
-    found, output = command("health")
-    assert (found, "1 process(es)" in output) == (code, True)
+    for part, silent_s in parts.items():
+        Heartbeat(part=part, silent_s=silent_s).beat()
+    assert command("health") == (code, says.format(os.getpid()))
 
 
 def test_health_without_any_process_is_bad(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert command("health") == (1, "0 process(es) that run jobs\n")
+    assert command("health")[0] == 1
+
+
+def test_health_refuses_a_folder_that_is_a_link(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / f"ai-backend-worker-{os.getuid()}").symlink_to(tmp_path)
+    code, output = command("health")
+    assert (code, "is no folder: remove it, or set TMPDIR" in output) == (1, True)
 
 
 # ── recover ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,15 @@ import pytest
 
 from testbed.processes import poll
 from tests.lab import gone_pid
-from workerkit.process import EventLoopThread, Heartbeat, ShutdownTime, is_process_alive, signals_deferred
+from workerkit.process import (
+    EventLoopThread,
+    Heartbeat,
+    Shutdown,
+    ShutdownTime,
+    is_process_alive,
+    process_age_s,
+    signals_deferred,
+)
 
 # ── shutdown ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -63,6 +71,84 @@ def test_a_shutdown_that_is_not_announced_is_waited_for_briefly_only(monkeypatch
     assert not ShutdownTime().wait_until_announced()
 
 
+class QuickShutdown(Shutdown):
+    ORDERLY_END_S, LOOK_AGAIN_S, ANNOUNCED_WITHIN_S = 0.0, 0.05, 0.1
+
+
+def in_child(run: Callable[[int], None]) -> tuple[int, bytes]:
+    """Runs this in a child, with the end of a pipe to write to. Returns its exit code, and what it has written."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(write)
+        finally:
+            os._exit(99)
+    os.close(write)
+    with os.fdopen(read, "rb") as written:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.read()
+
+
+def hold_a_job(shutdown: Shutdown, write: int) -> None:
+    """Holds a job for a moment, in which the process is asked to end several times. Then there is nothing to do."""
+    with shutdown.waits_for_task():
+        with shutdown.waits_for_job():
+            time.sleep(0.3)
+            os.write(write, b"written, ")
+        os.write(write, b"published")
+    time.sleep(60)
+
+
+def test_a_process_ends_by_force_once_it_holds_no_job() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        shutdown.bound(list)
+        shutdown.announce(0, exit_code=7)
+        hold_a_job(shutdown, write)
+
+    code, written = in_child(run)
+    assert code == 7
+    assert written.startswith(b"written, ")
+
+
+def test_a_parent_ends_by_force_once_its_children_hold_no_job() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        child = os.fork()
+        if child == 0:
+            hold_a_job(shutdown, write)
+        shutdown.bound(lambda: [child])
+        shutdown.announce(0.1, exit_code=7)
+        time.sleep(60)
+
+    code, written = in_child(run)
+    assert code == 7
+    assert written.startswith(b"written, ")
+
+
+def test_sigterm_to_a_child_waits_for_its_task_once_a_shutdown_is_announced() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        if child := os.fork():
+            shutdown.announce(60)
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # SIGALRM is what SIGTERM is tried again by
+        hold_a_job(shutdown, write)
+
+    assert in_child(run) == (143, b"written, published")
+
+
+def test_sigterm_to_a_child_ends_it_at_once_where_no_shutdown_is_announced() -> None:
+    def run(write: int) -> None:
+        shutdown = QuickShutdown()
+        if child := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        hold_a_job(shutdown, write)
+
+    assert in_child(run) == (143, b"")
+
+
 # ── signs of life ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -89,27 +175,81 @@ def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> 
     assert is_process_alive(gone_pid())
 
 
-def test_a_heartbeat_has_an_age_while_its_process_lives(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path / "beats")
-    assert heartbeat.ages_s() == {}
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a test's signs of life are. It isn't there yet."""
+    return tmp_path / "beats"
+
+
+def seen(folder: Path) -> list[tuple[int, str, bool]]:
+    return [(sign.pid, sign.part, sign.is_overdue) for sign in Heartbeat(folder).signs_of_life()]
+
+
+def test_a_sign_of_life_is_seen_until_it_is_taken_back(folder: Path) -> None:
+    heartbeat = Heartbeat(folder)
+    assert seen(folder) == []
     heartbeat.beat()
-    (tmp_path / "beats" / str(gone_pid())).touch()
-    (tmp_path / "beats" / "notes.txt").touch()
-    assert list(heartbeat.ages_s()) == [os.getpid()]
+    assert seen(folder) == [(os.getpid(), "keeper", False)]
     heartbeat.stop()
-    assert heartbeat.ages_s() == {}
+    assert seen(folder) == []
 
 
-def test_a_heartbeats_age_is_the_time_since_the_last_beat(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path)
+def test_the_parts_of_one_process_give_signs_of_their_own(folder: Path) -> None:
+    for part in ("keeper", "parent"):
+        Heartbeat(folder, part).beat()
+    assert {part for _pid, part, _is_overdue in seen(folder)} == {"keeper", "parent"}
+
+
+def test_a_part_is_overdue_once_it_has_been_silent_for_its_time(folder: Path) -> None:
+    heartbeat = Heartbeat(folder, silent_s=0.05)
     heartbeat.beat()
-    os.utime(tmp_path / str(os.getpid()), (time.time() - 100,) * 2)
-    assert heartbeat.ages_s()[os.getpid()] == pytest.approx(100, abs=5)
+    poll(lambda: seen(folder) == [(os.getpid(), "keeper", True)], 10)
+    [sign] = heartbeat.signs_of_life()
+    assert 0.05 <= sign.age_s < 10
     heartbeat.beat()
-    assert heartbeat.ages_s()[os.getpid()] < 5
+    assert heartbeat.signs_of_life()[0].age_s < sign.age_s
 
 
-def test_a_heartbeat_that_cant_be_written_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_part_may_be_silent_longer_after_one_beat(folder: Path) -> None:
+    heartbeat = Heartbeat(folder, silent_s=-1)
+    heartbeat.beat(60)
+    assert seen(folder) == [(os.getpid(), "keeper", False)]
+    heartbeat.beat()
+    assert seen(folder) == [(os.getpid(), "keeper", True)]
+
+
+def test_the_file_of_a_process_that_has_ended_is_removed(folder: Path) -> None:
+    Heartbeat(folder).beat()
+    left = folder / f"{gone_pid()}.keeper"
+    left.touch()
+    (folder / "notes.txt").touch()
+    assert len(seen(folder)) == 1
+    assert not left.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the age of a process isn't known")
+def test_the_file_of_a_process_whose_number_is_used_again_is_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Heartbeat(folder).beat()
+    monkeypatch.setattr("workerkit.process.BORN_EARLIER_S", -3600.0)  # as if this process had begun just now
+    assert seen(folder) == []
+    assert list(folder.iterdir()) == []
+
+
+def test_the_age_of_a_process_is_known() -> None:
+    before = process_age_s(os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    age = process_age_s(child.pid)
+    child.communicate()
+    if sys.platform == "linux":
+        assert age is not None
+        assert before is not None
+        assert 0 <= age < min(before, 30)
+    assert process_age_s(child.pid) is None
+
+
+def test_a_sign_of_life_that_cant_be_given_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     heartbeat = Heartbeat(tmp_path / "file" / "beats")
     heartbeat.beat()
@@ -118,13 +258,64 @@ def test_a_heartbeat_that_cant_be_written_is_logged_once(tmp_path: Path, caplog:
     assert len(caplog.messages) == 1
 
 
-def test_heartbeats_are_in_a_folder_that_only_this_user_can_read(
+def test_signs_of_life_are_in_a_folder_that_only_this_user_can_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     Heartbeat().beat()
     folder = tmp_path / f"ai-backend-worker-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def link(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def dangling_link(folder: Path) -> None:
+    folder.symlink_to(folder.parent / "nowhere")
+
+
+def file(folder: Path) -> None:
+    folder.touch()
+
+
+def open_to_all(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def of_another(folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+    os.chown(folder, 65534, -1)
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+
+
+@pytest.mark.parametrize("make", [link, dangling_link, file, open_to_all, pytest.param(of_another, marks=as_root)])
+def test_a_folder_that_another_user_could_have_made_is_refused(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], None]
+) -> None:
+    make(folder)
+    heartbeat = Heartbeat(folder)
+    for _ in range(2):
+        heartbeat.beat()
+    heartbeat.stop()
+    assert len(caplog.messages) == 1
+    assert f"{folder} " in caplog.text
+    with pytest.raises(OSError, match=r"beats .*: remove it, or set TMPDIR"):
+        heartbeat.signs_of_life()
+    assert [path for path in tmp_path.rglob("*") if path.name.endswith(".keeper")] == []
+
+
+def test_a_link_in_place_of_the_file_is_not_followed(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "precious").touch()
+    os.utime(tmp_path / "precious", (0, 0))
+    folder.mkdir(mode=0o700)
+    (folder / f"{os.getpid()}.keeper").symlink_to(tmp_path / "precious")
+    Heartbeat(folder).beat()
+    assert (tmp_path / "precious").stat().st_mtime == 0
 
 
 # ── event loop ───────────────────────────────────────────────────────────────────────────────────────────────────

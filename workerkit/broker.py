@@ -19,6 +19,7 @@ from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, Prec
 from celery import states
 from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
+from celery.concurrency.solo import TaskPool as SoloPool
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from celery.worker.request import Request
@@ -34,6 +35,7 @@ from redis.retry import Retry
 
 from workerkit.errors import Document
 from workerkit.logs import RepeatedFaultLog, logger
+from workerkit.process import PARENT, Heartbeat
 from workerkit.settings import EXIT_BAD_SETTINGS, Settings
 
 if TYPE_CHECKING:
@@ -77,15 +79,20 @@ class RedisQoS(kombu_redis.QoS):
         try:
             super().ack(delivery_tag)
         except redis.RedisError as error:
-            self.log.fault(type(error).__name__)
-            VirtualQoS.ack(self, delivery_tag)
+            self._let_go(delivery_tag, error)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         try:
             super().reject(delivery_tag, requeue=requeue)
         except redis.RedisError as error:
-            self.log.fault(type(error).__name__)
-            VirtualQoS.ack(self, delivery_tag)
+            self._let_go(delivery_tag, error)
+
+    def _let_go(self, delivery_tag: str, error: redis.RedisError) -> None:
+        self.log.fault(type(error).__name__)
+        VirtualQoS.ack(self, delivery_tag)
+        connection = getattr(self.channel.connection, "client", None)
+        if connection:  # a hundred messages in a row may have to wait for a Redis that hangs
+            connection.on_failed_try()
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         with contextlib.suppress(redis.ResponseError):
@@ -169,6 +176,17 @@ class JobConnection(Connection):
     """A connection that uses our transports. Its clones and its pools do so as well."""
 
     transport_cls: Any
+    on_failed_try: Callable[[], object] = staticmethod(lambda: None)  # called for each failed try to reach the broker
+
+    def _ensure_connection(self, errback: Callable[..., object] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Every try to connect comes through here. The event of Celery's own heartbeat is tried until it is sent."""
+
+        def fail(error: Exception, interval: float) -> None:
+            self.on_failed_try()
+            if errback:
+                errback(error, interval)
+
+        return super()._ensure_connection(fail, *args, **kwargs)
 
     def get_transport_cls(self) -> Any:
         return TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()
@@ -433,33 +451,69 @@ def fault_of(message: Any, tasks: Mapping[str, Any]) -> str:
 
 
 class JobConsumer(Consumer):
-    """Celery's consumer, with a check in front of it, with events in batches, and with an end to what is hopeless.
+    """Celery's consumer, with a check in front of it, events in batches, signs of life, and an end to what is hopeless.
 
     Celery (5.7) ends its consumer, at each start again, on a message whose task isn't text, or whose task is unknown
     and whose id isn't text. Sent one by one, events take half of the parent's time. Where
     RabbitMQ refuses something, Celery asks again several times a second, since `broker_channel_error_retry` is on.
+
+    A sign of life is given by a timer of the event loop, and by each failed try to reach the broker: Celery connects
+    again outside of its loop. So only a parent that is stopped, or that hangs, is silent.
     """
+
+    SILENT_S = 120.0  # that the parent may be silent
+    SILENT_AFTER_LIMIT_S = 60.0  # that the only process of the solo pool may be silent after the limit of its job
+    SILENT_AT_END_S = 3600.0  # that the parent may be silent while it waits for its last jobs
+    BEAT_S = 5.0
 
     refused_log = RepeatedFaultLog("RabbitMQ refuses what the worker needs")
 
     hub: Any
+    pool: Any
+    on_task_request: Callable[[Any], Any]
     event_dispatcher: Any
     strategies: Any
     _flush_events: Callable[[], None]
     _flush_at = 0.0
     _has_consumed = False
 
-    def on_ready(self) -> None:
-        super().on_ready()
-        self._has_consumed = True
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._heartbeat = Heartbeat(part=PARENT, silent_s=self.SILENT_S)
+        super().__init__(*args, **kwargs)
+        if isinstance(self.pool, SoloPool):
+            self._run_here, self.on_task_request = self.on_task_request, self._beat_and_run_here
+
+    def start(self) -> None:
+        self._heartbeat.beat()
+        super().start()
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        super().register_with_event_loop(hub)
+        hub.call_repeatedly(self.BEAT_S, self._heartbeat.beat)  # until the connection is lost; then it is made anew
+
+    def _beat_and_run_here(self, request: Any) -> None:
+        """Runs a job in the solo pool, whose loop stands still meanwhile. The limit may be the message's own."""
+        hard_s = request.time_limits[0] or 0.0
+        self._heartbeat.beat(max(self.SILENT_S, hard_s + self.SILENT_AFTER_LIMIT_S))
+        self._run_here(request)
+
+    def ensure_connected(self, conn: Any) -> Any:
+        conn.on_failed_try = self._heartbeat.beat
+        return super().ensure_connected(conn)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
+        self._heartbeat.beat()
         self._end_or_pause_if_refused(exc)
         super().on_connection_error_before_connected(exc)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
+        self._heartbeat.beat()
         self._end_or_pause_if_refused(exc)
         super().on_connection_error_after_connected(exc)
+
+    def on_ready(self) -> None:
+        super().on_ready()
+        self._has_consumed = True
 
     def _end_or_pause_if_refused(self, error: Exception) -> None:
         """Ends a worker that RabbitMQ refuses at its start.
@@ -515,8 +569,19 @@ class JobConsumer(Consumer):
             self.event_dispatcher.flush(errors=False)
 
     def stop(self) -> None:
+        self._heartbeat.beat(self.SILENT_AT_END_S)
         self._flush_now()
         super().stop()
+
+    def shutdown(self) -> None:
+        """Called when the pool has ended."""
+        super().shutdown()
+        self._heartbeat.stop()
+
+
+def child_pids(pool: Any) -> list[int]:
+    """The ids of the processes of a prefork pool. There are none in another pool, or in one that has ended."""
+    return [process.pid for process in getattr(getattr(pool, "_pool", None), "_pool", ())]
 
 
 class JobRequest(Request):
