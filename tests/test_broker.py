@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any, cast
 
 import kombu.pools
@@ -62,6 +63,7 @@ from workerkit.broker import (
     waiting_queue,
 )
 from workerkit.logs import RepeatedFaultLog
+from workerkit.process import Heartbeat
 
 # ── options ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -516,7 +518,8 @@ PASSING = (
 class Starting(JobConsumer):
     """A consumer that hasn't consumed yet, without anything that Celery would set up."""
 
-    def __init__(self) -> None: ...
+    def __init__(self) -> None:
+        self._heartbeat = cast(Heartbeat, SimpleNamespace(beat=lambda: None))
 
 
 @table("code, text, method, advice", *LASTING)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
-from bson import ObjectId
+from bson import Code, ObjectId
 
 from workerkit.errors import Document
 from workerkit.settings import is_duration
@@ -26,7 +26,8 @@ PAST_LIVES = 5
 
 def as_text(value: object) -> str | None:
     """A short text. BSON's code, which pymongo reads as a kind of text, is none."""
-    return value if type(value) is str and 0 < len(value) <= MAX_TEXT_CHARACTERS else None
+    is_text = isinstance(value, str) and not isinstance(value, Code)
+    return value if is_text and 0 < len(value) <= MAX_TEXT_CHARACTERS else None  # type: ignore[arg-type, return-value]
 
 
 def as_number(value: object) -> int | None:
