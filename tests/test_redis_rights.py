@@ -282,10 +282,52 @@ def test_kombu_raises_where_what_isnt_needed_is_refused(
             use(connection.default_channel)
 
 
-def test_a_channel_is_closed_though_its_queue_cant_be_deleted(connect: Connect, set_rights: SetRights) -> None:
+def hold_a_message(channel: Any) -> None:
+    declare(channel)
+    channel.basic_publish(channel.prepare_message("{}"), "", QUEUE)
+    channel.basic_get(QUEUE)
+
+
+LATER_PARTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
+    "remote control is renewed": (listen, lambda channel: channel._refresh_bindings([MAILBOX]), "~_kombu.binding*"),
+    "remote control is ended": (listen, lambda channel: channel.close(), "~*.celery.pidbox"),
+    "what is held is put back": (hold_a_message, lambda channel: channel.qos.restore_unacked(), "~unacked"),
+}
+each_later_part = pytest.mark.parametrize(("begin", "use", "right"), LATER_PARTS.values(), ids=LATER_PARTS)
+
+
+@each_later_part
+def test_a_refusal_that_comes_later_is_no_error(
+    connect: Connect,
+    set_rights: SetRights,
+    admin: redis.Redis,
+    begin: Callable[[Any], Any],
+    use: Callable[[Any], Any],
+    right: str,
+) -> None:
+    change_user(admin, "+@all")
     with connect() as connection:
-        listen(connection.default_channel)
-        set_rights("~*.celery.pidbox", "~_kombu.binding*")
+        begin(connection.default_channel)
+        set_rights(right)
+        use(connection.default_channel)
+
+
+@each_later_part
+def test_kombu_raises_where_the_refusal_comes_later(
+    connect_stock: Connect,
+    set_rights: SetRights,
+    admin: redis.Redis,
+    begin: Callable[[Any], Any],
+    use: Callable[[Any], Any],
+    right: str,
+) -> None:
+    """If one of these fails: then delete its method of `RedisMends` or `RedisQoS` from workerkit/broker.py."""
+    change_user(admin, "+@all")
+    with contextlib.suppress(redis.ResponseError), connect_stock() as connection:
+        begin(connection.default_channel)
+        set_rights(right)
+        with pytest.raises(NoPermissionError):
+            use(connection.default_channel)
 
 
 def test_a_queue_whose_length_is_refused_is_not_called_empty(runtime: Runtime, set_rights: SetRights) -> None:

@@ -37,7 +37,7 @@ SEPARATOR = "\x06\x16"  # between a queue's name and a priority, in kombu's name
 
 @dataclass(frozen=True)
 class Use:
-    """Commands on one key or channel. `rule` is what an ACL says to allow it; without a rule nothing is named."""
+    """Commands on one key or channel, and the rule by which an ACL allows it. Both are empty where none is named."""
 
     rule: str
     name: str
@@ -66,51 +66,52 @@ def channel(rule: str, commands: str, name: str = "") -> Use:
     return Use(f"&{rule}", name or rule, commands)
 
 
+def taking_jobs(queue: str) -> Chore:
+    by_priority = (key(f"{queue}??[369]", MESSAGES, f"{queue}{SEPARATOR}{priority}") for priority in (3, 6, 9))
+    uses = (Use("", "", "PING MULTI EXEC"), key(queue, MESSAGES), *by_priority)
+    return Chore("jobs", "no job is taken, or none can be tried again", uses)
+
+
+def unacknowledged_messages() -> Chore:
+    return Chore(
+        "unacknowledged messages",
+        "jobs run, but Redis doesn't deliver the messages of a killed worker again",
+        (
+            Use("", "", "UNWATCH"),
+            key("unacked", "HSET HGET HDEL WATCH"),
+            key("unacked_index", "ZADD ZRANGE ZREM"),
+            key("unacked_mutex", "SET GET DEL WATCH"),
+        ),
+    )
+
+
+def remote_control(database: int) -> Chore:
+    mailbox, replies = "worker@check.celery.pidbox", "check.reply.celery.pidbox"
+    return Chore(
+        "remote control",
+        "jobs run, but `inspect` gets no answer, and no task can be revoked",
+        (
+            Use("", "", "TIME"),
+            channel(f"/{database}.celery.pidbox", "PSUBSCRIBE PUNSUBSCRIBE"),
+            key("_kombu.binding*", "SADD SREM SMEMBERS DEL", "_kombu.binding.check"),
+            key("_kombu.binding*", "SADD SREM EXISTS WATCH", "_kombu.binding_permanent.check"),
+            key("_kombu.binding*", "ZADD ZRANGE ZREM WATCH", "_kombu.binding_deadlines"),
+            key("*.celery.pidbox", "LLEN DEL", mailbox),
+            key("*.celery.pidbox??[369]", "LLEN DEL", f"{mailbox}{SEPARATOR}3"),
+            key("*.celery.pidbox", "LPUSH", replies),
+        ),
+    )
+
+
+def events(database: int) -> Chore:
+    published = channel(f"/{database}.celeryev/*", "PUBLISH", f"/{database}.celeryev/task.multi")
+    return Chore("events", "jobs run, but Flower and the API see no events", (published,))
+
+
 def queue_chores(settings: Settings, database: int) -> list[Chore]:
     """What Celery uses on the broker. Pub/sub knows no databases, so the number is a part of its channels' names."""
-    queue = settings.celery_queue_name
-    by_priority = (key(f"{queue}??[369]", MESSAGES, f"{queue}{SEPARATOR}{priority}") for priority in (3, 6, 9))
-    bindings = (
-        ("_kombu.binding.check", "SADD SREM SMEMBERS DEL"),
-        ("_kombu.binding_permanent.check", "SADD SREM EXISTS"),
-    )
-    mailbox, replies = "worker@check.celery.pidbox", "check.reply.celery.pidbox"
-    return [
-        Chore(
-            "jobs",
-            "no job is taken, or none can be retried",
-            (Use("", "", "PING MULTI EXEC"), key(queue, MESSAGES), *by_priority),
-        ),
-        Chore(
-            "unacknowledged messages",
-            "jobs run, but Redis doesn't deliver the messages of a killed worker again",
-            (
-                Use("", "", "UNWATCH"),
-                key("unacked", "HSET HGET HDEL WATCH"),
-                key("unacked_index", "ZADD ZRANGE ZREM"),
-                key("unacked_mutex", "SET GET DEL WATCH"),
-            ),
-        ),
-        Chore(
-            "remote control",
-            "jobs run, but `inspect` gets no answer, and no task can be revoked",
-            (
-                Use("", "", "TIME"),
-                channel(f"/{database}.celery.pidbox", "PSUBSCRIBE PUNSUBSCRIBE"),
-                *(key("_kombu.binding*", commands, name) for name, commands in bindings),
-                key("_kombu.binding*", "ZADD ZRANGE ZREM WATCH", "_kombu.binding_deadlines"),
-                key("*.celery.pidbox", "LLEN DEL", mailbox),
-                key("*.celery.pidbox??[369]", "LLEN DEL", f"{mailbox}{SEPARATOR}3"),
-                key("*.celery.pidbox", "LPUSH", replies),
-            ),
-        ),
-    ] + [
-        Chore(
-            "events",
-            "jobs run, but Flower and the API see no events",
-            (channel(f"/{database}.celeryev/*", "PUBLISH", f"/{database}.celeryev/task.multi"),),
-        )
-    ] * settings.celery_send_events
+    chores = [taking_jobs(settings.celery_queue_name), unacknowledged_messages(), remote_control(database)]
+    return [*chores, events(database)] if settings.celery_send_events else chores
 
 
 def result_chores(_settings: Settings, _database: int) -> list[Chore]:

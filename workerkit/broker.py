@@ -59,8 +59,8 @@ def transport_options(settings: Settings) -> Document:
 # ── rights ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Answer = TypeVar("Answer")
-# What Redis says if an operator has renamed a command away. redis-py sends the EXEC of a refused MULTI all the same.
 ADVICE = "`python worker.py check` names the right that is missing"
+# What Redis says if an operator has renamed a command away. redis-py sends the EXEC of a refused MULTI all the same.
 MISSING = ("unknown command", "unknown subcommand", "EXEC without MULTI")
 
 
