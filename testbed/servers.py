@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -440,8 +440,14 @@ def find_redis(directory: Path) -> Path:
     Raises: ServerUnavailable.
     """
     on_path = shutil.which("redis-server") or shutil.which("valkey-server")
-    if on_path:
-        return Path(on_path)
+    return Path(on_path) if on_path else find_redis_in_wheel(directory)
+
+
+def find_redis_in_wheel(directory: Path) -> Path:
+    """Return the wheel's valkey-server.
+
+    Raises: ServerUnavailable.
+    """
     system, machine = platform.system().lower(), platform.machine().lower()
     machine = "x86_64" if machine == "amd64" else machine
     machine = "aarch64" if (system, machine) == ("linux", "arm64") else machine
@@ -465,11 +471,15 @@ class RedisServer(Server):
         directory: Path | None = None,
         append_only: bool = True,
         password: str | None = None,
+        find: Callable[[Path], Path] = find_redis,
+        without: Sequence[str] = (),
     ) -> None:
-        """Choose durability and password, but start nothing."""
+        """Choose durability, password, binary and the commands that it doesn't have, but start nothing."""
         super().__init__(port, host, directory)
         self.append_only = append_only
         self.password = password
+        self.find = find
+        self.without = without
 
     @property
     def url(self) -> str:
@@ -478,11 +488,12 @@ class RedisServer(Server):
 
     def _command(self) -> list[str]:
         """Return the server's command line, with an append-only file, no snapshots and no eviction."""
-        command = [str(find_redis(self.directory)), "--port", str(self.port), "--bind", self.host]
+        command = [str(self.find(self.directory)), "--port", str(self.port), "--bind", self.host]
         command += ["--dir", str(self.directory), "--protected-mode", "no", "--daemonize", "no", "--save", ""]
         command += ["--appendonly", "yes" if self.append_only else "no", "--appendfsync", "everysec"]
         command += ["--maxmemory-policy", "noeviction"]
         command += ["--requirepass", self.password] if self.password else []
+        command += [word for name in self.without for word in ("--rename-command", name, "")]
         return command
 
     def _answers(self) -> bool:

@@ -8,7 +8,7 @@ import secrets
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,18 +16,22 @@ from typing import Any
 
 import click
 import redis
+from kombu.exceptions import OperationalError
 from rich.markup import escape
 from rich.table import Table
 
 from worker import STATUS_CHANNEL, Runtime, configure
 from worker_commands import findings
 from worker_commands.findings import Finding, probe
+from worker_commands.redis_rights import check_rights
 from worker_commands.terminal import open_console
+from workerkit.broker import is_refused, refusal
 from workerkit.errors import FailJob, StoreUnavailable
 from workerkit.provider import OpenAIProvider
 from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings, load_settings, redact_url
 
 NOT_LISTED = "does not list it among its"
+UNREADABLE = "can't be read: Redis refuses INFO and CONFIG, which the worker doesn't need"
 
 
 def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
@@ -54,6 +58,13 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
     yield probe("MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes)
 
 
+# What a setting of Redis should be, and what another value leads to.
+REDIS_SETTINGS = {
+    "maxmemory-policy": ("noeviction", "another policy lets Redis throw jobs away: set noeviction"),
+    "appendonly": ("yes", "without it a restart of Redis loses the queue (the sweeper then takes minutes)"),
+}
+
+
 def check_redis(runtime: Runtime) -> Iterator[Finding]:
     client = runtime.redis
 
@@ -67,23 +78,47 @@ def check_redis(runtime: Runtime) -> Iterator[Finding]:
         runtime.broker.rehearse()
         return "sufficient"
 
-    yield probe("Redis", "is REDIS_URL right?", publish)
-    yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", broker)
+    yield probe("Redis", "is REDIS_URL right?", partial(unless_refused, publish))
+    yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", partial(unless_refused, broker))
     if runtime.settings.is_rabbitmq:
         yield probe("broker rights", "is CELERY_BROKER_URL right?", rehearse)
-    for name, good, advice in (
-        ("maxmemory-policy", "noeviction", "another policy lets Redis throw jobs away: set noeviction"),
-        ("appendonly", "yes", "without it a restart of Redis loses the queue (the sweeper then takes minutes)"),
-    ):
-        finding = probe(
-            f"Redis {name}", "could not be read: check it on the server", partial(redis_setting, client, name)
-        )
-        yield finding if finding.is_fault or finding.seen == good else replace(finding, advice=advice)
+    yield from check_rights(runtime)
+    for name, (good, advice) in REDIS_SETTINGS.items():
+        finding = probe(f"Redis {name}", "is REDIS_URL right?", partial(redis_setting, client, name))
+        if finding.seen == UNREADABLE:
+            yield replace(finding, advice=f"look on the server or in its console: it has to be {good}, since {advice}")
+        else:
+            yield finding if finding.is_fault or finding.seen == good else replace(finding, advice=advice)
+
+
+def unless_refused(look: Callable[[], str]) -> str:
+    """A refusal shows that the server was reached; the rows about rights name what it refuses."""
+    try:
+        return look()
+    except (redis.ResponseError, OperationalError) as error:
+        cause = error.__cause__ if isinstance(error, OperationalError) else error
+        if cause is None or not is_refused(cause):
+            raise
+        return f"reached, but {refusal(cause)}"
 
 
 def redis_setting(client: redis.Redis, name: str) -> str:
+    """A setting of the server, which INFO has too. Many hosted servers refuse CONFIG, and the worker needs neither."""
+    for look in (setting_by_info, setting_by_config):
+        with contextlib.suppress(redis.ResponseError, KeyError):
+            return look(client, name)
+    return UNREADABLE
+
+
+def setting_by_info(client: redis.Redis, name: str) -> str:
+    if name == "maxmemory-policy":
+        return str(client.info("memory")["maxmemory_policy"])
+    return "yes" if client.info("persistence")["aof_enabled"] else "no"
+
+
+def setting_by_config(client: redis.Redis, name: str) -> str:
     value: Any = client.config_get(name)
-    return str(value.get(name, "unknown"))
+    return str(value[name])
 
 
 def check_artifacts(runtime: Runtime) -> Iterator[Finding]:

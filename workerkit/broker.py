@@ -2,7 +2,8 @@
 
 Celery and kombu end the worker, or lose a slot or a job, in some situations that operators meet. Each mend is a
 subclass that only our own app uses, so nothing changes for other apps in the same process. For each,
-tests/test_broker.py has a test that fails once a newer version of Celery or kombu doesn't need it.
+tests/test_broker.py or tests/test_redis_rights.py has a test that fails once a newer version of Celery or kombu doesn't
+need it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
 from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed, ResourceLocked
+from amqp.protocol import queue_declare_ok_t
 from celery import states
 from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
@@ -25,12 +28,14 @@ from celery.worker.consumer import Consumer
 from celery.worker.request import Request
 from kombu import Connection, Queue
 from kombu.connection import ConnectionPool, PooledConnection
-from kombu.exceptions import OperationalError
+from kombu.exceptions import ChannelError, OperationalError
 from kombu.transport import pyamqp
 from kombu.transport import redis as kombu_redis
 from kombu.transport.virtual import QoS as VirtualQoS
 from kombu.utils.collections import HashedSeq
 from redis.backoff import NoBackoff
+from redis.exceptions import LockNotOwnedError, NoPermissionError
+from redis.lock import Lock
 from redis.retry import Retry
 
 from workerkit.errors import Document
@@ -56,6 +61,74 @@ def transport_options(settings: Settings) -> Document:
     return {**options, "master_name": settings.sentinel_master} if settings.sentinel_master else options
 
 
+# ── rights ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Answer = TypeVar("Answer")
+ADVICE = "`python worker.py check` names the right that is missing"
+# What Redis says if an operator has renamed a command away. redis-py sends the EXEC of a refused MULTI all the same.
+MISSING = ("unknown command", "unknown subcommand", "EXEC without MULTI")
+
+
+def is_refused(error: BaseException | None) -> bool:
+    """Whether Redis refuses a command, a key or a channel to this user, or doesn't have the command."""
+    if isinstance(error, NoPermissionError):
+        return True
+    return isinstance(error, redis.ResponseError) and any(text in str(error) for text in MISSING)
+
+
+def refusal(error: BaseException) -> str:
+    """What Redis says about a command that it refuses, without the command's arguments, which may hold a prompt."""
+    return str(error).rpartition("caused error: ")[2].partition(", with args")[0]
+
+
+class Unneeded:
+    """Runs what Celery asks of Redis besides taking jobs. Where Redis refuses it, the worker goes on without it.
+
+    An error would close the worker's connection. Celery would connect again, meet the same refusal and take no job.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._log = RepeatedFaultLog(f"Redis refuses {what}")
+
+    def run(self, call: Callable[[], Answer], otherwise: Answer) -> Answer:
+        try:
+            return call()
+        except redis.ResponseError as error:
+            if not is_refused(error):
+                raise
+            self._log.fault(f"{refusal(error)}; {ADVICE}")
+        return otherwise
+
+
+DECLARING = Unneeded("to tell a queue's length")
+PUBLISHING = Unneeded("Celery's events")
+LISTENING = Unneeded("Celery's remote control (inspect, revoke)")
+SWEEPING = Unneeded("to delete what clients that are gone have left")
+
+
+class ScriptlessLock(Lock):
+    """redis-py's lock without its Lua scripts, since some servers have no EVALSHA or refuse it."""
+
+    def register_scripts(self) -> None:
+        """Does nothing: this lock is only taken and released."""
+
+    def do_release(self, expected_token: Any) -> None:
+        def release(pipe: Any) -> None:
+            if pipe.get(self.name) != expected_token:
+                raise LockNotOwnedError("the lock has expired", lock_name=self.name)
+            pipe.multi()
+            pipe.delete(self.name)
+
+        self.redis.transaction(release, self.name)
+
+
+class ScriptlessRedis(redis.Redis):
+    """A client whose locks need no Lua scripts."""
+
+    def lock(self, *args: Any, **kwargs: Any) -> Any:
+        return super().lock(*args, **{**kwargs, "lock_class": ScriptlessLock})
+
+
 # ── transports ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -67,6 +140,8 @@ class RedisQoS(kombu_redis.QoS):
     """
 
     log = RepeatedFaultLog("Redis' list of unacknowledged messages can't be written")
+    restore_log = RepeatedFaultLog("messages that killed workers hadn't acknowledged can't be put back into the queue")
+    _delivered: Any
 
     def append(self, message: Any, delivery_tag: str) -> None:
         try:
@@ -95,8 +170,18 @@ class RedisQoS(kombu_redis.QoS):
             connection.on_failed_try()
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        with contextlib.suppress(redis.ResponseError):
+        try:
             super().restore_visible(*args, **kwargs)
+        except redis.ResponseError as error:
+            self.restore_log.fault(f"{refusal(error)}; {ADVICE}" if is_refused(error) else type(error).__name__)
+
+    def restore_unacked(self, client: Any = None) -> None:
+        """Puts back what this worker holds, when it ends. kombu (5.7) leaves the channel half closed on an error."""
+        try:
+            super().restore_unacked(client)
+        except redis.ResponseError as error:
+            self.log.fault(type(error).__name__)
+            self._delivered.clear()
 
 
 class RedisMends:
@@ -104,7 +189,14 @@ class RedisMends:
 
     QoS = RedisQoS
     pool: Any
+    keyprefix_queue: str
+    keyprefix_binding_deadlines: str
+    keyprefix_binding_permanent: str
     _kept_client: Any = None
+
+    def _get_client(self) -> Any:
+        client = super()._get_client()  # type: ignore[misc]
+        return ScriptlessRedis if client is redis.Redis else client
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         """The channel's client, made once for its pool. kombu (5.7) makes one for each command, at a great cost."""
@@ -127,6 +219,59 @@ class RedisMends:
             close()
         except (redis.RedisError, OSError):
             close()  # now it waits for no answer, and where it had closed already it does nothing
+
+    def queue_declare(self, queue: Any = None, passive: bool = False, **kwargs: Any) -> Any:
+        """Whoever declares passively wants to know the queue's length, so a refusal is an error there."""
+        declare = partial(super().queue_declare, queue, passive, **kwargs)  # type: ignore[misc]
+        return declare() if passive else DECLARING.run(declare, queue_declare_ok_t(queue, 0, 0))
+
+    def _queue_bind(self, *args: Any) -> None:
+        """Celery sends to a queue by its name and to all workers over pub/sub. Neither looks the binding up."""
+        LISTENING.run(partial(super()._queue_bind, *args), None)  # type: ignore[misc]
+
+    def _delete(self, *args: Any, **kwargs: Any) -> None:
+        LISTENING.run(partial(super()._delete, *args, **kwargs), None)  # type: ignore[misc]
+
+    def _put_fanout(self, *args: Any, **kwargs: Any) -> None:
+        """Celery would keep each event that is refused, without end, in the hope of sending it later."""
+        PUBLISHING.run(partial(super()._put_fanout, *args, **kwargs), None)  # type: ignore[misc]
+
+    def _receive_one(self, client: Any) -> Any:
+        return LISTENING.run(partial(super()._receive_one, client), None)  # type: ignore[misc]
+
+    def _now_ms(self) -> int:
+        seconds, microseconds = self._create_client().time()
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    def _refresh_binding(self, keys: list[str], args: list[Any], client: Any) -> None:
+        """What kombu's (5.7) Lua script REFRESH_BINDING does. Neither command does harm without the other."""
+        (table, deadlines), (member, exchange, expires_ms) = keys, args
+        client.sadd(table, member)
+        client.zadd(deadlines, {exchange: self._now_ms() + expires_ms}, gt=True)
+
+    def _refresh_bindings(self, queues: list[str]) -> None:
+        LISTENING.run(partial(super()._refresh_bindings, queues), None)  # type: ignore[misc]
+
+    def sweep_bindings(self, limit: int = 100) -> int:
+        """What kombu's (5.7) Lua script SWEEP_BINDINGS does: it deletes tables that no client has refreshed in time."""
+
+        def sweep(pipe: Any) -> int:
+            names = pipe.zrange(deadlines, "-inf", self._now_ms(), byscore=True, offset=0, num=limit)
+            overdue = [name.decode() for name in names]
+            permanent = {name: self.keyprefix_binding_permanent % (name,) for name in overdue}
+            if overdue:
+                pipe.watch(*permanent.values())
+            gone = [name for name in overdue if not pipe.exists(permanent[name])]
+            pipe.multi()
+            for name in gone:
+                pipe.delete(self.keyprefix_queue % (name,))
+            if overdue:
+                pipe.zrem(deadlines, *overdue)
+            return len(overdue)
+
+        deadlines = self.keyprefix_binding_deadlines
+        transaction = partial(self._create_client().transaction, sweep, deadlines, value_from_callable=True)
+        return SWEEPING.run(transaction, 0)
 
 
 class RedisChannel(RedisMends, kombu_redis.Channel):  # type: ignore[misc]
@@ -213,6 +358,7 @@ class JobConnectionPool(ConnectionPool):
 # ── queue ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 WAITING_QUEUE_KEPT_S = 60
+NOT_FOUND = "404"  # the code of a ChannelError; kombu's is text, that of RabbitMQ a number
 
 
 class ExistingQueue(Queue):
@@ -372,8 +518,9 @@ class Broker:
     def _length(connection: Any, queue: str) -> int:
         try:
             return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
-        except connection.channel_errors as error:
-            if str(getattr(error, "reply_code", "")) != str(NotFound.code):  # kombu's own Redis has it as text
+        except (ChannelError, NotFound) as error:
+            # Any other error says nothing about the length, and of an empty queue all pending jobs are sent again.
+            if str(error.reply_code) != NOT_FOUND:
                 raise
             return 0
 
@@ -466,7 +613,7 @@ class JobConsumer(Consumer):
     SILENT_AT_END_S = 3600.0  # that the parent may be silent while it waits for its last jobs
     BEAT_S = 5.0
 
-    refused_log = RepeatedFaultLog("RabbitMQ refuses what the worker needs")
+    refused_log = RepeatedFaultLog("the broker refuses what is needed to take jobs, so none is taken")
 
     hub: Any
     pool: Any
@@ -516,20 +663,21 @@ class JobConsumer(Consumer):
         self._has_consumed = True
 
     def _end_or_pause_if_refused(self, error: Exception) -> None:
-        """Ends a worker that RabbitMQ refuses at its start.
+        """Says what the broker refuses, and waits a little, since Celery (5.7) would try at once. At its start it ends
+        a worker that RabbitMQ refuses.
 
         Later on the worker has jobs to end, and what was once allowed may soon be allowed again, for example when the
         server that RabbitMQ asks for passwords is back. So it goes on trying then.
 
         Raises:
-            SystemExit: the worker has consumed nothing yet.
+            SystemExit: RabbitMQ refuses, and the worker has consumed nothing yet.
         """
-        refusal = refusal_of(error)
-        if refusal and not self._has_consumed:
-            logger.critical('The worker can\'t start: RabbitMQ says "%s": %s.', refusal.reason, refusal.advice)
+        refused = refusal_of(error)
+        if refused and not self._has_consumed:
+            logger.critical('The worker can\'t start: RabbitMQ says "%s": %s.', refused.reason, refused.advice)
             raise SystemExit(EXIT_BAD_SETTINGS)
-        if refusal:
-            self.refused_log.fault(f"{refusal.reason}: {refusal.advice}")
+        if refused or is_refused(error):
+            self.refused_log.fault(f"{refused.reason}: {refused.advice}" if refused else f"{refusal(error)}; {ADVICE}")
             time.sleep(REFUSED_PAUSE_S)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
