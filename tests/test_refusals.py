@@ -1,0 +1,305 @@
+"""A store that refuses for good: MongoDB by a validator, a right or a size, and the artifact store. No slot is held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from bson import ObjectId
+from celery.exceptions import Retry
+
+import worker
+from testbed.provider import Provider
+from testbed.servers import MongoServer
+from tests.lab import (
+    IMAGE,
+    SetHandler,
+    adopt,
+    ago,
+    bare_settings,
+    change,
+    claim,
+    deliver,
+    insert,
+    insert_text,
+    new_sweeper,
+    queued,
+    raising,
+    read,
+    stale,
+    table,
+)
+from worker import TOO_LARGE_TO_RUN, Runtime
+from workerkit.errors import CANT_BE_STORED, NOT_SET_UP, FailJob, JobFailed, StoreUnavailable
+from workerkit.inputs import check_input
+
+LIMIT_BYTES = 16 * 2**20
+ENDS = ["completed", "failed"]
+
+
+@pytest.fixture
+def refuse(runtime: Runtime) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Lets MongoDB refuse each write that leaves a document like this."""
+    database = runtime.database
+
+    def set_validator(refused: dict[str, Any] | None) -> None:
+        database.command("collMod", "jobs", validator={"$nor": [refused]} if refused else {})
+
+    database["jobs"].delete_one({"_id": "makes the collection"})
+    if "jobs" not in database.list_collection_names():
+        database.create_collection("jobs")
+    yield set_validator
+    set_validator(None)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(runtime: Runtime) -> None:
+    runtime.poll_store_s = 0.05
+
+
+Refuse = Callable[[dict[str, Any]], None]
+
+
+def failure(runtime: Runtime, job_id: ObjectId) -> str:
+    """Delivers the job's message, and returns the sentence with which the task failed."""
+    with pytest.raises(JobFailed) as failed:
+        deliver(runtime, job_id)
+    return str(failed.value)
+
+
+# ── MongoDB ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_result_that_a_validator_refuses_fails_the_job_and_the_operator_reads_why(
+    runtime: Runtime, refuse: Refuse, provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse({"output_data.generated_text": {"$exists": True}})
+    job_id = insert_text(runtime, "planted prompt")
+    assert failure(runtime, job_id) == CANT_BE_STORED
+    document = read(runtime, job_id)
+    assert (document["status"], document["error_message"]) == ("failed", CANT_BE_STORED)
+    assert "unnotified" in document["worker"]
+    [line] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert "121 DocumentValidationFailure" in line.getMessage()
+    assert "planted" not in caplog.text
+    assert len(provider.calls) == 1
+
+
+@table(
+    "refused",
+    ("our bookkeeping", {"worker": {"$exists": True}}),
+    ("a field of it", {"worker.pid": {"$exists": True}}),
+    ("the status processing", {"status": "processing"}),
+)
+def test_a_claim_that_a_validator_refuses_fails_the_job_untried(
+    runtime: Runtime, refuse: Refuse, provider: Provider, caplog: pytest.LogCaptureFixture, refused: dict[str, Any]
+) -> None:
+    refuse(refused)
+    job_id = insert(runtime)
+    assert failure(runtime, job_id) == NOT_SET_UP
+    assert (read(runtime, job_id)["status"], read(runtime, job_id)["error_message"]) == ("failed", NOT_SET_UP)
+    assert "can't be claimed: MongoDB refuses it: OperationFailure 121" in caplog.text
+    assert provider.calls == []
+
+
+def test_a_release_that_a_validator_refuses_fails_the_job(
+    runtime: Runtime, refuse: Refuse, handler: SetHandler
+) -> None:
+    refuse({"worker.rescue_at": {"$exists": True}})
+    handler(raising(worker.RetryJob("busy")))
+    job_id = insert(runtime)
+    assert failure(runtime, job_id) == NOT_SET_UP
+    assert read(runtime, job_id)["status"] == "failed"
+
+
+@table(
+    "refused, left",
+    ("no end of a job", {"status": {"$in": ENDS}}, "processing"),
+    ("nothing but pending", {"status": {"$ne": "pending"}}, "pending"),
+)
+def test_where_no_end_can_be_written_the_message_is_acknowledged_and_the_operator_reads_why(
+    runtime: Runtime, refuse: Refuse, caplog: pytest.LogCaptureFixture, refused: dict[str, Any], left: str
+) -> None:
+    refuse(refused)
+    job_id = insert(runtime)
+    failure(runtime, job_id)
+    assert read(runtime, job_id)["status"] == left
+    assert f"MongoDB takes no end of a job: job={job_id}" in caplog.text
+    assert {record.levelno for record in caplog.records if "takes no end" in record.getMessage()} == {logging.ERROR}
+
+
+def test_a_sweep_ends_what_it_cant_release_and_rescues_the_others(runtime: Runtime, refuse: Refuse) -> None:
+    jobs = [claim(runtime, owner=f"owner-{number}") for number in range(5)]
+    for number, job in enumerate(jobs):
+        change(runtime, job.id, worker__lease_until=ago(1), user_id="odd" if number == 2 else "user-1")
+    refuse({"user_id": "odd", "worker.rescues": {"$exists": True}})
+    assert len(new_sweeper(runtime).sweep()) == 5
+    assert [read(runtime, job.id)["status"] for job in jobs] == ["processing"] * 2 + ["failed"] + ["processing"] * 2
+    assert len(queued(runtime)) == 4
+
+
+def test_a_sweep_leaves_what_it_can_neither_release_nor_end_and_rescues_the_others(
+    runtime: Runtime, refuse: Refuse, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs = [claim(runtime, owner=f"owner-{number}") for number in range(3)]
+    for job in jobs:
+        change(runtime, job.id, worker__lease_until=ago(1))
+    refuse({"_id": jobs[0].id, "worker.rescues": {"$exists": True}})
+    change(runtime, jobs[0].id, worker__rescues="odd") if False else None
+    refuse({"_id": jobs[0].id, "$or": [{"worker.rescues": {"$exists": True}}, {"status": {"$in": ENDS}}]})
+    sweeper = new_sweeper(runtime)
+    assert [len(sweeper.sweep()) for _ in range(3)] == [2, 0, 0]
+    assert stale(runtime) == [jobs[0].id]
+    assert caplog.text.count("MongoDB takes no end of a job") == 1
+
+
+def test_the_lease_of_one_job_that_cant_be_renewed_costs_no_other_its_lease(runtime: Runtime, refuse: Refuse) -> None:
+    jobs = [claim(runtime, owner=f"owner-{number}") for number in range(4)]
+    for job in jobs:
+        change(runtime, job.id, worker__lease_until=ago(1))
+    refuse({"_id": jobs[1].id})
+    runtime.store.renew_leases(jobs)
+    assert stale(runtime) == [jobs[1].id]
+
+
+def test_a_notice_that_cant_be_marked_costs_no_other_its_mark(runtime: Runtime, refuse: Refuse) -> None:
+    jobs = [claim(runtime, owner=f"owner-{number}") for number in range(3)]
+    for job in jobs:
+        runtime.store.fail(job, "No.")
+    refuse({"_id": jobs[0].id})
+    runtime.store.mark_notified([(job.id, job.owner) for job in jobs])
+    assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [jobs[0].id]
+
+
+@pytest.mark.servers
+def test_a_user_without_the_right_to_write_holds_no_slot(tmp_path: Path, fake_redis_url: str) -> None:
+    with MongoServer(auth=True) as server:
+        with pymongo.MongoClient[Any](server.admin_url) as admin:
+            role = [{"role": "read", "db": "ai_backend"}]
+            admin["ai_backend"].command("createUser", "reader", pwd="reader", roles=role)
+            job_id = admin["ai_backend"]["jobs"].insert_one({"status": "pending", "input_data": {}}).inserted_id
+        url = f"mongodb://reader:reader@127.0.0.1:{server.port}/ai_backend?authSource=ai_backend"
+        runtime = adopt(Runtime(bare_settings(mongodb_url=url, redis_url=fake_redis_url)), tmp_path)
+        runtime.poll_store_s = 0.05
+        assert failure(runtime, job_id) == NOT_SET_UP
+        runtime.close()
+
+
+# ── documents near MongoDB's limit ───────────────────────────────────────────────────────────────────────────────
+
+
+def insert_large(runtime: Runtime, room: int, **fields: Any) -> ObjectId:
+    """Inserts a job whose document leaves so many bytes of MongoDB's 16 MB."""
+    empty = insert(runtime, input_data={"prompt": ""}, **fields)
+    size = len(pymongo.collection.Collection.__name__) and runtime.database["jobs"].aggregate(
+        [{"$match": {"_id": empty}}, {"$project": {"size": {"$bsonSize": "$$ROOT"}}}]
+    )
+    [found] = list(size)
+    runtime.database["jobs"].delete_one({"_id": empty})
+    return insert(runtime, input_data={"prompt": "x" * (LIMIT_BYTES - found["size"] - room)}, **fields)
+
+
+@table("room", ("no room at all", 0), ("none for our bookkeeping", 300), ("none for a sentence", 520))
+def test_a_pending_document_without_room_ends_with_a_sentence(runtime: Runtime, room: int) -> None:
+    job_id = insert_large(runtime, room)
+    sentence = failure(runtime, job_id)
+    document = read(runtime, job_id)
+    assert (document["status"], document["error_message"]) == ("failed", sentence)
+    assert sentence == TOO_LARGE_TO_RUN or "prompt" in sentence
+    assert document["completed_at"] is not None
+
+
+def test_a_document_without_room_that_no_attempt_runs_is_ended_by_a_sweep(runtime: Runtime) -> None:
+    large = insert_large(runtime, 10, status="processing", started_at=ago(3600))
+    other = claim(runtime)
+    change(runtime, other.id, worker__lease_until=ago(1))
+    assert len(new_sweeper(runtime).sweep()) == 2
+    document = read(runtime, large)
+    assert (document["status"], document["error_message"]) == ("failed", TOO_LARGE_TO_RUN)
+    assert document["input_data"] == {}
+    assert len(queued(runtime)) == 1
+
+
+def test_the_larger_of_input_and_output_is_let_go(runtime: Runtime) -> None:
+    job_id = insert_large(runtime, 10)
+    prompt = read(runtime, job_id)["input_data"]["prompt"]
+    change(runtime, job_id, input_data={"prompt": "short"})
+    change(runtime, job_id, output_data={"text": prompt[: -len("short")]})
+    failure(runtime, job_id)
+    document = read(runtime, job_id)
+    assert (document["status"], document["input_data"], document["output_data"]) == ("failed", {"prompt": "short"}, None)
+
+
+# ── the artifact store ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def folder(runtime: Runtime, tmp_path: Path) -> Path:
+    """A place for files where nothing can be written: its name is that of a file."""
+    runtime.settings.artifact_url = f"file://{tmp_path}/files"
+    (tmp_path / "files").write_text("no folder")
+    return tmp_path / "files"
+
+
+def insert_picture(runtime: Runtime) -> ObjectId:
+    return insert(runtime, job_type=IMAGE, input_data={"prompt": "A city"})
+
+
+def release_now(runtime: Runtime, job_id: ObjectId) -> None:
+    change(runtime, job_id, worker__available_at=ago(1))
+
+
+def test_a_file_that_cant_be_stored_waits_without_a_slot_and_without_another_generation(
+    runtime: Runtime, folder: Path, provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = insert_picture(runtime)
+    with pytest.raises(Retry):
+        deliver(runtime, job_id)
+    document = read(runtime, job_id)
+    assert (document["status"], document["worker"]["owner"]) == ("processing", None)
+    assert "artifact store: FileExistsError File exists" in caplog.text
+    folder.unlink()
+    release_now(runtime, job_id)
+    assert deliver(runtime, job_id)["status"] == "completed"
+    assert len(provider.calls) == 1
+
+
+def test_a_file_that_can_never_be_stored_fails_the_job_after_a_few_tries(
+    runtime: Runtime, folder: Path, provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = insert_picture(runtime)
+    for _ in range(3):
+        with pytest.raises(Retry):
+            deliver(runtime, job_id)
+        release_now(runtime, job_id)
+    sentence = failure(runtime, job_id)
+    assert sentence == "The result can't be stored at the moment; given up after 4 tries. Please try again later."
+    assert read(runtime, job_id)["error_message"] == sentence
+    assert len(provider.calls) == 1
+    [line] = [record for record in caplog.records if record.getMessage().startswith(f"job={job_id}") and "failed" in record.getMessage()]
+    assert line.levelno == logging.ERROR
+    assert not list(runtime.redis.scan_iter("result:*"))
+
+
+def test_a_kept_result_beyond_the_deadline_is_tried_once_more(runtime: Runtime, folder: Path) -> None:
+    job_id = insert_picture(runtime)
+    with pytest.raises(Retry):
+        deliver(runtime, job_id)
+    at = ago(3600)
+    names = list(runtime.redis.scan_iter("result:*"))
+    started = read(runtime, job_id)["worker"]["first_started_at"]
+    assert len(names) == 1
+    change(runtime, job_id, worker__available_at=at, worker__attempt=4)
+    assert started
+    assert "given up after" in failure(runtime, job_id)
+    assert read(runtime, job_id)["status"] == "failed"
+
+
+def test_input_is_still_checked_first() -> None:
+    with pytest.raises(FailJob):
+        check_input(worker.HANDLERS[IMAGE].input_model, {})
+    assert issubclass(worker.StoreRefused, StoreUnavailable)
