@@ -465,9 +465,11 @@ class RedisServer(Server):
         directory: Path | None = None,
         append_only: bool = True,
         password: str | None = None,
+        has_socket: bool = False,
     ) -> None:
-        """Choose durability and password, but start nothing."""
+        """Choose durability and password, and whether it listens on a Unix socket too, but start nothing."""
         super().__init__(port, host, directory)
+        self.has_socket = has_socket
         self.append_only = append_only
         self.password = password
 
@@ -476,6 +478,11 @@ class RedisServer(Server):
         """The URL of database 0."""
         return f"redis://{f':{self.password}@' if self.password else ''}{self.address}/0"
 
+    @property
+    def socket(self) -> Path:
+        """The path of its Unix socket."""
+        return self.directory / "redis.sock"
+
     def _command(self) -> list[str]:
         """Return the server's command line, with an append-only file, no snapshots and no eviction."""
         command = [str(find_redis(self.directory)), "--port", str(self.port), "--bind", self.host]
@@ -483,6 +490,7 @@ class RedisServer(Server):
         command += ["--appendonly", "yes" if self.append_only else "no", "--appendfsync", "everysec"]
         command += ["--maxmemory-policy", "noeviction"]
         command += ["--requirepass", self.password] if self.password else []
+        command += ["--unixsocket", str(self.socket)] if self.has_socket else []
         return command
 
     def _answers(self) -> bool:
