@@ -80,6 +80,11 @@ def test_lists_are_separated_by_commas(variables: pytest.MonkeyPatch) -> None:
     assert settings.text_models == ("small", "large")
 
 
+def test_a_variable_in_utf_8_is_read_where_the_locale_knows_ascii_alone(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("TEXT_MODEL", "mödel".encode().decode("ascii", "surrogateescape"))
+    assert Settings().text_model == "mödel"
+
+
 @table(
     "data",
     ("with the mark of Windows' editors", codecs.BOM_UTF8 + b"TEXT_MODEL=m\xc3\xb6del\n"),
@@ -149,6 +154,7 @@ def test_a_dotenv_file_of_another_user_is_a_fault_with_advice(
     ("the hard limit is no later than the soft", "CELERY_TIME_LIMIT", "90", "CELERY_SOFT_TIME_LIMIT"),
     ("neither true nor false", "DEBUG", "maybe", "valid boolean"),
     ("a pool that can't run this", "WORKER_POOL", "gevent", "'prefork', 'threads' or 'solo'"),
+    ("bytes that aren't UTF-8", "TEXT_MODEL", "m\udcf6del", "valid string"),
     ("no slot", "WORKER_CONCURRENCY", "0", "greater than or equal to 1"),
     ("half a slot", "WORKER_CONCURRENCY", "1.5", "valid integer"),
     ("a lease that no keeper can renew in time", "LEASE_SECONDS", "1", "greater than or equal to 2"),

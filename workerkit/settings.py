@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import pymongo
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pymongo.errors import PyMongoError
 
@@ -62,6 +71,17 @@ def redact_url(url: str) -> str:
     path = re.split("[?#]", rest)[0]
     is_shown = SCHEMES_WITH_PLACES.fullmatch(scheme) or HARMLESS_PATH.fullmatch(path)
     return f"{scheme}://{'***@' if at else ''}{hosts}{path if is_shown else '/…'}"
+
+
+def as_utf8(text: str) -> str:
+    """Text of the environment or the command line, read as UTF-8 also where the locale (`C`, say) knows ASCII alone.
+
+    What is no UTF-8 is left as it is.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        return text
 
 
 def split_commas(value: object) -> object:
@@ -333,6 +353,11 @@ class Settings(BaseSettings):
 
     ssl_cert_file: AuthorityFile = ""  # file with the authorities that are trusted; empty: the system's
     ssl_cert_dir: AuthorityFolder = ""  # folder with such files
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_as_utf8(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: as_utf8(value) if isinstance(value, str) else value for name, value in values.items()}
 
     @field_validator("celery_time_limit")
     @classmethod
