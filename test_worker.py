@@ -978,7 +978,7 @@ def test_a_shutdown_has_the_grace_of_its_kind(runtime: Runtime, at: list[float],
 @pytest.fixture
 def started_worker() -> Iterator[SimpleNamespace]:
     """A worker of the app that has started in this process, as far as the hooks know."""
-    started = SimpleNamespace(app=worker.app, pool_cls="solo")
+    started = SimpleNamespace(app=worker.app, pool_cls="solo", concurrency=1)
     worker.connect_hooks(started)
     yield started
     for signal, hook in worker.HOOKS:

@@ -130,6 +130,7 @@ from workerkit.settings import (
     Settings,
     load_settings,
 )
+from workerkit.surroundings import pool_fault, write_any_character
 from workerkit.turns import Turns
 
 if TYPE_CHECKING:
@@ -1355,7 +1356,7 @@ class Runtime:
 
     @made_once
     def redis(self) -> redis.Redis:
-        return redis.Redis.from_url(self.settings.redis_url.get_secret_value(), **self.REDIS_OPTIONS)
+        return self.settings.redis_target.client(self.REDIS_OPTIONS)
 
     @made_once
     def notifier(self) -> Notifier:
@@ -1991,11 +1992,11 @@ def import_handlers(**_: Any) -> None:
             raise SystemExit(EXIT_BAD_SETTINGS) from None
 
 
-def refuse_other_pools(worker: Any) -> None:
-    """In the parent, at its start: other pools run no keeper, so that every job's lease would run out."""
+def refuse_unsafe_pool(worker: Any) -> None:
+    """In the parent, at its start: a pool in which no lease would be kept, or that can't work here."""
     pool = str(getattr(worker.pool_cls, "__module__", worker.pool_cls))
-    if not pool.removesuffix("s").endswith(("prefork", "thread", "solo")):
-        print(f"The pool {pool} isn't supported: use prefork, threads or solo (WORKER_POOL, --pool).", file=sys.stderr)
+    if fault := pool_fault(pool, worker.concurrency, app.settings.lease_seconds):
+        print(f"The worker can't start: {fault}.", file=sys.stderr)
         raise SystemExit(EXIT_BAD_SETTINGS)
 
 
@@ -2062,7 +2063,7 @@ def connect_hooks(sender: Any, **_: Any) -> None:
     """In the parent, at its start. Celery's signals are shared by all apps, so another app's worker connects none."""
     if sender.app is not app:
         return
-    refuse_other_pools(sender)
+    refuse_unsafe_pool(sender)
     process_job.runtime.shutdown.bound(lambda: child_pids(sender.pool))
     for signal, hook in HOOKS:
         signal.connect(hook)
@@ -2096,6 +2097,7 @@ def main(context: click.Context) -> None:
 
     Without a command it runs the worker. Settings come from the environment and from .env.
     """
+    write_any_character()
     if context.invoked_subcommand is None:
         context.invoke(load_command("run"))
 

@@ -57,6 +57,7 @@ class Call:
     connection: object = None  # the client's address, which is the same for all calls over one connection
     ended_at: float | None = None
     outcome: Outcome = "running"
+    query: str = ""
 
     @property
     def duration_s(self) -> float:
@@ -208,8 +209,10 @@ class Provider:
             "/v1/audio/speech": speech_answer,
         }
         for path, answerer in answerers.items():
-            application.router.add_post(path, self._generation(answerer))
-        application.router.add_get("/v1/models", self._list_models)
+            for one in (path, f"/accounts/{{account}}{path}"):
+                application.router.add_post(one, self._generation(answerer))
+        for one in ("/v1/models", "/accounts/{account}/v1/models"):
+            application.router.add_get(one, self._list_models)
         application.router.add_get("/files/{name}", self._serve_file)
         application.router.add_get("/calls", self._list_calls)
         return application
@@ -264,6 +267,7 @@ class Provider:
         authorization = request.headers.get("Authorization")
         connection = request.transport and request.transport.get_extra_info("peername")
         call = Call(request.path, prompt, str(body.get("model", "")), body, authorization, time.time(), connection)
+        call.query = request.rel_url.raw_query_string
         with self._lock:
             self._calls.append(call)
         return call

@@ -473,9 +473,11 @@ class RedisServer(Server):
         password: str | None = None,
         find: Callable[[Path], Path] = find_redis,
         without: Sequence[str] = (),
+        has_socket: bool = False,
     ) -> None:
-        """Choose durability, password, binary and the commands that it doesn't have, but start nothing."""
+        """Choose durability, password, binary, missing commands and a Unix socket, but start nothing."""
         super().__init__(port, host, directory)
+        self.has_socket = has_socket
         self.append_only = append_only
         self.password = password
         self.find = find
@@ -486,6 +488,11 @@ class RedisServer(Server):
         """The URL of database 0."""
         return f"redis://{f':{self.password}@' if self.password else ''}{self.address}/0"
 
+    @property
+    def socket(self) -> Path:
+        """The path of its Unix socket."""
+        return self.directory / "redis.sock"
+
     def _command(self) -> list[str]:
         """Return the server's command line, with an append-only file, no snapshots and no eviction."""
         command = [str(self.find(self.directory)), "--port", str(self.port), "--bind", self.host]
@@ -494,6 +501,7 @@ class RedisServer(Server):
         command += ["--maxmemory-policy", "noeviction"]
         command += ["--requirepass", self.password] if self.password else []
         command += [word for name in self.without for word in ("--rename-command", name, "")]
+        command += ["--unixsocket", str(self.socket)] if self.has_socket else []
         return command
 
     def _answers(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,45 @@ def test_a_pool_in_which_no_lease_would_be_kept_is_refused(environment: dict[str
     ended = run_worker(environment, tmp_path, "run", "--pool=gevent")
     assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
     assert "isn't supported: use prefork, threads or solo" in ended.stderr
+
+
+@pytest.mark.parametrize("command", STARTS.values(), ids=STARTS)
+def test_a_dotenv_file_in_another_encoding_ends_the_worker_with_2_and_advice(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (tmp_path / ".env").write_text("WORKER_POOL=solo\n", encoding="utf-16")
+    ended = run_python({}, tmp_path, *command)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+    assert ".env is in UTF-16: save it in UTF-8" in ended.stderr
+
+
+def test_a_system_without_semaphores_ends_the_prefork_pool_with_2_and_advice(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """It has a read-only /dev/shm, in a mount namespace of its own."""
+    mount = (
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o ro none /dev/shm && exec "$@"',
+        "sh",
+    )
+    if subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("this system allows no mount namespaces")
+    command, variables = [*mount, sys.executable, str(WORKER)], {**os.environ, **environment, "WORKER_POOL": "prefork"}
+    ended = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+    assert "there are none (Read-only file system): mount a writable /dev/shm" in ended.stderr
+
+
+def test_more_jobs_than_short_leases_allow_are_refused_on_celerys_command_line_too(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    ended = run_worker(environment, tmp_path, "run", "--pool=threads", "--concurrency=300")
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+    assert "LEASE_SECONDS should be at least 10 where over 100 jobs run at a time" in ended.stderr
 
 
 def test_the_worker_reads_dotenv(tmp_path: Path) -> None:

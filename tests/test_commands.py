@@ -29,7 +29,7 @@ from worker_commands.api_side import Followed, fetch_file, writable_folder
 from worker_commands.recover import recover
 from worker_commands.status import overview, status
 from worker_commands.submit import NO_WORKER, SubmitView, read_request, submit
-from worker_commands.terminal import printable
+from worker_commands.terminal import print_rows, printable
 from workerkit.errors import JobFailed
 from workerkit.process import Heartbeat
 from workerkit.settings import Settings
@@ -167,7 +167,40 @@ def test_check_fetches_a_stored_file_by_its_public_url(runtime: Runtime, command
         public = f"http://127.0.0.1:{server.server_port}/files"
         code, output = command_here("check", ARTIFACT_URL=f"file://{tmp_path}/files", ARTIFACT_BASE_URL=public)
         server.shutdown()
-    assert (code, f"{public}/check-" in output, "answers with the file" in output) == (0, True, True)
+    shown = f"{public.removesuffix('/files')}/…"
+    assert (code, f"{shown} answers with the file" in output) == (0, True)
+
+
+# ── terminals ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_narrow_terminal_gets_lines_instead_of_a_table_and_nothing_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker_commands.terminal.PLAIN_WIDTH", 30)
+    print_rows(("", "what", "seen"), [("FAULT", "Redis", "[red]A very long sentence about it."), ("ok", "MongoDB", "")])
+    shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["FAULT Redis", "  [red]A very long sentence", "  about it.", "ok MongoDB"]
+
+
+def test_a_long_word_in_a_table_is_folded_and_not_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker_commands.terminal.PLAIN_WIDTH", 70)
+    print_rows(("what", "seen"), [("a", "x" * 100)])
+    assert capsys.readouterr().out.count("x") == 100
+
+
+@pytest.mark.parametrize("name", ["check", "status"])
+def test_a_terminal_that_knows_ascii_alone_gets_plain_characters(
+    runtime: Runtime, command_here: Command, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(CliRunner.__init__, "__defaults__", ("ascii", *(CliRunner.__init__.__defaults__ or ())[1:]))
+    runtime.store.fail(claim(runtime), "“Naïve” … 日")
+    code, output = command_here(name)
+    assert code == 0
+    assert {"check": "/artifacts/...", "status": '"Naive" ... ?'}[name] in output
+    assert output.isascii()
 
 
 # ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -502,8 +535,11 @@ def test_what_a_terminal_would_obey_is_not_printed(text: str, shown: str) -> Non
 
 
 def test_the_demo_completes_a_job_of_each_type_with_nothing_else_running(tmp_path: Path) -> None:
+    """It runs where the terminal knows ASCII alone."""
     command = [sys.executable, str(SOURCE / "worker.py"), "demo", "--output", "files"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=ascii_alone)
     assert (ended.returncode, ended.stderr) == (0, "")
+    assert '"What happens to a job in a queue?"' in ended.stdout
     assert "3 of 3 jobs completed" in ended.stdout
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["picture.png", "sound.wav"]

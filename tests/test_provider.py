@@ -97,6 +97,18 @@ def speech(prompt: str) -> Ask:
     return lambda provider: provider.speech(request)
 
 
+PLACES = ("/v1", "/v1/", "/v1?key=a%2Bb%26c&api-version=1", "/v1/?key=a%2Bb%26c&api-version=1")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_base_url_has_behind_its_question_mark_is_sent_with_each_call(provider: Provider, place: str) -> None:
+    url = provider.url.removesuffix("/v1") + "/accounts/token" + place
+    assert answer_of(text("[say Hello]"), at_url(url)).text == "Hello"
+    [call] = provider.calls
+    assert call.route == "/accounts/token/v1/chat/completions"
+    assert call.query == place.partition("?")[2]
+
+
 EVERY_KIND = [pytest.param(kind, id=kind.__name__) for kind in (text, image, speech)]
 
 

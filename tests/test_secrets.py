@@ -105,7 +105,13 @@ def test_a_redis_whose_certificate_isnt_trusted_gets_no_data(
 
 KEY, REDIS_PASSWORD, S3_SECRET, WORDS = "sk-planted-key", "planted-redis-password", "planted-s3-secret", "planted-words"
 WRONG_PASSWORD = "planted-wrong-password"
-PLANTED = (KEY, REDIS_PASSWORD, S3_SECRET, WORDS, DATABASE_PASSWORD, WRONG_PASSWORD)
+PATH_TOKEN, QUERY_TOKEN = "planted-path-token", "planted-query-token"
+PLANTED = (PATH_TOKEN, QUERY_TOKEN, KEY, REDIS_PASSWORD, S3_SECRET, WORDS, DATABASE_PASSWORD, WRONG_PASSWORD)
+
+
+def with_tokens(url: str) -> str:
+    """The URL of the provider with a token in its path and one in its query, as gateways have them."""
+    return f"{url.removesuffix('/v1')}/accounts/{PATH_TOKEN}/v1?key={QUERY_TOKEN}"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +127,7 @@ def guarded(running_provider: Provider) -> Iterator[dict[str, str]]:
             **servers,
             **keys,
             **short,
-            "OPENAI_BASE_URL": running_provider.url,
+            "OPENAI_BASE_URL": with_tokens(running_provider.url),
             "AUDIO_FORMAT": "wav",
             "DEBUG": "true",
         }
@@ -229,7 +235,17 @@ FAULTS: dict[str, Callable[[dict[str, str]], dict[str, str]]] = {
     "no MongoDB": lambda s: {"MONGODB_URL": f"mongodb://user:{WRONG_PASSWORD}@{LOOPBACK}:{free_port()}/x"},
     "no Redis": lambda s: {"REDIS_URL": f"redis://:{WRONG_PASSWORD}@{LOOPBACK}:{free_port()}/0"},
     "no S3": lambda s: {"ARTIFACT_URL": "s3://bucket", "S3_ENDPOINT_URL": f"http://{LOOPBACK}:{free_port()}"},
-    "no provider": lambda s: {"OPENAI_BASE_URL": f"http://user:{WRONG_PASSWORD}@{LOOPBACK}:{free_port()}/v1"},
+    "no provider": lambda s: {
+        "OPENAI_BASE_URL": f"http://user:{WRONG_PASSWORD}@{LOOPBACK}:{free_port()}/{PATH_TOKEN}/v1?key={QUERY_TOKEN}"
+    },
+    "a password of Redis in its query": lambda s: {
+        "REDIS_URL": f"redis://{s['REDIS_URL'].rpartition('@')[2]}?password={WRONG_PASSWORD}"
+    },
+    "no socket of Redis": lambda s: {"REDIS_URL": f"unix://:{WRONG_PASSWORD}@/no/such.sock?db=1"},
+    "a public address with tokens": lambda s: {
+        "ARTIFACT_BASE_URL": f"http://{LOOPBACK}:{free_port()}/{PATH_TOKEN}",
+        "REDIS_URL": with_password(s["REDIS_URL"], REDIS_PASSWORD),
+    },
 }
 
 

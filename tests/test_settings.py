@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 from pydantic import ValidationError
 
+from testbed.network import make_certificate
 from testbed.processes import SOURCE
 from tests.lab import SECRET, bare_settings, table
-from workerkit.settings import (
-    ProviderSettings,
-    Settings,
-    load_settings,
-    redact_url,
-    settings_faults,
-    with_certificate_check,
-)
+from workerkit.settings import ProviderSettings, Settings, load_settings, redact_url, settings_faults
 
 
 @pytest.fixture
@@ -81,6 +80,60 @@ def test_lists_are_separated_by_commas(variables: pytest.MonkeyPatch) -> None:
     assert settings.text_models == ("small", "large")
 
 
+def test_a_variable_in_utf_8_is_read_where_the_locale_knows_ascii_alone(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("TEXT_MODEL", "mödel".encode().decode("ascii", "surrogateescape"))
+    assert Settings().text_model == "mödel"
+
+
+@table(
+    "data",
+    ("with the mark of Windows' editors", codecs.BOM_UTF8 + b"TEXT_MODEL=m\xc3\xb6del\n"),
+    ("with Windows' ends of lines", b"TEXT_MODEL=m\xc3\xb6del\r\n"),
+)
+def test_a_dotenv_file_in_utf_8_is_read(variables: pytest.MonkeyPatch, data: bytes) -> None:
+    Path(".env").write_bytes(data)
+    assert load_settings().text_model == "mödel"
+
+
+@table(
+    "data, right",
+    ("UTF-16, as PowerShell writes it", "TEXT_MODEL=m\n".encode("utf-16"), "is in UTF-16: save it in UTF-8"),
+    ("UTF-16 without its mark", "TEXT_MODEL=m\n".encode("utf-16-le"), "holds NUL bytes"),
+    ("UTF-16 the other way round", codecs.BOM_UTF16_BE + "A=m\n".encode("utf-16-be"), "is in UTF-16"),
+    ("Latin-1", "A=1\nTEXT_MODEL=mödel\n".encode("latin-1"), "isn't in UTF-8 (line 2): save it in UTF-8"),
+    ("a NUL byte", b"TEXT_MODEL=m\0\n", "holds NUL bytes"),
+    ("a folder", "folder", "is a folder"),
+    ("a link to nothing", "link", "is a link to a file that isn't there"),
+)
+def test_a_dotenv_file_that_cant_be_read_is_a_fault_with_advice(
+    variables: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: bytes | str, right: str
+) -> None:
+    path = Path(".env")
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    elif data == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(SystemExit) as ended:
+        load_settings()
+    assert ended.value.code == 2
+    assert f"\n  .env {right}" in capsys.readouterr().err
+
+
+def test_a_dotenv_file_of_another_user_is_a_fault_with_advice(
+    variables: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    Path(".env").touch()
+    variables.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(SystemExit):
+        load_settings()
+    assert ".env can't be read (Permission denied): let the worker's user read it" in capsys.readouterr().err
+
+
 # ── what is wrong with a value ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -101,6 +154,7 @@ def test_lists_are_separated_by_commas(variables: pytest.MonkeyPatch) -> None:
     ("the hard limit is no later than the soft", "CELERY_TIME_LIMIT", "90", "CELERY_SOFT_TIME_LIMIT"),
     ("neither true nor false", "DEBUG", "maybe", "valid boolean"),
     ("a pool that can't run this", "WORKER_POOL", "gevent", "'prefork', 'threads' or 'solo'"),
+    ("bytes that aren't UTF-8", "TEXT_MODEL", "m\udcf6del", "valid string"),
     ("no slot", "WORKER_CONCURRENCY", "0", "greater than or equal to 1"),
     ("half a slot", "WORKER_CONCURRENCY", "1.5", "valid integer"),
     ("a lease that no keeper can renew in time", "LEASE_SECONDS", "1", "greater than or equal to 2"),
@@ -115,6 +169,19 @@ def test_lists_are_separated_by_commas(variables: pytest.MonkeyPatch) -> None:
     ("an answer of no size", "MAX_ANSWER_BYTES", "10", "greater than or equal to 1024"),
     ("a path instead of a URL", "ARTIFACT_URL", "/tmp/artifacts", "file:///folder"),
     ("an S3 server without scheme", "S3_ENDPOINT_URL", "minio:9000", "http://host:port"),
+    ("an S3 server with a query", "S3_ENDPOINT_URL", "http://minio:9000?x=1", "without a ?"),
+    ("a query before a file's name", "ARTIFACT_BASE_URL", "https://cdn.example/x?sig=1", "a file's name follows it"),
+    ("a port in words", "OPENAI_BASE_URL", "http://host:port/v1", "http://host:port/v1"),
+    ("a fragment", "OPENAI_BASE_URL", "http://host/v1#x", "http://host:port/v1"),
+    ("options of a RabbitMQ", "CELERY_BROKER_URL", "amqp://host?heartbeat=x", "without options behind a ?"),
+    ("a port of RabbitMQ in words", "CELERY_BROKER_URL", "amqp://host:abc", "amqp://user:password@host:5672"),
+    ("an option of another type", "MONGODB_URL", "mongodb://host/?maxPoolSize=many", "its options"),
+    ("options that exclude each other", "MONGODB_URL", "mongodb://a,b/?directConnection=true", "its options"),
+    ("the same behind a name in the DNS", "MONGODB_URL", "mongodb+srv://a.b.c:27017/", "its options"),
+    ("an authority that isn't there", "SSL_CERT_FILE", "/no/such/file.pem", "No such file or directory"),
+    ("an authority that is a folder", "SSL_CERT_FILE", "/proc", "Is a directory"),
+    ("an authority that is no certificate", "SSL_CERT_FILE", __file__, "holds no certificate"),
+    ("a folder that isn't there", "SSL_CERT_DIR", "/no/such/folder", "isn't there"),
 )
 def test_a_bad_value_is_one_fault_with_its_variable_and_what_is_right(
     variables: pytest.MonkeyPatch, name: str, value: str, right: str
@@ -122,6 +189,80 @@ def test_a_bad_value_is_one_fault_with_its_variable_and_what_is_right(
     [line] = faults(variables, **{name: value})
     assert line.strip().startswith(f"{name} = ")
     assert right in line
+
+
+URLS = {
+    "MONGODB_URL": "mongodb://host/?tls=true&{}",
+    **dict.fromkeys(("REDIS_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"), "rediss://host/0?{}"),
+}
+
+
+@pytest.mark.parametrize("name", URLS)
+@table(
+    "content, right",
+    ("it isn't there", None, "can't be read (No such file or directory)"),
+    ("it is a folder", "folder", "can't be read (Is a directory)"),
+    ("it is empty", "", "no certificate"),
+    ("it is something else", "-----BEGIN NONSENSE-----", "no certificate"),
+)
+def test_a_certificate_that_cant_be_used_is_a_fault_that_names_its_option(
+    variables: pytest.MonkeyPatch, tmp_path: Path, name: str, content: str | None, right: str
+) -> None:
+    path = tmp_path / "x.pem"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+    mongodb, redis = ("tlsCAFile", "tlsCertificateKeyFile", "TLSCRLFILE"), ("ssl_ca_certs", "ssl_certfile")
+    for option in mongodb if name == "MONGODB_URL" else redis:
+        [line] = faults(variables, **{name: URLS[name].format(f"{option}={path}")})
+        assert line.strip().startswith(f"{name} = (hidden): ")
+        assert option.lower() in line.lower()
+        assert right in line
+
+
+def test_a_certificate_and_key_that_can_be_used_are_no_fault(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = make_certificate(tmp_path)
+    redis_url = f"rediss://host?ssl_ca_certs={made.authority}&ssl_certfile={made.pair}&ssl_ca_path={tmp_path}"
+    mongodb_url = f"mongodb://host/?tls=true&tlsCAFile={made.authority}&tlsCertificateKeyFile={made.pair}"
+    assert Settings(redis_url=redis_url, mongodb_url=mongodb_url, ssl_cert_file=str(made.authority))
+
+
+def test_a_key_with_a_password_is_a_fault_and_asks_for_nothing(variables: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    locked = BestAvailableEncryption(b"right")
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked)
+    (tmp_path / "key.pem").write_bytes(key)
+    certificate = make_certificate(tmp_path).pair
+    [line] = faults(variables, REDIS_URL=f"rediss://host?ssl_certfile={certificate}&ssl_keyfile={tmp_path}/key.pem")
+    assert "another password" in line
+
+
+def test_the_authorities_of_a_dotenv_file_reach_the_environment_where_openssl_reads_them(
+    variables: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = make_certificate(tmp_path).authority
+    variables.setenv("SSL_CERT_FILE", "")
+    Path(".env").write_text(f"SSL_CERT_FILE={authority}\n")
+    load_settings()
+    assert os.environ["SSL_CERT_FILE"] == str(authority)
+
+
+@table(
+    "lease, concurrency, is_refused",
+    ("hundreds of jobs and a short lease", "2", "300", True),
+    ("as many jobs and a longer one", "10", "300", False),
+    ("a short lease and fewer jobs", "2", "100", False),
+)
+def test_hundreds_of_jobs_need_leases_that_a_burst_of_starts_cant_outlast(
+    variables: pytest.MonkeyPatch, lease: str, concurrency: str, is_refused: bool
+) -> None:
+    variables.setenv("WORKER_CONCURRENCY", concurrency)
+    variables.setenv("LEASE_SECONDS", lease)
+    if is_refused:
+        [line] = faults(variables)
+        assert "LEASE_SECONDS = '2': should be at least 10 where over 100 jobs run at a time" in line
+    else:
+        assert Settings().lease_seconds == float(lease)
 
 
 def test_s3_without_any_bucket_is_a_fault(variables: pytest.MonkeyPatch) -> None:
@@ -148,6 +289,12 @@ def test_all_faults_are_reported_at_once(variables: pytest.MonkeyPatch) -> None:
     ("a key in a query", "AUDIO_BASE_URL", f"ftp://host/v1?key={SECRET}"),
     ("a provider's URL without scheme", "IMAGE_BASE_URL", f"user:{SECRET}@host/v1"),
     ("an artifact URL with one slash", "ARTIFACT_URL", f"ftp:/user:{SECRET}@host/folder"),
+    ("a key instead of a URL", "OPENAI_BASE_URL", SECRET),
+    ("a token in a provider's path", "OPENAI_BASE_URL", f"http://host/v1/{SECRET}#x"),
+    ("a token where the port should be", "OPENAI_BASE_URL", f"http://host:{SECRET}/v1"),
+    ("a query behind a public address", "ARTIFACT_BASE_URL", f"https://host/{SECRET}?sig={SECRET}"),
+    ("a query of a Redis", "REDIS_URL", f"redis://host?{SECRET}={SECRET}"),
+    ("a ? in Redis' password", "REDIS_URL", f"redis://:12?{SECRET}=x@host"),
 )
 def test_a_fault_never_shows_a_secret(
     variables: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
@@ -176,7 +323,8 @@ def test_the_settings_shown_whole_hold_no_secret() -> None:
     settings = bare_settings(openai_api_key=SECRET, redis_url=f"redis://:{SECRET}@host", text_base_url=url)
     assert SECRET not in repr(bare_settings(openai_api_key=SECRET, redis_url=f"redis://:{SECRET}@host"))
     assert SECRET not in settings.provider("text").label
-    assert SECRET not in repr(settings.provider("image"))
+    assert SECRET not in repr(settings)
+    assert SECRET not in repr(settings.provider("text"))
 
 
 # ── what follows from several settings ───────────────────────────────────────────────────────────────────────────
@@ -247,8 +395,21 @@ def test_a_model_that_openai_ends_soon_is_shown_with_its_last_day() -> None:
     ("no credentials", "redis://host:6379/0", "redis://host:6379/0"),
     ("user and password", "mongodb://user:pw@host/db", "mongodb://***@host/db"),
     ("an @ in the password", "mongodb://user:p@w@host/db", "mongodb://***@host/db"),
-    ("a / in the password", "redis://:p/w@host", "redis://***@host"),
-    ("a ? in the password", "redis://:p?w@host", "redis://***@host"),
+    ("a / in the password", "redis://:p/w@host", "redis://***"),
+    ("a ? in the password", "redis://:p?w@host", "redis://***"),
+    ("a # in the password", "redis://:p#w@host", "redis://***"),
+    ("a : behind the host", "http://host:pw/v1", "http://***"),
+    ("a password of a socket", "unix://:pw@/run/redis.sock?db=1", "unix://***@/run/redis.sock"),
+    ("several hosts", "mongodb://u:pw@a:1,b:2/db?x=pw", "mongodb://***@a:1,b:2/db"),
+    ("an IPv6 address", "redis://:pw@[::1]:6379/0", "redis://***@[::1]:6379/0"),
+    ("a harmless path", "https://host/openai/v1/", "https://host/openai/v1/"),
+    ("a version of another form", "https://host/v1beta/openai", "https://host/v1beta/openai"),
+    ("a path that may be a token", "https://host:8443/v1/acct/pw/openai?key=pw", "https://host:8443/…"),
+    ("a query behind the host", "https://host?key=pw", "https://host"),
+    ("an @ in a query", "https://host/v1?to=a@pw", "https://***"),
+    ("a fragment", "https://host/v1#pw", "https://host/v1"),
+    ("a bucket and a folder", "s3://bucket/folder", "s3://bucket/folder"),
+    ("a path alone", "/artifacts", "/artifacts"),
     ("a query", "redis://host/0?password=pw", "redis://host/0"),
     ("no URL", "gridfs", "gridfs"),
 )
@@ -274,23 +435,11 @@ def test_broker_and_results_are_redis_unless_set_otherwise() -> None:
 @table(
     "url, broker_url, master",
     ("the master's name is an option", "sentinel://host:26379/0?master_name=x", "sentinel://host:26379/0", "x"),
-    ("other URLs stay as they are", "redis://host/0?db=1", "redis://host/0?db=1", ""),
+    ("a Redis has none", "redis://host/0?db=1", "redis://host:6379/1", ""),
 )
 def test_a_sentinels_url_names_its_master(url: str, broker_url: str, master: str) -> None:
     settings = bare_settings(celery_broker_url=url)
     assert (settings.broker_url, settings.sentinel_master) == (broker_url, master)
-
-
-@table(
-    "url, checked",
-    ("Celery would not check by itself", "rediss://host/0", "rediss://host/0?ssl_cert_reqs=required"),
-    ("beside other options", "rediss://h?ssl_ca_certs=/ca", "rediss://h?ssl_ca_certs=/ca&ssl_cert_reqs=required"),
-    ("the operator's choice stays", "rediss://host?ssl_cert_reqs=none", "rediss://host?ssl_cert_reqs=none"),
-    ("no TLS, no certificate", "redis://host/0", "redis://host/0"),
-)
-def test_certificates_of_redis_are_checked_unless_the_url_says_otherwise(url: str, checked: str) -> None:
-    assert with_certificate_check(url) == checked
-    assert bare_settings(redis_url=url).broker_url == bare_settings(redis_url=url).result_backend == checked
 
 
 @table(

@@ -107,8 +107,7 @@ class Api:
 
     def __init__(self, runtime: Runtime) -> None:
         self._settings, self._jobs, self._broker = runtime.settings, runtime.database["jobs"], runtime.broker
-        url, patience = runtime.settings.redis_url.get_secret_value(), {"socket_connect_timeout": SERVER_PATIENCE_S}
-        self._redis = redis.Redis.from_url(url, **patience)
+        self._redis = runtime.settings.redis_target.client({"socket_connect_timeout": SERVER_PATIENCE_S})
         self._pubsub = self._redis.pubsub()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Api:

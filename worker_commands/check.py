@@ -17,14 +17,12 @@ from typing import Any
 import click
 import redis
 from kombu.exceptions import OperationalError
-from rich.markup import escape
-from rich.table import Table
 
 from worker import STATUS_CHANNEL, Runtime, configure
 from worker_commands import findings
 from worker_commands.findings import Finding, probe
 from worker_commands.redis_rights import check_rights
-from worker_commands.terminal import open_console
+from worker_commands.terminal import print_rows
 from workerkit.broker import is_refused, refusal
 from workerkit.errors import FailJob, StoreUnavailable
 from workerkit.provider import OpenAIProvider
@@ -141,7 +139,7 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
         yield replace(finding, is_fault=finding.is_fault and not is_loopback)  # in a container that's another host
     elif urls and not urls[0].startswith("data:"):
         advice = "the API must serve this path (examples/ has the route), or set ARTIFACT_BASE_URL"
-        yield Finding("artifact URL", f"{runtime.settings.artifact_base_url}/…", advice)
+        yield Finding("artifact URL", f"{redact_url(runtime.settings.artifact_base_url)}/…", advice)
     if urls:
         with contextlib.suppress(StoreUnavailable, FailJob):
             runtime.artifacts.delete(name)
@@ -181,11 +179,9 @@ def find_all(runtime: Runtime) -> Iterator[Finding]:
 def check(runtime: Runtime) -> int:
     """Prints a row for each thing tried; returns 1 if one is wrong."""
     findings = list(find_all(runtime))
-    table = Table("", "what", "seen", "what to do")
-    for finding in findings:
-        mark = "[red]FAULT[/]" if finding.is_fault else "[yellow]note[/]" if finding.advice else "[green]ok[/]"
-        table.add_row(mark, escape(finding.what), escape(finding.seen), escape(finding.advice))
-    open_console().print(table)
+    marks = ["FAULT" if finding.is_fault else "note" if finding.advice else "ok" for finding in findings]
+    rows = [(mark, one.what, one.seen, one.advice) for mark, one in zip(marks, findings, strict=True)]
+    print_rows(("", "what", "seen", "what to do"), rows, {"FAULT": "red", "note": "yellow", "ok": "green"})
     return int(any(finding.is_fault for finding in findings))
 
 

@@ -23,7 +23,7 @@ from redis.lock import Lock
 
 from worker import Runtime, Status, app, configure
 from worker_commands.api_side import Api, Followed, Unreachable, View, fetch_file, writable_folder
-from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, open_console, printable, say, tolerate_any_character
+from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, open_console, printable, say
 from workerkit.errors import Document
 from workerkit.settings import PROVIDER_KINDS, Settings, load_settings
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 WORKER_START_S = 20.0
-PROVIDER_FIELDS = ("openai_", *(f"{kind}_" for kind in PROVIDER_KINDS))
+PROVIDER_FIELDS = ("openai_", "ssl_cert_", *(f"{kind}_" for kind in PROVIDER_KINDS))
 
 
 @contextlib.contextmanager
@@ -220,7 +220,6 @@ def run_demo(output: Path | None) -> int:
 
 def demo(output: Path | None) -> int:
     """Runs one job of each type through the real worker on embedded servers. Returns 0 if all have completed."""
-    tolerate_any_character()
     warnings.simplefilter("ignore")
     log, code = io.StringIO(), EXIT_FAILED
     logging.basicConfig(stream=log, level=logging.WARNING, format="  %(message)s", force=True)

@@ -8,12 +8,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
-from rich.markup import escape
-from rich.table import Table
 
 from worker import Runtime, Status, configure
 from worker_commands.findings import probe
-from worker_commands.terminal import EXIT_FAILED, open_console, printable, say
+from worker_commands.terminal import EXIT_FAILED, print_rows, printable, say
 from workerkit.errors import Document, StoreUnavailable
 from workerkit.mongodb import unknown_when_unreachable
 from workerkit.settings import load_settings
@@ -48,24 +46,27 @@ def queue_text(runtime: Runtime) -> str:
     return f"unknown: the broker can't be reached ({found.seen})" if found.is_fault else found.seen
 
 
-def counts_table(runtime: Runtime, seen: Document) -> Table:
-    table = Table("jobs", "")
-    for name, count in seen["counts"].items():
-        table.add_row(name, str(count))
-    table.add_row("oldest pending", age_text(seen["oldest_pending"]))
-    table.add_row("expired leases", f"{seen['expired_leases']} (a running worker takes them up within seconds)")
-    table.add_row("notices not confirmed", str(seen["unnotified"]))
-    table.add_row(f"waiting in {escape(runtime.settings.celery_queue_name)}", escape(queue_text(runtime)))
-    return table
+def count_rows(runtime: Runtime, seen: Document) -> list[tuple[str, str]]:
+    return [
+        *((name, str(count)) for name, count in seen["counts"].items()),
+        ("oldest pending", age_text(seen["oldest_pending"])),
+        ("expired leases", f"{seen['expired_leases']} (a running worker takes them up within seconds)"),
+        ("notices not confirmed", str(seen["unnotified"])),
+        (f"waiting in {runtime.settings.celery_queue_name}", queue_text(runtime)),
+    ]
 
 
-def errors_table(jobs: list[dict[str, Any]]) -> Table:
-    """The last jobs that failed. Text from a document is escaped, so that it is never read as markup."""
-    table = Table("when", "job", "type", "last errors")
-    for job in jobs:
-        what = (printable(str(job.get("job_type"))[:30]), printable(str(job.get("error_message"))[:200]))
-        table.add_row(age_text(job.get("completed_at")), str(job["_id"]), *map(escape, what))
-    return table
+def error_rows(jobs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The last jobs that failed."""
+    return [
+        (
+            age_text(job.get("completed_at")),
+            str(job["_id"]),
+            printable(str(job.get("job_type"))[:30]),
+            printable(str(job.get("error_message"))[:200]),
+        )
+        for job in jobs
+    ]
 
 
 def status(runtime: Runtime) -> int:
@@ -75,9 +76,8 @@ def status(runtime: Runtime) -> int:
     except StoreUnavailable as error:
         say(f"MongoDB can't be reached ({error}); try `python worker.py check`")
         return EXIT_FAILED
-    console = open_console()
-    console.print(counts_table(runtime, seen))
-    console.print(errors_table(seen["last_errors"]))
+    print_rows(("jobs", ""), count_rows(runtime, seen))
+    print_rows(("when", "job", "type", "last errors"), error_rows(seen["last_errors"]))
     return 0
 
 

@@ -16,9 +16,9 @@ from pymongo.errors import PyMongoError
 
 from worker import HANDLERS, Runtime, Status, app, configure
 from worker_commands.api_side import Api, Followed, Unreachable, View, fetch_file, writable_folder
-from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, printable, say, tolerate_any_character
+from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, printable, say
 from workerkit.errors import Document
-from workerkit.settings import load_settings
+from workerkit.settings import as_utf8, load_settings
 
 NO_WORKER_AFTER_S = 15.0
 NO_WORKER = "no worker seems to be running; is `python worker.py` started? (still waiting)"
@@ -116,7 +116,6 @@ def submit(
     runtime: Runtime, job_type: str, prompt: str, parameters: Sequence[str], follow: bool, output: Path | None
 ) -> int:
     """Sends a job as the API does, and shows what becomes of it. Returns the exit code."""
-    tolerate_any_character()
     try:
         return submit_and_follow(runtime, *read_request(job_type, prompt, parameters), follow, output or Path())
     except Unreachable as error:
@@ -142,4 +141,5 @@ def submit(
 def command(job_type: str, prompt: str, parameters: Sequence[str], follow: bool, output: Path | None) -> None:
     """Submit a job as the API does, and show what comes back."""
     with contextlib.closing(configure(load_settings())) as runtime:
-        sys.exit(submit(runtime, job_type, prompt, parameters, follow, output))
+        words = (as_utf8(prompt), list(map(as_utf8, parameters)))
+        sys.exit(submit(runtime, job_type, *words, follow, output))

@@ -41,6 +41,7 @@ from redis.retry import Retry
 from workerkit.errors import Document
 from workerkit.logs import RepeatedFaultLog, logger
 from workerkit.process import PARENT, Heartbeat
+from workerkit.redis_urls import TIMEOUTS, RedisTarget
 from workerkit.settings import EXIT_BAD_SETTINGS, Settings
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ def transport_options(settings: Settings) -> Document:
         return RABBITMQ_TIMEOUTS
     # A message that runs longer than this is delivered again and would run twice at a time. So it is long, and lost
     # jobs are found by their leases.
-    options = {"visibility_timeout": max(3600, 2 * settings.celery_time_limit), **REDIS_TIMEOUTS}
-    return {**options, "master_name": settings.sentinel_master} if settings.sentinel_master else options
+    options = {"visibility_timeout": max(3600, 2 * settings.celery_time_limit)}
+    if settings.sentinel_master:
+        return {**options, **REDIS_TIMEOUTS, "master_name": settings.sentinel_master}
+    return {**options, **settings.broker_target.kombu_options(REDIS_TIMEOUTS)}
 
 
 # ── rights ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,11 +195,22 @@ class RedisMends:
     keyprefix_queue: str
     keyprefix_binding_deadlines: str
     keyprefix_binding_permanent: str
+    connection: Any
+    connection_class: Any
     _kept_client: Any = None
 
     def _get_client(self) -> Any:
         client = super()._get_client()  # type: ignore[misc]
         return ScriptlessRedis if client is redis.Redis else client
+
+    def _connparams(self, asynchronous: bool = False) -> Document:
+        """The arguments of a connection: kombu's, and those that `RedisTarget.kombu_options` adds."""
+        options = self.connection.client.transport_options.get("connection", {})
+        if "path" in options:
+            self.connection_class = redis.UnixDomainSocketConnection
+        arguments: Document = super()._connparams(asynchronous)  # type: ignore[misc]
+        unfit = {"host", "port", "socket_keepalive", "socket_keepalive_options"} if "path" in options else set()
+        return {**{name: value for name, value in arguments.items() if name not in unfit}, **options}
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         """The channel's client, made once for its pool. kombu (5.7) makes one for each command, at a great cost."""
@@ -335,6 +349,11 @@ class JobConnection(Connection):
 
     def get_transport_cls(self) -> Any:
         return TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()
+
+    def as_uri(self, *args: Any, **kwargs: Any) -> str:
+        """The address for the log. That of a Unix socket is its path, and Celery would show it as a host."""
+        path = (self.transport_options or {}).get("connection", {}).get("path")
+        return f"unix://{path}" if path else super().as_uri(*args, **kwargs)
 
     def Pool(self, limit: Any = None, **_: Any) -> ConnectionPool:
         return JobConnectionPool(self, limit)
@@ -498,9 +517,10 @@ class Broker:
     def connection(self) -> Iterator[Any]:
         """A connection of its own. Publishing waits for RabbitMQ's confirmation."""
         connection = self._app.connection_for_write(connect_timeout=self._patience_s)
-        of_redis = dict.fromkeys(("socket_connect_timeout", "socket_timeout"), self._patience_s)
+        given = connection.transport_options or {}
+        of_redis = {name: min(self._patience_s, given.get(name, self._patience_s)) for name in TIMEOUTS}
         of_rabbitmq = {**dict.fromkeys(("read_timeout", "write_timeout"), self._patience_s), "confirm_publish": True}
-        connection.transport_options = {**(connection.transport_options or {}), **of_redis, **of_rabbitmq}
+        connection.transport_options = {**given, **of_redis, **of_rabbitmq}
         try:
             connection.connect()
             yield connection
@@ -769,6 +789,11 @@ class ResultBackend(RedisBackend):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connparams["retry"] = Retry(NoBackoff(), 0)
+
+    def _params_from_url(self, url: str, defaults: Document) -> Document:
+        """The arguments of a connection, by the same rules as the worker's own. Celery's differ from redis-py's."""
+        kept = ("max_connections", "retry_on_timeout", "client_name", *TIMEOUTS)
+        return RedisTarget.parse(url).connection({name: defaults[name] for name in kept if defaults.get(name)})
 
     def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -25,12 +25,20 @@ if TYPE_CHECKING:
     from pymongo.cursor import Cursor
     from pymongo.database import Database
 
-TOO_LARGE_CODES = frozenset({10334, 17419, 17420})
+# A document over 16 MB, or one that is too large for the memory that the server has for its changes.
+TOO_LARGE_CODES = frozenset({10334, 17419, 17420, 388})
 # The server's errors that pass: those that MongoDB's drivers try again, and time-outs of the server itself, locks,
 # conflicts, a majority that can't be read yet, and credentials that are being changed. Any other error is a refusal.
 PASSING_CODES = frozenset(
     {6, 7, 89, 91, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 50, 11601, 24, 46, 112, 133, 134, 18}
 )
+# What an operator reads about refusals that are met most.
+CAUSES = {
+    13: "its user lacks the right, which is readWrite on DATABASE_NAME",
+    121: "a validator of the collection is against it",
+    14031: "its disk is full",
+    **dict.fromkeys(TOO_LARGE_CODES, "the document would be too large"),
+}
 # Whatever a document holds can be read: one text that isn't UTF-8 would fail the whole query, and a date beyond the
 # year 9999 as well. `find_one_and_update` would even raise after it has written.
 TOLERANT = CodecOptions[Document](
@@ -87,8 +95,8 @@ def unknown_when_unreachable() -> Iterator[None]:
         code = error.code if isinstance(error, OperationFailure) else None
         if is_passing(error):
             raise StoreUnavailable(f"{type(error).__name__} {code or ''}".strip()) from error
-        name = (error.details or {}).get("codeName", "") if isinstance(error, OperationFailure) else ""
-        detail = " ".join(str(part) for part in ("MongoDB refuses it:", type(error).__name__, code, name) if part)
+        cause = CAUSES.get(code or 0, "")
+        detail = f"MongoDB refuses it: {type(error).__name__} {code or ''}{cause and ': '}{cause}".strip()
         raise StoreRefused(detail, is_too_large=code in TOO_LARGE_CODES) from error
 
 

@@ -437,7 +437,8 @@ class OpenAIProvider:
 
     def __init__(self, where: ProviderSettings, max_bytes: int) -> None:
         self.session = open_session()
-        self.base_url = where.base_url.rstrip("/") or OPENAI_URL
+        base_url, mark, query = (where.base_url or OPENAI_URL).partition("?")
+        self.base_url, self._query = base_url.rstrip("/"), mark + query
         self._max_bytes = max_bytes
         self._breaker = Breaker()
         self._thinking_models: set[str] = set()
@@ -466,7 +467,7 @@ class OpenAIProvider:
             RetryJob, FailJob: for every error of the call and of the code that reads the answer.
         """
         with self._breaker.watch(), provider_errors():
-            url = self.base_url + path
+            url = self.base_url + path + self._query
             async with self._request(method, url, json=body, headers=self._headers, proxy=self._proxy) as answer:
                 if not 200 <= answer.status < 300:
                     raise await answer.refusal()

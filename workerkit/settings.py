@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib.util
 import os
 import re
 import sys
+import urllib.parse
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
 
 import pymongo
-import redis
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pymongo.errors import PyMongoError
 
+from workerkit.certificates import authority_fault, first_fault, folder_fault, pair_fault
 from workerkit.proxies import ProxyFault, proxy_for
+from workerkit.redis_urls import SCHEMES as REDIS_SCHEMES
+from workerkit.redis_urls import RedisTarget
 
 ProviderKind = Literal["text", "image", "audio"]
 PROVIDER_KINDS: tuple[ProviderKind, ...] = ("text", "image", "audio")
 EXIT_BAD_SETTINGS = 2
 MAX_SECONDS = 86_400
+DOTENV = ".env"
+MIN_CROWDED_LEASE_S, MAX_UNCROWDED = 10, 100
 IMAGE_SIZE = r"[1-9]\d{1,3}x[1-9]\d{1,3}"
 
 
@@ -30,20 +48,41 @@ def is_duration(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MAX_SECONDS
 
 
+# Schemes behind whose host a database, a bucket or a folder is named. Elsewhere a path may hold a token.
+SCHEMES_WITH_PLACES = re.compile(
+    r"mongodb(\+srv)?|rediss?|sentinel|amqps?|unix|(redis\+)?socket|file|s3|gcs?|gs|az|memory"
+)
+HARMLESS_PATH = re.compile(r"(/(api|openai|v\d{1,2}((alpha|beta)\d?)?))*/?")
+HOST = r"(\[[\da-fA-F:.]+\]|[\w.%~-]*)(:\d*)?"
+HOSTS = re.compile(rf"{HOST}(,{HOST})*")
+
+
 def redact_url(url: str) -> str:
-    """The URL without user, password and query, for the log. It cuts up to the last `@`, which a password may hold."""
-    scheme = "".join(re.findall(r"^[\w+.-]*://", url))
-    return scheme + re.sub(r"(?s)^.*@", "***@", url[len(scheme) :]).split("?")[0]
+    """The URL as it may be shown: without user, password and query, nor a path that may be secret.
 
-
-def with_certificate_check(url: str) -> str:
-    """The URL with `ssl_cert_reqs=required` if it is a `rediss://` one that doesn't say how to check certificates.
-
-    Celery, unlike redis-py, doesn't check them by default.
+    Where it can't be told what is the host, as with an unescaped `/` in a password, only the scheme is left.
     """
-    if not url.startswith("rediss://") or "ssl_cert_reqs=" in url:
+    found = re.fullmatch(r"(?s)([\w+.-]+)://([^/?#]*)(.*)", url)
+    if not found:
         return url
-    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs=required"
+    scheme, place, rest = found.groups()
+    _, at, hosts = place.rpartition("@")
+    if "@" in rest or not HOSTS.fullmatch(hosts):
+        return f"{scheme}://***"
+    path = re.split("[?#]", rest)[0]
+    is_shown = SCHEMES_WITH_PLACES.fullmatch(scheme) or HARMLESS_PATH.fullmatch(path)
+    return f"{scheme}://{'***@' if at else ''}{hosts}{path if is_shown else '/…'}"
+
+
+def as_utf8(text: str) -> str:
+    """Text of the environment or the command line, read as UTF-8 also where the locale (`C`, say) knows ASCII alone.
+
+    What is no UTF-8 is left as it is.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        return text
 
 
 def split_commas(value: object) -> object:
@@ -63,20 +102,98 @@ def matching(pattern: str, hint: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+# The options of MONGODB_URL that name a file.
+MONGODB_TRUST = ("tlsCAFile", "tlsCRLFile")
+MONGODB_PAIR, MONGODB_PASSWORD = "tlsCertificateKeyFile", "tlsCertificateKeyFilePassword"
+
+
+def mongodb_certificates_fault(url: str) -> str:
+    """What is wrong with the files that MONGODB_URL names, or an empty string. It takes these names in any case."""
+    pairs = [part.partition("=") for part in re.split("[&;]", url.partition("?")[2])]
+    given = {name.lower(): urllib.parse.unquote_plus(value) for name, _, value in pairs}
+    options = {name: given.get(name.lower(), "") for name in (*MONGODB_TRUST, MONGODB_PAIR, MONGODB_PASSWORD)}
+    if (fault := first_fault(options, MONGODB_TRUST)) or not options[MONGODB_PAIR]:
+        return fault
+    fault = pair_fault(options[MONGODB_PAIR], password=options[MONGODB_PASSWORD])
+    return fault and f"{MONGODB_PAIR} {fault}"
+
+
+MONGODB_LOOKS = "should look like mongodb://user:password@host:27017/database (escape @ : / in a password)"
+
+
 def check_mongodb_url(value: SecretStr) -> SecretStr:
+    """Asks pymongo's own client, which connects to nothing yet."""
     url = value.get_secret_value()
-    with contextlib.suppress(PyMongoError, ValueError):
-        if url.startswith("mongodb+srv://") or pymongo.uri_parser.parse_uri(url, validate=True):
-            return value
-    raise ValueError("should look like mongodb://user:password@host:27017/database (escape @ : / in a password)")
+    if fault := mongodb_certificates_fault(url):
+        raise ValueError(fault)
+    with contextlib.suppress(PyMongoError, ValueError, OSError), warnings.catch_warnings(action="ignore"):
+        if not url.startswith("mongodb+srv://"):
+            pymongo.uri_parser.parse_uri(url, validate=True)
+        pymongo.MongoClient[Any](url, connect=False).close()
+        return value
+    raise ValueError(f"{MONGODB_LOOKS}, and its options like those of pymongo's MongoClient")
 
 
 def check_redis_url(value: SecretStr) -> SecretStr:
+    if url := value.get_secret_value():
+        RedisTarget.parse(url)
+    return value
+
+
+BROKERS = "start with redis:// or amqp://, or look like sentinel://host:26379/0?master_name=NAME"
+
+
+def check_broker_url(value: SecretStr) -> SecretStr:
     url = value.get_secret_value()
+    scheme = url.partition("://")[0]
+    if not url or scheme in REDIS_SCHEMES:
+        return check_redis_url(value)
+    if scheme in ("amqp", "amqps"):
+        if "?" in url or not all(is_address(one, ("amqp", "amqps")) for one in url.split(";")):
+            raise ValueError("should look like amqp://user:password@host:5672/vhost, without options behind a ?")
+    elif not re.fullmatch(r"sentinel://[^?]+\?master_name=[^&]+", url):
+        raise ValueError(f"should {BROKERS}")
+    return value
+
+
+def is_address(url: str, schemes: Sequence[str]) -> bool:
+    """Whether it has one of these schemes, a host, and a port that is a number; and no unescaped `@`, `#` or blank."""
     with contextlib.suppress(ValueError):
-        if url == "" or redis.ConnectionPool.from_url(url):
-            return value
-    raise ValueError("should look like redis://:password@host:6379/0 (or rediss://, unix://)")
+        parts = urllib.parse.urlsplit(url)
+        is_plain = not re.search(r"[\s#]", url) and "@" not in parts.path + parts.query
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and is_plain
+    return False
+
+
+def check_server_url(url: str) -> str:
+    """Of a provider. Behind a `?` it may have what each call needs, such as `api-version=…`."""
+    if url and not is_address(url, ("http", "https")):
+        raise ValueError("should look like http://host:port/v1 (escape @ : / # in a user, password or path)")
+    return url
+
+
+def check_plain_server_url(url: str) -> str:
+    if url and ("?" in url or not is_address(url, ("http", "https"))):
+        raise ValueError("should look like http://host:port, without a ?")
+    return url
+
+
+def check_base_url(url: str) -> str:
+    if re.search(r"[?#\s]", url):
+        raise ValueError("should have no ?, # or blank, since a file's name follows it")
+    return url
+
+
+def check_authority(path: str) -> str:
+    if path and (fault := authority_fault(path)):
+        raise ValueError(fault)
+    return path
+
+
+def check_authority_folder(path: str) -> str:
+    if path and (fault := folder_fault(path)):
+        raise ValueError(fault)
+    return path
 
 
 def check_module(name: str) -> str:
@@ -94,20 +211,18 @@ Sizes = Annotated[Names, matching(IMAGE_SIZE, "be sizes, comma-separated, like 1
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 Delays = Annotated[tuple[Annotated[float, Field(ge=0, le=3600)], ...], NoDecode, BeforeValidator(split_commas)]
-HttpUrl = Annotated[str, matching(r"|https?://[^/\s]+\S*", "look like http://host:port/v1")]
+ServerUrl = Annotated[str, Field(repr=False), AfterValidator(check_server_url)]
+PlainServerUrl = Annotated[str, Field(repr=False), AfterValidator(check_plain_server_url)]
+BaseUrl = Annotated[str, Field(repr=False), AfterValidator(check_base_url)]
 MongoUrl = Annotated[SecretStr, AfterValidator(check_mongodb_url)]
 RedisUrl = Annotated[SecretStr, AfterValidator(check_redis_url)]
-BrokerUrl = Annotated[
-    SecretStr,
-    matching(
-        r"|(rediss?|amqps?)://.*|sentinel://[^?]+\?master_name=[^&]+",
-        "start with redis:// or amqp://, or look like sentinel://host:26379/0?master_name=NAME",
-    ),
-]
-
-
+BrokerUrl = Annotated[SecretStr, AfterValidator(check_broker_url)]
+AuthorityFile = Annotated[str, AfterValidator(check_authority)]
+AuthorityFolder = Annotated[str, AfterValidator(check_authority_folder)]
 ArtifactUrl = Annotated[
-    str, matching(r"gridfs|data:|[a-z][a-z0-9+.-]*://.*", "be gridfs, data:, or like file:///folder or s3://bucket")
+    str,
+    Field(repr=False),
+    matching(r"gridfs|data:|[a-z][a-z0-9+.-]*://.*", "be gridfs, data:, or like file:///folder or s3://bucket"),
 ]
 
 
@@ -117,6 +232,17 @@ MONGODB_URL = "mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_ba
 # The day on which OpenAI ends each of its models for /audio/speech. This endpoint doesn't offer the successor that
 # OpenAI names.
 OPENAI_ENDS = dict.fromkeys(("gpt-4o-mini-tts", "tts-1", "tts-1-hd"), "2027-01-06")
+
+
+def crowded_lease_fault(lease_s: float, concurrency: int) -> str:
+    """Why so many jobs at a time need longer leases, or an empty string.
+
+    One keeper renews all leases of a process, and while hundreds of jobs start at the same time its turn comes late.
+    """
+    if lease_s >= MIN_CROWDED_LEASE_S or concurrency <= MAX_UNCROWDED:
+        return ""
+    why = "a burst of starts could hold up the renewal of shorter leases"
+    return f"should be at least {MIN_CROWDED_LEASE_S} where over {MAX_UNCROWDED} jobs run at a time, since {why}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +260,7 @@ class ProviderSettings:
     Without a `base_url` that is OpenAI; without a key as well it is the offline stand-in.
     """
 
-    base_url: str
+    base_url: str = field(repr=False)
     api_key: str = field(repr=False)
     model: str
     allowed_models: tuple[str, ...]
@@ -145,7 +271,7 @@ class ProviderSettings:
 
     @property
     def place(self) -> str:
-        """The server's address without credentials, for log lines and screens."""
+        """The server's address without what may be secret, for log lines and screens."""
         return "offline stand-in" if self.is_offline else redact_url(self.base_url) or OPENAI_URL
 
     @property
@@ -166,7 +292,12 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_ignore_empty=True, extra="ignore", validate_default=True, hide_input_in_errors=True
+        env_file=DOTENV,
+        env_file_encoding="utf-8-sig",  # Windows' editors put a mark in front of UTF-8
+        env_ignore_empty=True,
+        extra="ignore",
+        validate_default=True,
+        hide_input_in_errors=True,
     )
 
     mongodb_url: MongoUrl = SecretStr(MONGODB_URL)  # MongoDB, shared with the API
@@ -193,18 +324,18 @@ class Settings(BaseSettings):
     retry_after_max: Seconds = 120  # the longest wait in seconds that a provider may ask for
 
     openai_api_key: SecretStr = NO_SECRET  # key of the provider
-    openai_base_url: HttpUrl = ""  # any OpenAI-compatible server; empty: OpenAI (with a key)
-    text_base_url: HttpUrl = ""  # another server for text
+    openai_base_url: ServerUrl = ""  # any OpenAI-compatible server; empty: OpenAI (with a key)
+    text_base_url: ServerUrl = ""  # another server for text
     text_api_key: SecretStr = NO_SECRET  # its key
     text_model: Name = "gpt-6-luna"  # model for text
     text_models: Names = ()  # more text models that a job may ask for
     text_max_tokens: int = Field(4096, ge=1)  # the most tokens that a job may ask for
-    image_base_url: HttpUrl = ""  # another server for pictures
+    image_base_url: ServerUrl = ""  # another server for pictures
     image_api_key: SecretStr = NO_SECRET  # its key
     image_model: Name = "gpt-image-2.6-flare"  # model for pictures
     image_models: Names = ()  # more picture models that a job may ask for
     image_sizes: Sizes = ()  # sizes that the picture model offers, the nearest is used (empty: any, or gpt-image's own)
-    audio_base_url: HttpUrl = ""  # another server for sound
+    audio_base_url: ServerUrl = ""  # another server for sound
     audio_api_key: SecretStr = NO_SECRET  # its key
     audio_model: Name = "gpt-4o-mini-tts"  # model for sound
     audio_models: Names = ()  # more sound models that a job may ask for
@@ -213,19 +344,34 @@ class Settings(BaseSettings):
     max_answer_bytes: int = Field(32 * 2**20, ge=1024)  # the largest answer of a provider in bytes
 
     artifact_url: ArtifactUrl = "gridfs"  # where files go: gridfs, data:, file:///folder, s3://bucket/folder
-    artifact_base_url: str = "/artifacts"  # public address in front of a file's name
+    artifact_base_url: BaseUrl = "/artifacts"  # public address in front of a file's name
     artifact_retention_days: float = Field(0, ge=0, le=10_000)  # days after which files are deleted; 0: never
     aws_access_key_id: SecretStr = NO_SECRET  # S3 key
     aws_secret_access_key: SecretStr = NO_SECRET  # S3 secret
     s3_bucket_name: str = ""  # bucket, if ARTIFACT_URL is just s3://
     s3_region: str = ""  # S3 region
-    s3_endpoint_url: HttpUrl = ""  # S3-compatible server; empty: AWS
+    s3_endpoint_url: PlainServerUrl = ""  # S3-compatible server; empty: AWS
+
+    ssl_cert_file: AuthorityFile = ""  # file with the authorities that are trusted; empty: the system's
+    ssl_cert_dir: AuthorityFolder = ""  # folder with such files
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_as_utf8(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: as_utf8(value) if isinstance(value, str) else value for name, value in values.items()}
 
     @field_validator("celery_time_limit")
     @classmethod
     def check_limits(cls, value: float, info: ValidationInfo) -> float:
         if value <= info.data.get("celery_soft_time_limit", 0):
             raise ValueError("should be greater than CELERY_SOFT_TIME_LIMIT")
+        return value
+
+    @field_validator("lease_seconds")
+    @classmethod
+    def check_lease(cls, value: float, info: ValidationInfo) -> float:
+        if fault := crowded_lease_fault(value, info.data.get("worker_concurrency", 1)):
+            raise ValueError(fault)
         return value
 
     @field_validator("s3_bucket_name")
@@ -238,8 +384,19 @@ class Settings(BaseSettings):
     @property
     def broker_url(self) -> str:
         """The broker's URL for Celery. The master's name in a Sentinel's URL goes into the transport's options."""
-        url = with_certificate_check(self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value())
-        return url.partition("?")[0] if url.startswith("sentinel") else url
+        url = self.celery_broker_url.get_secret_value()
+        if url.startswith(("amqp", "sentinel")):
+            return url.partition("?")[0]
+        return self.broker_target.kombu_url
+
+    @property
+    def broker_target(self) -> RedisTarget:
+        """The Redis that is the broker, if neither Sentinel nor RabbitMQ is."""
+        return RedisTarget.parse(self.celery_broker_url.get_secret_value() or self.redis_url.get_secret_value())
+
+    @property
+    def redis_target(self) -> RedisTarget:
+        return RedisTarget.parse(self.redis_url.get_secret_value())
 
     @property
     def sentinel_master(self) -> str:
@@ -251,9 +408,7 @@ class Settings(BaseSettings):
 
     @property
     def result_backend(self) -> str:
-        return with_certificate_check(
-            self.celery_result_backend.get_secret_value() or self.redis_url.get_secret_value()
-        )
+        return self.celery_result_backend.get_secret_value() or self.redis_url.get_secret_value()
 
     @property
     def artifact_store_url(self) -> str:
@@ -306,13 +461,14 @@ class Settings(BaseSettings):
 
 
 def settings_faults(error: ValidationError) -> list[str]:
-    """A line for each fault: the variable, its value unless it is a secret, and what would be right."""
+    """A line for each fault: the variable, its value unless that may be secret, and what would be right."""
     lines = []
     for fault in error.errors():
         name = str(fault["loc"][0])
         text = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        kind = Settings.model_fields[name].annotation
-        shown = "(hidden)" if kind is SecretStr else repr(redact_url(str(fault["input"])))
+        kind, value = Settings.model_fields[name].annotation, str(fault["input"])
+        is_hidden = kind is SecretStr or (name.endswith("_url") and "://" not in value)  # it may be a misplaced key
+        shown = "(hidden)" if is_hidden else repr(redact_url(value))
         default = Settings.model_fields[name].get_default()
         hint = "" if kind is SecretStr or default in ("", ()) else f" (default: {default})"
         lines.append(f"  {name.upper()} = {shown}: {text}{hint}")
@@ -332,15 +488,51 @@ def proxy_faults(settings: Settings) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def load_settings(**overrides: Any) -> Settings:
-    """Reads the settings. If any are wrong, prints all faults to stderr and exits with 2."""
+def content_fault(data: bytes) -> str:
+    """Why these bytes can't be read as a text of settings, or an empty string."""
     try:
-        settings = Settings(**overrides)
-        lines = proxy_faults(settings)
-    except ValidationError as error:
-        lines = settings_faults(error)
-    if not lines:
-        return settings
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        where = "is in UTF-16" if is_utf16 else f"isn't in UTF-8 (line {data[: error.start].count(10) + 1})"
+        return f"{where}: save it in UTF-8 (in PowerShell: Set-Content -Encoding utf8)"
+    return "holds NUL bytes, as text in UTF-16 does: save it in UTF-8" if "\0" in text else ""
+
+
+def dotenv_fault(path: Path) -> str:
+    """What is wrong with the file as a whole, with advice; or an empty string, also where there is no file."""
+    if path.is_dir():
+        return "is a folder (Docker makes one where a file to mount is missing): put the file there, or remove it"
+    if path.is_symlink() and not path.exists():
+        return "is a link to a file that isn't there: put the file there, or remove the link"
+    if not path.is_file():  # a pipe can be read only once
+        return ""
+    try:
+        return content_fault(path.read_bytes())
+    except OSError as error:
+        return f"can't be read ({error.strerror}): let the worker's user read it, or remove it"
+
+
+def refuse(lines: Sequence[str]) -> NoReturn:
     print("The worker can't start, because of its settings:", *lines, sep="\n", file=sys.stderr)
     print("Fix them in the environment or in .env; docs/settings.md lists all variables.", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_SETTINGS)
+    raise SystemExit(EXIT_BAD_SETTINGS) from None
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Reads the settings. If any are wrong, prints all faults to stderr and exits with 2.
+
+    OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR from the environment alone, so those of `.env` are put there.
+    """
+    if overrides.get("_env_file", DOTENV) and (fault := dotenv_fault(Path(DOTENV))):
+        refuse([f"  {DOTENV} {fault}"])
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        refuse(settings_faults(error))
+    if faults := proxy_faults(settings):
+        refuse(faults)
+    for name in ("ssl_cert_file", "ssl_cert_dir"):
+        if value := getattr(settings, name):
+            os.environ[name.upper()] = value
+    return settings
