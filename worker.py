@@ -974,6 +974,7 @@ class Sweeper:
         # The keeper renews leases when a sweep is over, so a sweep must not last.
         self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(5.0, lease_s / 6)
         self._after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
+        self._queues: list[str] = []  # in which workers take jobs of this database
         self.had_fault = False
         self._publish_again_at = 0.0
         self._refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
@@ -1005,7 +1006,7 @@ class Sweeper:
 
     def _rescue_stale(self, done: list[str]) -> None:
         give_up_at = time.monotonic() + self.budget_s
-        stale = self._store.find_stale(self._after)
+        stale, self._queues = self._store.find_stale(self._after), self._turns.queues()
         while batch := list(itertools.islice(stale, self._store.batch)):
             with self._broker.connection() as connection:
                 for job in batch:
@@ -1082,8 +1083,9 @@ class Sweeper:
             "priority": own.priority,
             "root_id": own.task_id,
         }
+        queue = own.queue if own.queue in self._queues else None  # a queue that no worker takes jobs from is no use
         try:
-            self._broker.send(job.id, own.queue, connection, **options)
+            self._broker.send(job.id, queue, connection, **options)
         except self._broker.errors:
             self._store.undo_rescue(job.id, released)
             raise

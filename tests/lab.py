@@ -181,7 +181,7 @@ def queued(runtime: Runtime) -> list[dict[str, Any]]:
     raw: Any = runtime.redis.lrange(runtime.settings.celery_queue_name, 0, -1)
     messages = [json.loads(one) for one in reversed(raw)]
     bodies = [json.loads(base64.b64decode(message["body"])) for message in messages]
-    heads = [{name: message["headers"][name] for name in ("id", "timelimit", "eta")} for message in messages]
+    heads = [{name: message["headers"][name] for name in ("id", "root_id", "timelimit", "eta")} for message in messages]
     return [{**head, "args": body[0]} for head, body in zip(heads, bodies, strict=True)]
 
 
