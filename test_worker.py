@@ -61,7 +61,19 @@ from tests.lab import (
     why_not,
 )
 from worker import Attempt, Delivery, Job, JobInput, Media, NotClaimed, Reason, Result, Runtime, Status
-from workerkit.errors import DropJob, FailJob, HandBack, InvalidInput, JobError, JobFailed, OperatorFault, RetryJob
+from workerkit.errors import (
+    DAMAGED,
+    GAVE_UP,
+    TOOK_TOO_LONG,
+    DropJob,
+    FailJob,
+    HandBack,
+    InvalidInput,
+    JobError,
+    JobFailed,
+    OperatorFault,
+    RetryJob,
+)
 from workerkit.settings import Limits
 
 
@@ -610,9 +622,9 @@ def test_a_lost_job_goes_back_into_the_queue_with_its_limits_and_no_prompt(
 def test_a_lost_job_at_its_bounds_fails_and_the_person_is_notified(runtime: Runtime, notices: Notices) -> None:
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
-    assert runtime.sweeper.sweep() == [f"job={job.id} failed: {worker.GAVE_UP}"]
+    assert runtime.sweeper.sweep() == [f"job={job.id} failed: {GAVE_UP}"]
     [notice] = notices.statuses(1)
-    assert (notice["status"], notice["message"]) == ("failed", worker.GAVE_UP)
+    assert (notice["status"], notice["message"]) == ("failed", GAVE_UP)
     assert "unnotified" not in read(runtime, job.id)["worker"]
     assert queued(runtime) == []
 
@@ -637,8 +649,8 @@ def test_a_job_whose_process_was_killed_at_the_hard_limit_took_too_long(runtime:
     job = claim(runtime)
     change(runtime, job.id, worker__pid=gone_pid(), worker__deadline=ago(0))
     runtime.sweeper.release_dead_siblings()
-    assert read(runtime, job.id)["error_message"] == worker.TOOK_TOO_LONG
-    assert notices.statuses(1)[0]["message"] == worker.TOOK_TOO_LONG
+    assert read(runtime, job.id)["error_message"] == TOOK_TOO_LONG
+    assert notices.statuses(1)[0]["message"] == TOOK_TOO_LONG
 
 
 @table(
@@ -758,7 +770,7 @@ def test_a_damaged_message_fails_the_document_that_it_names(
     kwargs = {name: str(job_id) if name == "job_id" else value for name, value in kwargs.items()}
     with pytest.raises(JobFailed, match="damaged"):
         deliver(runtime, str(job_id), *args, **kwargs)
-    assert read(runtime, job_id)["error_message"] == worker.DAMAGED
+    assert read(runtime, job_id)["error_message"] == DAMAGED
     assert notices.statuses(1)[0]["user_id"] == "user-1"
 
 
@@ -804,7 +816,7 @@ def test_a_message_about_a_job_at_its_bounds_fails_it(runtime: Runtime) -> None:
     change(runtime, job.id, worker__attempt=4)
     with pytest.raises(JobFailed):
         deliver(runtime, job.id)
-    assert read(runtime, job.id)["error_message"] == worker.GAVE_UP
+    assert read(runtime, job.id)["error_message"] == GAVE_UP
 
 
 def test_a_message_without_a_document_fails(runtime: Runtime) -> None:

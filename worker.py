@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import click
 import pymongo
@@ -63,21 +63,16 @@ from workerkit.bookkeeping import (
     parse_bookkeeping,
     waiting,
 )
-from workerkit.broker import (
-    JOB_ID,
-    Broker,
-    ExistingQueue,
-    JobAMQP,
-    JobRequest,
-    child_pids,
-    own_arguments,
-    transport_options,
-    waiting_queue,
-)
+from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
 from workerkit.errors import (
     CANT_BE_STORED,
+    DAMAGED,
+    GAVE_UP,
     NOT_SET_UP,
+    REVOKED_SENTENCES,
+    TOO_LARGE_TO_RUN,
+    TOOK_TOO_LONG,
     ArtifactsUnavailable,
     Document,
     DropJob,
@@ -100,6 +95,7 @@ from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_
 from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
+from workerkit.messages import COPY, own_arguments, parse_arguments
 from workerkit.mongodb import (
     DatabaseClock,
     each_document,
@@ -130,7 +126,7 @@ from workerkit.settings import (
     Settings,
     load_settings,
 )
-from workerkit.surroundings import pool_fault, write_any_character
+from workerkit.surroundings import modules_fault, pool_fault, write_any_character
 from workerkit.turns import Turns
 
 if TYPE_CHECKING:
@@ -881,12 +877,6 @@ class Providers:
 
 LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
-TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
-STOPPED = "This was stopped by the operator."
-EXPIRED_UNTRIED = "This waited too long before it could begin. Please try again."
-GAVE_UP = "This could not be finished after several tries. Please try again."
-TOO_LARGE_TO_RUN = "The input is too large. Please send a smaller one."
-REVOKED_SENTENCES = {REVOKED: STOPPED, EXPIRED: EXPIRED_UNTRIED}
 
 
 def result_name(job_id: ObjectId, first_started_at: datetime) -> str:
@@ -1096,7 +1086,7 @@ class Sweeper:
         lost, priority = self._lost_messages.find(self._store.now(), self._store.pending_ids)
         with self._broker.connection() if lost else contextlib.nullcontext() as connection:
             for job_id in lost:
-                self._broker.send(job_id, None, connection, priority=priority)
+                self._broker.send(job_id, None, connection, data=COPY, priority=priority)
                 done.append(f"job={job_id} its message was lost: put into the queue again")
                 if time.monotonic() > give_up_at:  # the next search finds the rest
                     break
@@ -1324,11 +1314,6 @@ class Runtime:
     settle_try_s = 5.0  # for one try to write a job's end
     poll_store_s = 1.0  # between two tries while MongoDB is away
     stuck_loop_s = 5.0  # that a handler may take to end after its deadline
-    REDIS_OPTIONS: ClassVar = {
-        **dict.fromkeys(("socket_connect_timeout", "socket_timeout"), 2),
-        "socket_keepalive": True,
-        "health_check_interval": 25,
-    }
 
     def __init__(self, settings: Settings, mongo: pymongo.MongoClient[Document] | None = None) -> None:
         self.settings = settings
@@ -1358,7 +1343,7 @@ class Runtime:
 
     @made_once
     def redis(self) -> redis.Redis:
-        return self.settings.redis_target.client(self.REDIS_OPTIONS)
+        return self.settings.redis_target.client()
 
     @made_once
     def notifier(self) -> Notifier:
@@ -1417,15 +1402,9 @@ class Runtime:
 
     def close(self) -> None:
         """Closes what was made: connections to the providers and the event loop, MongoDB, Redis."""
-        made = vars(self)
-        if "providers" in made:
-            self.providers.close()
-        if "loop" in made:
-            self.loop.close()
-        if "mongo" in made:
-            self.mongo.close()
-        if "redis" in made:
-            self.redis.close()
+        for name in ("providers", "loop", "mongo", "redis"):
+            if name in vars(self):
+                getattr(self, name).close()
 
 
 # ── task ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1433,7 +1412,6 @@ class Runtime:
 REFUSED_TRIES = 3  # a refusal of a store is taken for final
 LATER_S = 10.0  # the wait of a message for which MongoDB was away
 MIN_REDELIVERY_S = 0.2
-DAMAGED = "Your request reached us damaged. Please send it again."
 Reply = TypeVar("Reply")
 
 
@@ -1460,11 +1438,11 @@ def redelivery(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
 
 
 def describe_delivery(task: JobTask, job_data: Document) -> Delivery:
-    """What the message says besides its job. One without a job type is the worker's own."""
+    """What the message says besides its job."""
     request = task.request
-    priority = (request.delivery_info or {}).get("priority")
-    limits = task.runtime.settings.limits(request.timelimit)
-    return Delivery(limits, as_text(request.root_id or request.id), as_number(priority), "job_type" not in job_data)
+    priority = as_number((request.delivery_info or {}).get("priority"))
+    limits, task_id = task.runtime.settings.limits(request.timelimit), as_text(request.root_id or request.id)
+    return Delivery(limits, task_id, priority, is_copy=COPY.items() <= job_data.items())
 
 
 def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Reply]) -> Reply:
@@ -1522,16 +1500,6 @@ def fail_unowned(task: JobTask, job_id: ObjectId, fail: Callable[[], Document | 
     return JobFailed(sentence)
 
 
-def parse_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, Document]:
-    """The job id in a message's arguments, and all arguments by name. Raises JobFailed: there is no job id."""
-    arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
-    job_id = arguments.get("job_id")
-    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
-        logger.error("dropped a message without a job id (24 hex digits)")
-        raise JobFailed("The message names no job.")
-    return job_id, arguments
-
-
 def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ObjectId, Document]:
     """The job's id and data. If the message has a wrong form, the document that it names fails with a sentence.
 
@@ -1549,7 +1517,8 @@ def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 def receive_marker(task: JobTask, marker: ObjectId, queue_list: str) -> Document:
     """Notes that a search's marker has come out of a list of the queue. It is no job."""
-    wait_for_store(task, marker, lambda: task.runtime.lost_messages.receive(marker, queue_list))
+    with contextlib.suppress(StoreRefused):  # then the search waits for it in vain, and ends in an hour
+        wait_for_store(task, marker, lambda: task.runtime.lost_messages.receive(marker, queue_list))
     return {"job_id": str(marker), "status": "marker"}
 
 
@@ -1982,24 +1951,23 @@ def set_up_logging(**kwargs: Any) -> None:
     logs.install(app.settings.debug, kwargs["logger"].handlers)
 
 
+def refuse(fault: str) -> NoReturn:
+    print(f"The worker can't start: {fault}.", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_SETTINGS)
+
+
 @signals.import_modules.connect(sender=app)
 def import_handlers(**_: Any) -> None:
-    """In the parent, at its start: a fault in a module of job types is one sentence and exit code 2."""
-    for name in app.settings.handler_modules:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # its text may hold a secret, its place can't
-            what = f"{type(error).__name__} at {place_of(error)}"
-            print(f"The worker can't start: HANDLER_MODULES names {name}, which raises {what}.", file=sys.stderr)
-            raise SystemExit(EXIT_BAD_SETTINGS) from None
+    """In the parent, at its start."""
+    if fault := modules_fault(app.settings.handler_modules):
+        refuse(f"HANDLER_MODULES {fault}")
 
 
 def refuse_unsafe_pool(worker: Any) -> None:
     """In the parent, at its start: a pool in which no lease would be kept, or that can't work here."""
     pool = str(getattr(worker.pool_cls, "__module__", worker.pool_cls))
     if fault := pool_fault(pool, worker.concurrency, app.settings.lease_seconds):
-        print(f"The worker can't start: {fault}.", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_SETTINGS)
+        refuse(fault)
 
 
 def share_memory(**_: Any) -> None:

@@ -72,10 +72,9 @@ from functools import partialmethod
 import worker
 from workerkit.broker import JobConnection
 
-worker.JobStore.pending_overdue_s = 2.0
+worker.LostMessages.overdue_s = 2.0
 worker.JobStore.rescue_first_s = 2.0
 worker.Sweeper.notice_overdue_s = 1.0
-worker.Sweeper.broker_rest_s = 1.0
 worker.Keeper.tick_s = 0.5
 often = {"interval_start": 0.5, "interval_step": 0.0, "interval_max": 0.5}
 JobConnection.ensure_connection = partialmethod(JobConnection.ensure_connection, **often)

@@ -20,7 +20,7 @@ SLOTS = 4  # of each worker
 SHORT_WAITS = """
 import worker
 
-worker.JobStore.pending_overdue_s = 2.0
+worker.LostMessages.overdue_s = 2.0
 worker.JobStore.rescue_first_s = 2.0
 worker.Sweeper.notice_overdue_s = 1.0
 """

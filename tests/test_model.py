@@ -48,10 +48,10 @@ import worker
 import workerkit.mongodb
 from testbed.servers import MongoServer
 from tests.lab import bare_settings
-from worker import DAMAGED, GAVE_UP, STOPPED, Delivery, Job, JobStore, NotClaimed, Reason, Sweeper, result_name
+from worker import Delivery, Job, JobStore, NotClaimed, Reason, Sweeper, result_name
 from workerkit.bookkeeping import Snapshot
 from workerkit.broker import QueueList
-from workerkit.errors import Document, NotesUnavailable, StoreRefused, StoreUnavailable
+from workerkit.errors import DAMAGED, GAVE_UP, STOPPED, Document, NotesUnavailable, StoreRefused, StoreUnavailable
 from workerkit.logs import logger
 from workerkit.lost_messages import LostMessages
 from workerkit.mongodb import DatabaseClock

@@ -154,7 +154,7 @@ def begin_generations(places: Mapping[str, Place]) -> None:
 
 def is_kept(place: Place, name: str) -> bool:
     """Whether a result waits in Redis."""
-    return bool(place.api.redis.exists(f"result:{place.jobs[name]}"))
+    return any(place.api.redis.scan_iter(f"result:*:{place.jobs[name]}:*"))
 
 
 def are_all_kept(place: Place) -> bool:

@@ -33,8 +33,8 @@ from tests.lab import (
     stale,
     table,
 )
-from worker import TOO_LARGE_TO_RUN, Runtime
-from workerkit.errors import CANT_BE_STORED, NOT_SET_UP, JobFailed
+from worker import Runtime
+from workerkit.errors import CANT_BE_STORED, NOT_SET_UP, TOO_LARGE_TO_RUN, JobFailed
 
 LIMIT_BYTES = 16 * 2**20
 ENDS = ["completed", "failed"]

@@ -30,8 +30,8 @@ from tests.lab import (
     table,
 )
 from tests.site import Site
-from worker import EXPIRED_UNTRIED, STOPPED, Job, Media, Result, Runtime
-from workerkit.errors import JobFailed
+from worker import Job, Media, Result, Runtime
+from workerkit.errors import EXPIRED_UNTRIED, STOPPED, JobFailed
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask
 
 

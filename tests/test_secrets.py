@@ -158,7 +158,7 @@ def test_the_contracts_rights_suffice_for_every_part_of_the_worker(guarded_site:
     api = guarded_site.api
     job = api.wait(api.submit(IMAGE, JOBS[IMAGE]))
     assert api.database["artifacts.files"].count_documents({"_id": job["artifact_url"].rsplit("/", 1)[1]}) == 1
-    poll(lambda: "worker_status" in api.jobs.index_information(), 20)
+    poll(lambda: "worker_status_id" in api.jobs.index_information(), 20)
     commands = ("check", "status", "recover")
     assert [run_forked(guarded_site.environment, tmp_path, name).returncode for name in commands] == [0] * 3
     assert "could not be made" not in guarded_site.worker.text()

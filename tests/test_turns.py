@@ -13,6 +13,7 @@ from bson import ObjectId
 from tests.lab import TEXT, Notices, ago, claim, deliver, insert, queued, table
 from worker import Runtime
 from workerkit.lost_messages import LostMessages
+from workerkit.messages import COPY
 from workerkit.turns import Turns
 
 # ── turns ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -209,7 +210,7 @@ def test_a_damaged_search_begins_anew(runtime: Runtime, find: Search, state: dic
 
 def test_a_copy_runs_its_job_and_the_late_original_publishes_nothing_again(runtime: Runtime, notices: Notices) -> None:
     job_id = insert(runtime)
-    deliver(runtime, str(job_id), {"job_id": str(job_id)})
+    deliver(runtime, str(job_id), {"job_id": str(job_id), **COPY})
     runtime.keeper.tick()  # which takes the notice out of the outbox
     for _ in range(2):
         assert deliver(runtime, str(job_id), {"job_id": str(job_id), "job_type": TEXT})["status"] == "completed"

@@ -17,6 +17,7 @@ from kombu.exceptions import OperationalError
 from worker import PROGRESS_CHANNEL, STATUS_CHANNEL, Runtime
 from worker_commands.findings import Finding
 from workerkit.broker import refusal
+from workerkit.redis_urls import CLIENT_OPTIONS
 from workerkit.settings import Settings
 
 # ── what the worker uses ─────────────────────────────────────────────────────────────────────────────────────────
@@ -214,7 +215,7 @@ def client_of(runtime: Runtime, url: str) -> Iterator[redis.Redis]:
         with runtime.broker.connection() as connection:
             yield connection.default_channel._create_client()
     else:
-        with redis.Redis.from_url(url, **runtime.REDIS_OPTIONS) as client:
+        with redis.Redis.from_url(url, **CLIENT_OPTIONS) as client:
             yield client
 
 

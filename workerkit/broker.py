@@ -9,7 +9,6 @@ need it.
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from redis.retry import Retry
 
 from workerkit.errors import Document
 from workerkit.logs import RepeatedFaultLog, logger
+from workerkit.messages import JOB_ID, own_arguments
 from workerkit.process import PARENT, Heartbeat
 from workerkit.redis_urls import TIMEOUTS, RedisTarget
 from workerkit.settings import EXIT_BAD_SETTINGS, Settings
@@ -432,11 +432,6 @@ def waiting_queue(name: str, wait_s: int) -> Queue:
     return Queue(f"{name}.waiting-{wait_s}s", queue_arguments={**back, **times})
 
 
-def own_arguments(job_id: object, **data: Any) -> tuple[str, Document]:
-    """The arguments of a message that the worker itself sends. They hold no prompt, since the job's document has it."""
-    return str(job_id), {"job_id": str(job_id), **data}
-
-
 @dataclass(frozen=True)
 class QueueList:
     """A list of messages: those of a queue, or those that have the same priority in it."""
@@ -590,7 +585,6 @@ class Broker:
 EVENTS_BATCH_S = 0.05
 REFUSED_PAUSE_S = 2.0
 MAX_TASK_ID_CHARACTERS = 200
-JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
 
 
 def is_safe_id(value: object) -> bool:

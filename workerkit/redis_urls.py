@@ -24,6 +24,7 @@ SOCKETS = ("unix", "redis+socket", "socket")  # the last two are Celery's names
 SCHEMES = ("redis", "rediss", *SOCKETS)
 MAX_SOCKET_PATH_BYTES = 107
 TIMEOUTS = {"socket_timeout", "socket_connect_timeout"}
+CLIENT_OPTIONS: Document = {**dict.fromkeys(TIMEOUTS, 2), "socket_keepalive": True, "health_check_interval": 25}
 ONLY_TCP = {"socket_keepalive"}
 BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 
@@ -196,7 +197,7 @@ class RedisTarget:
             address = {"connection_class": redis.UnixDomainSocketConnection, "path": self.path}
         return {**address, "db": self.db, **self.credentials, **self.with_options(own)}
 
-    def client(self, own: Document) -> redis.Redis:
+    def client(self, own: Document = CLIENT_OPTIONS) -> redis.Redis:
         """A client with a pool of its own."""
         return redis.Redis.from_pool(redis.ConnectionPool(**self.connection(own)))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import importlib
 import io
 import sys
 import unicodedata
+from collections.abc import Sequence
 
 import billiard
 
+from workerkit.logs import place_of
 from workerkit.settings import crowded_lease_fault
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -37,6 +40,16 @@ def pool_fault(pool: str, concurrency: object, lease_s: float) -> str:
     if fault := crowded_lease_fault(lease_s, crowd):
         return f"LEASE_SECONDS {fault}"
     return semaphores_fault() if kind.endswith("prefork") else ""
+
+
+def modules_fault(names: Sequence[str]) -> str:
+    """Imports modules of job types. Returns what is wrong with one, or an empty string."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # its text may hold a secret, its place can't
+            return f"names {name}, which raises {type(error).__name__} at {place_of(error)}"
+    return ""
 
 
 # ── the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────

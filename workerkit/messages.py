@@ -1,0 +1,28 @@
+"""The arguments of messages: those of the API, read; and those of the messages that the worker itself sends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workerkit.errors import Document, JobFailed
+from workerkit.logs import logger
+
+COPY: Document = {"is_copy": True}  # in the data of a message that a sweeper sends since the API's own was lost
+JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
+
+
+def own_arguments(job_id: object, **data: Any) -> tuple[str, Document]:
+    """The arguments of a message that the worker itself sends. They hold no prompt, since the job's document has it."""
+    return str(job_id), {"job_id": str(job_id), **data}
+
+
+def parse_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, Document]:
+    """The job id in a message's arguments, and all arguments by name. Raises JobFailed: there is no job id."""
+    arguments = dict(zip(("job_id", "job_data"), args, strict=False)) | dict(kwargs)
+    job_id = arguments.get("job_id")
+    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
+        logger.error("dropped a message without a job id (24 hex digits)")
+        raise JobFailed("The message names no job.")
+    return job_id, arguments
