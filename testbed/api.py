@@ -48,7 +48,7 @@ CANCELLED: Final = "Cancelled."
 FOREIGN_SETTINGS: Final = (
     *("OPENAI_", "TEXT_", "IMAGE_", "AUDIO_", "CELERY_", "MONGODB_", "REDIS_", "AWS_ACCESS", "AWS_SECRET", "S3_"),
     *("DATABASE_NAME", "WORKER_", "ARTIFACT_", "HANDLER_MODULES", "LEASE_", "SWEEP_", "ORPHAN_", "JOB_DEADLINE"),
-    *("RETRY_", "SHUTDOWN_", "MAX_ANSWER_", "DEBUG"),
+    *("RETRY_", "SHUTDOWN_", "MAX_ANSWER_", "SSL_CERT_", "DEBUG"),
 )
 
 

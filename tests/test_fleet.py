@@ -122,11 +122,21 @@ worker.pymongo.MongoClient = find
     assert len(place.calls("early")) == 1
 
 
+def a_lost_message(place: Place) -> None:
+    place.add_module(HURRY)
+    place.start_worker()
+    job = place.insert("lost", QUICK)
+    assert place.api.wait(job, timeout_s=PATIENCE_S)["status"] == "completed"
+    place.api.wait_notice(job, "completed")
+    assert place.api.notices(job) == ["processing", "completed"]
+
+
 SCENARIOS: dict[str, Scenario] = {
     "one job a child": children_that_live_for_one_job,
     "two queues": two_queues,
     "priorities": priorities,
     "stopped in its turn": the_one_that_has_the_turn_is_stopped,
+    "lost message": a_lost_message,
     "MongoDB not found": mongodb_cant_be_found_at_first,
 }
 
@@ -139,6 +149,10 @@ def outcomes(open_place: OpenPlace) -> Iterator[Outcomes]:
 
 def test_jobs_are_rescued_though_no_child_lives_longer_than_a_job(outcomes: Outcomes) -> None:
     outcomes["one job a child"].result()
+
+
+def test_a_pending_job_whose_message_was_lost_is_put_into_the_queue_again(outcomes: Outcomes) -> None:
+    outcomes["lost message"].result()
 
 
 def test_two_queues_on_one_database_keep_their_jobs(outcomes: Outcomes) -> None:

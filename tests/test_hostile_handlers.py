@@ -130,8 +130,10 @@ def hangs_a_process(place: Place) -> None:
 def hangs_every_process(place: Place) -> None:
     api, [pipe] = place.api, make_pipes(place)
     start_workers(place, "threads", "prefork", **SHORT)
-    released = {"owner": None, "attempt": 3, "available_at": datetime.now(UTC), "first_started_at": datetime.now(UTC)}
-    job = api.insert("holds_the_gil", {"pipe": pipe, "attempts": [4]}, status="processing", worker=released)
+    now = datetime.now(UTC)
+    started = {"status": "processing", "started_at": now}
+    released = {"owner": None, "attempt": 3, "available_at": now, "first_started_at": now}
+    job = api.insert("holds_the_gil", {"pipe": pipe, "attempts": [4]}, **started, worker=released)
     api.enqueue(job)
     assert api.wait(job, timeout_s=40)["error_message"] == GAVE_UP
     assert api.wait(api.text("the next job"))["status"] == "completed"
