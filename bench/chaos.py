@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +43,7 @@ from redis.exceptions import RedisError
 
 from bench.chaos_audit import PLANTED_KEY, audit, figures, recoveries
 from bench.chaos_plan import (
+    VALIDATOR,
     Fault,
     JobPlan,
     Options,
@@ -53,7 +55,7 @@ from bench.chaos_plan import (
     tag_of,
 )
 from bench.chaos_records import ChangeRecorder, Evidence, Happened, History, Notice, describe, fold
-from testbed.api import ACTIVE, STATUS_CHANNEL, Api, WorkerProcess, new_document
+from testbed.api import ACTIVE, STATUS_CHANNEL, TERMINAL, Api, WorkerProcess, new_document
 from testbed.processes import LOOPBACK, SOURCE, Server
 from testbed.provider import Provider
 from testbed.servers import DATABASE, MongoServer, RedisServer
@@ -379,6 +381,15 @@ class Servers:
 # ── the API's side ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+PUT_BACK_UNTIL_S: Final = 60.0  # after the last job was submitted
+
+
+def with_padding(plan: JobPlan) -> Any:
+    """Return a job's input, which may have a large field that no worker reads."""
+    is_padded = plan.extras.padding and isinstance(plan.input_data, dict)
+    return {**plan.input_data, "padding": "x" * plan.extras.padding} if is_padded else plan.input_data
+
+
 class Submitter:
     """Submits and cancels the planned jobs through the API's client, and goes on through outages."""
 
@@ -390,7 +401,9 @@ class Submitter:
     def insert(self, plan: JobPlan) -> ObjectId:
         """Insert the document, once, however many tries it takes."""
         owner = {"user_id": f"user-{plan.number}", "session_id": f"session-{plan.number}" if plan.number % 3 else None}
-        document = new_document(plan.job_type, plan.input_data, **owner)
+        document = new_document(plan.job_type, with_padding(plan), **owner)
+        document |= {"refuse": plan.extras.refusal.value} if plan.extras.refusal else {}
+        document |= {"worker": plan.extras.own[0]} if plan.extras.own else {}
         with suppress(DuplicateKeyError):
             self._persist(lambda: self.api.jobs.insert_one(document))
         return ObjectId(document["_id"])
@@ -403,6 +416,20 @@ class Submitter:
         with suppress(OperationalError, RedisError, OSError, AttributeError):
             self.api.send(str(job_id), data, soft_time_limit=soft_s, time_limit=hard_s, ignore_result=True)
 
+    def spoil(self, job_id: ObjectId, field: str, value: Any) -> None:
+        """Spoil a field of the bookkeeping of a job, if it runs or waits for its next attempt."""
+        active = {"_id": job_id, "status": "processing", "worker.attempt": {"$exists": True}}
+        self._persist(lambda: self.api.jobs.update_one(active, {"$set": {f"worker.{field}": value}}))
+
+    def put_back(self, job_id: ObjectId, plan: JobPlan) -> bool:
+        """Let the job be tried again, once it has ended and its last notice is out. Returns whether it was."""
+        ended = {"_id": job_id, "status": {"$in": list(TERMINAL)}, "worker.unnotified": {"$exists": False}}
+        update = {"$set": {"status": "pending", "updated_at": datetime.now(UTC)}}
+        is_put_back = bool(self._persist(lambda: self.api.jobs.update_one(ended, update)).matched_count)
+        if is_put_back:
+            self.send(job_id, plan)
+        return is_put_back
+
     def cancel(self, job_id: ObjectId) -> None:
         """Cancel a job that has not ended."""
         self._persist(lambda: self.api.cancel(job_id))
@@ -414,9 +441,10 @@ class Submitter:
 
     def busy_pids(self) -> set[int] | None:
         """Return the ids of the processes that hold a job; None while MongoDB is away."""
-        held = {"status": "processing", "worker.owner": {"$ne": None}}
+        held = {"status": "processing", "worker.owner": {"$type": "string"}, "worker.pid": {"$type": "int"}}
         with suppress(PyMongoError), pymongo.timeout(self.TIMEOUT_S / 10):
-            return {document["worker"]["pid"] for document in self.api.jobs.find(held, {"worker.pid": 1})}
+            found = self.api.jobs.find(held, {"worker.pid": 1})
+            return {pid for document in found if isinstance(pid := document["worker"]["pid"], int)}
         return None
 
     @staticmethod
@@ -472,6 +500,7 @@ class Run:
             self.changes.start()
             self.changes.is_open.wait(20)
             self.submitter = Submitter(mongo.url, redis.url)
+            self.submitter.api.database.create_collection("jobs", validator=VALIDATOR)
             stack.callback(self.submitter.api.close)
             self.servers = Servers(mongo, redis)
             self.environment = worker_settings(mongo.url, redis.url, self.provider.url, pace_of(self.options))
@@ -527,8 +556,18 @@ class Run:
             lane.after(plan.cancel_after_s, lambda: self.submitter.cancel(job_id))
         for repeat_s in plan.repeat_after_s:
             lane.after(repeat_s, lambda: self.submitter.send(job_id, plan))
+        if spoilt := plan.extras.spoilt:
+            lane.after(spoilt[2], lambda: self.submitter.spoil(job_id, spoilt[0], spoilt[1]))
+        if plan.extras.put_back_after_s is not None:
+            lane.after(plan.extras.put_back_after_s, lambda: self._put_back(job_id, plan, lane))
         if plan.number % 500 == 499:
             self.say(f"{plan.number + 1} jobs submitted, {self.submitter.unfinished()} not ended")
+
+    def _put_back(self, job_id: ObjectId, plan: JobPlan, lane: Lane) -> None:
+        """Let a job be tried again, as soon as it has ended."""
+        is_late = time.monotonic() > self._began_at + self.options.minutes * 60 + PUT_BACK_UNTIL_S / self.options.hurry
+        if not self.submitter.put_back(job_id, plan) and not is_late:
+            lane.after(0.5, lambda: self._put_back(job_id, plan, lane))
 
     def _settle(self) -> None:
         """Wait until all jobs have ended and all last notices are out, or until that takes far too long."""

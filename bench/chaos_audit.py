@@ -11,7 +11,7 @@ from typing import Final
 
 from bson import ObjectId
 
-from bench.chaos_plan import IMAGE, TEXT, pace_of, tag_of
+from bench.chaos_plan import IMAGE, TEXT, Refusal, pace_of, tag_of
 from bench.chaos_records import CANCELLED, ENDS, LOSSES, Evidence, History, Step, describe
 from bench.figures import Document
 from testbed.answers import SOUNDS, Plan, parse_directives, picture, words_for
@@ -32,6 +32,8 @@ HONEST_SENTENCES: Final = (
     "The provider's content rules forbid this text.",
     "The provider returned an empty text.",
     "The input can't be used:",
+    "The result is too large or can't be stored.",
+    "The service isn't set up correctly; tell its operator.",
 )
 
 JobCheck = Callable[[Evidence, History], Iterable[str]]
@@ -61,12 +63,14 @@ def ends_once(_evidence: Evidence, history: History) -> Iterator[str]:
     if history.document.get("status") not in TERMINAL:
         yield f"stuck or lost: {history.document.get('status')}"
         return
-    if len(history.ends) != 1:
-        yield f"ended {len(history.ends)} times"
-    after = list(itertools.dropwhile(lambda step: step.kind not in ENDS, history.steps))[1:]
-    allowed = () if history.ends and history.ends[0].kind == CANCELLED else ("noticed",)
-    yield from (f"written to after its end: {step}" for step in after if step.kind not in allowed)
-    if history.document.get("worker", {}).get("unnotified"):
+    for life in history.lives:
+        ends = [step for step in life if step.kind in ENDS]
+        if len(ends) != 1:
+            yield f"ended {len(ends)} times"
+        after = list(itertools.dropwhile(lambda step: step.kind not in ENDS, life))[1:]
+        allowed = () if ends and ends[0].kind == CANCELLED else ("noticed",)
+        yield from (f"written to after its end: {step}" for step in after if step.kind not in allowed)
+    if (history.document.get("worker") or {}).get("unnotified"):
         yield "its last notice was never published"
 
 
@@ -74,9 +78,9 @@ def ends_once(_evidence: Evidence, history: History) -> Iterator[str]:
 def is_claimed_one_at_a_time(_evidence: Evidence, history: History) -> Iterator[str]:
     """A job that an attempt holds is not claimed by another, and no job is claimed more often than the cap allows."""
     for step, then in itertools.pairwise(history.steps):
-        if then.kind == "claimed" and step.owner is not None:
+        if then.kind == "claimed" and step.owner is not None and step.status == "processing":
             yield f"claimed while it was held: {then}"
-    if any(step.attempt > MAX_ATTEMPTS for step in history.steps):
+    if any(step.attempt > MAX_ATTEMPTS for step in history.steps) and not history.plan.extras.spoilt:
         yield "more attempts than the cap"
 
 
@@ -87,7 +91,7 @@ def has_its_result(evidence: Evidence, history: History) -> Iterator[str]:
     output = document.get("output_data") or {}
     if document.get("status") == "failed":
         sentence = str(document.get("error_message"))
-        if output or document.get("artifact_url"):
+        if (output or document.get("artifact_url")) and len(history.lives) == 1:
             yield "failed, with an output"
         if history.ends and history.ends[0].kind == "failed" and not any(one in sentence for one in HONEST_SENTENCES):
             yield f"failed for no good reason: {sentence}"
@@ -124,19 +128,21 @@ def judge_artifact(evidence: Evidence, history: History, output: Document) -> It
 @of_each_job
 def is_announced_truthfully(evidence: Evidence, history: History) -> Iterator[str]:
     """No status is published before the document has it, nor two ends; the last notice is the document's status."""
-    published = {notice.status for notice in history.notices}
+    notices = history.last_notices
+    published = {notice.status for notice in notices}
     if {"completed", "failed"} <= published:
         yield "published as completed and as failed"
     end = history.ends[0] if history.ends else None
     if end is None:
         return
-    for notice in history.notices:
+    for notice in notices:
         if notice.status in TERMINAL and notice.at < end.at - CLOCK_TOLERANCE_S:
             yield f"published as {notice.status} {end.at - notice.at:.3f} s before the document said so"
         if notice.status in TERMINAL and notice.status != history.document.get("status"):
             yield f"published as {notice.status}, but it is {history.document.get('status')}"
-    last = history.notices[-1].status if history.notices else None
-    if last not in TERMINAL and end.kind != CANCELLED and not was_away(evidence, history):
+    last = notices[-1].status if notices else None
+    has_outbox = history.plan.extras.refusal is not Refusal.CLAIM  # such a document ends without our bookkeeping
+    if last not in TERMINAL and end.kind != CANCELLED and has_outbox and not was_away(evidence, history):
         yield f"its last notice is {last}"
 
 
@@ -165,7 +171,9 @@ def is_generated_no_more_than_claimed(_evidence: Evidence, history: History) -> 
 
 @of_each_job
 def is_rescued_only_for_a_reason(evidence: Evidence, history: History) -> Iterator[str]:
-    """A job is taken from an attempt only when a fault has hit its process or a server."""
+    """A job is taken from an attempt only when a fault has hit its process, a server, or its bookkeeping."""
+    if history.plan.extras.spoilt:
+        return
     for claim, then in history.attempts():
         if then.kind in LOSSES and cause_of(evidence, claim, then) == UNKNOWN_CAUSE:
             yield f"taken from a live attempt after {then.at - claim.at:.1f} s: {then}"
@@ -347,7 +355,11 @@ def figures(evidence: Evidence) -> Document:
         "jobs by extra calls": dict(sorted(per_job.items())),
         "messages repeated": sum(len(h.plan.repeat_after_s) for h in histories),
         "messages never sent": sum(not h.plan.is_sent for h in histories),
-        "put into the queue again": sum(s.kind == "sent again" for h in histories for s in h.steps),
+        "odd bookkeeping at first": sum(bool(h.plan.extras.own) for h in histories),
+        "odd bookkeeping while they ran": sum(bool(h.plan.extras.spoilt) for h in histories),
+        "put back by the API": sum(len(h.lives) - 1 for h in histories),
+        "large inputs": sum(bool(h.plan.extras.padding) for h in histories),
+        "refused by a validator": sum(bool(h.plan.extras.refusal) for h in histories),
         "notices": notice_counts(evidence),
         "stack traces in logs, by kind": dict(kinds.most_common()),
         "recover": evidence.recovered,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
 from typing import Any, Final
 
 from bench.figures import Document
@@ -15,6 +17,7 @@ from bench.figures import Document
 TEXT, IMAGE, AUDIO = "text_generation", "image_generation", "audio_generation"
 JOB_TYPES: Final = (TEXT, IMAGE, AUDIO)
 CANCEL_SHARE, REPEAT_SHARE, UNUSABLE_SHARE = 0.04, 0.06, 0.02
+ODD_SHARE, SPOILT_SHARE, PUT_BACK_SHARE, LARGE_SHARE, REFUSED_SHARE = 0.03, 0.03, 0.05, 0.02, 0.03
 SIDES: Final = (32, 64, 96)
 
 
@@ -112,6 +115,43 @@ BEHAVIOURS: Final = (
 UNUSABLE_INPUTS: Final[tuple[Any, ...]] = ({}, {"prompt": ""}, {"prompt": 7, "text": []}, [], {"prompt": {"$ne": 1}})
 
 
+ODD_BOOKKEEPING: Final[tuple[Any, ...]] = (None, "text", 7, [], [{"owner": "x"}], {"owner": ["x"], "attempt": "2"})
+ODD_VALUES: Final[tuple[Any, ...]] = (None, "text", ["x"], {"x": 1}, 2**40, -1, True, datetime(3000, 1, 1))
+SPOILT_FIELDS: Final = ("owner", "node", "pid", "lease_until", "attempt", "first_started_at", "limits", "rescue_at")
+LARGE_CHARACTERS: Final = (1_000_000, 1_000_000, 1_000_000, 6_000_000)
+
+
+class Refusal(StrEnum):
+    """What a validator of the collection refuses for a job, whose document has this in its field `refuse`."""
+
+    CLAIM = "claim"
+    RESULT = "result"
+
+
+# MongoDB refuses each write after which a document would be like one of these.
+VALIDATOR: Final[Document] = {
+    "$nor": [
+        {"refuse": Refusal.CLAIM.value, "worker": {"$exists": True}},
+        {"refuse": Refusal.RESULT.value, "status": "completed"},
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What else is unusual about a job.
+
+    `own` is its odd bookkeeping when it is inserted. `spoilt` is a field of it, an odd value, and after how many
+    seconds it gets that. `put_back_after_s` is the time after which the API sets it back, once it has ended.
+    """
+
+    own: tuple[Any, ...] = ()
+    spoilt: tuple[str, Any, float] | None = None
+    put_back_after_s: float | None = None
+    padding: int = 0
+    refusal: Refusal | None = None
+
+
 @dataclass(frozen=True)
 class JobPlan:
     """One job to be submitted, and what else happens to it.
@@ -129,6 +169,7 @@ class JobPlan:
     cancel_after_s: float | None = None
     repeat_after_s: tuple[float, ...] = ()
     is_sent: bool = True
+    extras: Extras = Extras()
 
     @property
     def is_usable(self) -> bool:
@@ -151,6 +192,26 @@ def input_for(job_type: str, prompt: str, chooser: random.Random) -> Document:
     return {"prompt": prompt, "max_tokens": 200}
 
 
+def draw_extras(chooser: random.Random, pace: Pace) -> Extras:
+    """Draw what else is unusual about a job; most have nothing."""
+    field, value = chooser.choice(SPOILT_FIELDS), chooser.choice(ODD_VALUES)
+    spoilt = (field, value, chooser.choice([0.1, 0.5, 2.0]))
+    own, padding, refusal = (
+        chooser.choice(ODD_BOOKKEEPING),
+        chooser.choice(LARGE_CHARACTERS),
+        chooser.choice([*Refusal]),
+    )
+    put_back_after_s = chooser.choice([0.0, 0.5, pace.longest_wait_s])
+    drawn = [chooser.random() for _ in range(5)]
+    return Extras(
+        own=(own,) if drawn[0] < ODD_SHARE else (),
+        spoilt=spoilt if drawn[1] < SPOILT_SHARE else None,
+        put_back_after_s=put_back_after_s if drawn[2] < PUT_BACK_SHARE else None,
+        padding=padding if drawn[3] < LARGE_SHARE else 0,
+        refusal=refusal if drawn[4] < REFUSED_SHARE else None,
+    )
+
+
 def draw_plan(seed: int, number: int, chooser: random.Random, pace: Pace) -> JobPlan:
     """Draw one job."""
     behaviour = chooser.choices(BEHAVIOURS, [one.weight for one in BEHAVIOURS])[0]
@@ -158,6 +219,7 @@ def draw_plan(seed: int, number: int, chooser: random.Random, pace: Pace) -> Job
     directives = behaviour.directives.format(seconds=round(chooser.uniform(0.3, pace.longest_delay_s), 1))
     prompt = f"{tag_of(seed, number)} something {directives}".strip()
     input_data: Any = input_for(job_type, prompt, chooser)
+    extras = draw_extras(chooser, pace)
     is_usable = chooser.random() >= UNUSABLE_SHARE
     if not is_usable:
         input_data, prompt = chooser.choice(UNUSABLE_INPUTS), ""
@@ -170,11 +232,12 @@ def draw_plan(seed: int, number: int, chooser: random.Random, pace: Pace) -> Job
         job_type,
         input_data,
         prompt,
-        is_good=is_usable and behaviour.is_good,
+        is_good=is_usable and behaviour.is_good and extras.refusal is None,
         limits=(pace.hang_soft_s, pace.hang_hard_s) if behaviour.hangs else None,
-        cancel_after_s=cancel,
+        cancel_after_s=cancel if extras.put_back_after_s is None else None,
         repeat_after_s=repeats if is_repeated else (),
         is_sent=chooser.random() >= pace.unsent_share,
+        extras=extras,
     )
 
 

@@ -24,6 +24,7 @@ from testbed.servers import DATABASE
 
 CANCELLED: Final = "cancelled"
 ENDS: Final = ("completed", "failed", CANCELLED)
+PUT_BACK: Final = "put back"
 LOSSES: Final = ("handed back", "rescued")
 
 
@@ -109,6 +110,8 @@ class Step:
 
 def name_of_step(before: Document, after: Document, changed: Document, removed: set[str]) -> str:
     """Return what kind of transition a write was."""
+    if before.get("status") in TERMINAL and after["status"] == "pending":
+        return PUT_BACK
     if changed.get("status") in TERMINAL:
         return CANCELLED if changed.get("error_message") == CANCEL_SENTENCE else str(changed["status"])
     if "owner" in changed and after.get("owner"):
@@ -137,6 +140,16 @@ def apply_event(event: Document, state: Document, own: Document) -> Document:
     return {} if "worker" in gone else {name: value for name, value in own.items() if name not in gone}
 
 
+def text_of(value: Any) -> str | None:
+    """Return a text; None for anything else, which an odd document may have in its place."""
+    return value if isinstance(value, str) else None
+
+
+def number_of(value: Any) -> int | None:
+    """Return a whole number; None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def fold(events: Iterable[Document]) -> list[Step]:
     """Turn a document's change events into steps."""
     steps: list[Step] = []
@@ -149,7 +162,7 @@ def fold(events: Iterable[Document]) -> list[Step]:
         is_update = event["operationType"] == "update"
         kind = name_of_step(before, after, changed, set(before) - set(after)) if is_update else event["operationType"]
         fields = tuple(sorted(changed)) if kind in ("changed", "rescued") else ()
-        numbers = own.get("owner"), own.get("pid"), own.get("attempt", 0)
+        numbers = text_of(own.get("owner")), number_of(own.get("pid")), number_of(own.get("attempt")) or 0
         steps.append(Step(event["wallTime"].timestamp(), kind, str(state["status"]), *numbers, fields))
     return steps
 
@@ -175,9 +188,25 @@ class History:
         return bool(self.document.get("error_message") == CANCEL_SENTENCE)
 
     @property
+    def lives(self) -> list[list[Step]]:
+        """The writes from the insert, or from when the API put the job back, to its end and what came after that."""
+        lives: list[list[Step]] = [[]]
+        for step in self.steps:
+            if step.kind == PUT_BACK:
+                lives.append([])
+            lives[-1].append(step)
+        return lives
+
+    @property
     def ends(self) -> list[Step]:
-        """The writes that ended the job; there should be one."""
-        return [step for step in self.steps if step.kind in ENDS]
+        """The writes that ended the job in its last life; there should be one."""
+        return [step for step in self.lives[-1] if step.kind in ENDS]
+
+    @property
+    def last_notices(self) -> list[Notice]:
+        """The notices since its last life began."""
+        began_at = self.lives[-1][0].at if len(self.lives) > 1 else 0.0
+        return [notice for notice in self.notices if notice.at >= began_at]
 
     @property
     def claims(self) -> list[Step]:

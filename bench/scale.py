@@ -1,7 +1,8 @@
-"""What a fleet of workers costs MongoDB and Redis: 10, 100 and 1,000 workers, of which most are simulated.
+"""What a fleet of workers costs MongoDB and Redis: 10 to 10,000 workers, of which most are simulated.
 
-A simulated worker has the true keeper, sweeper and store, and connections of its own, but no pool. The share of Redis,
-which is mostly Celery's polling, is measured on ten real workers and multiplied.
+A simulated worker has the true keeper, sweeper and store, and connections of its own, but no pool. One process sweeps
+for a whole fleet, and what that costs is measured by itself. The share of Redis, which is mostly Celery's polling, is
+measured on ten real workers and multiplied.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ from bench.contestants import OURS, Bench, Contestant
 from bench.figures import Document, Figure
 from bench.measurements import FIRST_SWEEP_S, OUTBOX_S, SETTLE_S, make_api_indexes
 from testbed.servers import DATABASE
-from worker import Attempt, Delivery, Job, JobStore, Keeper, Runtime, configure
+from worker import Attempt, Delivery, Job, JobStore, Keeper, Runtime, Sweeper, configure
 from workerkit.mongodb import DatabaseClock
 from workerkit.process import Heartbeat
 from workerkit.settings import Limits, Settings
 
-FLEETS: Final = (10, 100, 1000)
+FLEETS: Final = (10, 100, 1000, 10_000)
 REAL_WORKERS, REAL_JOBS = 10, 1000
 TRUE_PACE: Final = 200  # workers that one machine simulates without slowing them down
 DRIVERS: Final = 4  # processes that the simulated workers share
 DRIVERS_READY_S: Final = 120
 WINDOW_S: Final = 11.0  # a sweep's longest interval is 12 s
+SWEEP_S: Final = 10.0  # from one sweep of a fleet to the next
+SWEEPS: Final = 5
 BACKLOG: Final = 10_000
 IDLE, RUNNING, WAITING = "idle", "one job each", "10,000 waiting"
 STATES: Final = (IDLE, RUNNING, WAITING)
@@ -62,6 +65,9 @@ class Load:
     commands: float
     redis_percent: float
     redis_connections: float
+
+    def __add__(self, other: Load) -> Load:
+        return Load(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Load) -> Load:
         return Load(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -121,10 +127,12 @@ class Beats:
             self._total.value += 1
 
 
-def settings_from(environment: Mapping[str, str]) -> Settings:
-    """Return the settings that these variables give."""
+def settings_from(environment: Mapping[str, str], slower: int) -> Settings:
+    """Return the settings that these variables give, with longer leases and intervals than a worker would accept."""
     values: dict[str, Any] = {name.lower(): value for name, value in environment.items()}
-    return Settings(_env_file=None, **values)
+    return Settings(_env_file=None, **values).model_copy(
+        update={"lease_seconds": 30.0 * slower, "sweep_interval": SWEEP_S * slower}
+    )
 
 
 def simulated_worker(number: int, settings: Settings, heartbeat: Beats, sharing: Runtime | None = None) -> Runtime:
@@ -137,7 +145,7 @@ def simulated_worker(number: int, settings: Settings, heartbeat: Beats, sharing:
     runtime.store.clock.read()
     runtime.notes.revoked()  # this opens the connection to Redis
     keeper, now = runtime.keeper, time.monotonic()
-    keeper._is_prepared = True
+    keeper._is_prepared, runtime.rest.at = True, None
     keeper._renew_at = now + random.uniform(0, settings.lease_seconds / 3)
     keeper._sweep_at = now + random.uniform(0, settings.sweep_interval)
     runtime.files._next_at = now + runtime.files.EVERY_S
@@ -149,7 +157,7 @@ def drive_keepers(
 ) -> None:
     """Run true keepers in a process of its own: idle at first, and from the second signal on with a job each."""
     Keeper.tick_s *= slower
-    settings = settings_from(environment)
+    settings = settings_from(environment, slower)
     configure(settings)  # for Celery's own connections
     runtimes: list[Runtime] = []
     for index, number in enumerate(numbers):
@@ -186,16 +194,41 @@ def enter_state(bench: Bench, jobs: Collection[Document], barrier: Any, state: s
         set_created(jobs, "processing", timedelta(minutes=10))  # older than those that wait behind them
 
 
+def hold_turn(jobs: Collection[Document], *, is_free: bool = False) -> None:
+    """Take the turn of the sweeper from the simulated workers, so that they ask for it in vain, or give it back."""
+    until = datetime.now(UTC) + (timedelta(0) if is_free else timedelta(minutes=50))
+    turn = {"$set": {"holder": "bench", "until": until}}
+    jobs.database["worker_turns"].update_one({"_id": Sweeper.TURN}, turn, upsert=True)
+
+
+def sweep_load(bench: Bench, jobs: Collection[Document], sweeping: Runtime, alone: Load) -> Load:
+    """Return what the sweeps of a fleet cost in a second: one process does them, every ten seconds."""
+    before, began_at = counters(bench), time.monotonic()
+    for _ in range(SWEEPS):
+        hold_turn(jobs, is_free=True)
+        sweeping.sweeper.sweep()
+        hold_turn(jobs)
+    used = counters(bench) - before - alone * (time.monotonic() - began_at)
+    return used * (1 / SWEEPS / SWEEP_S)
+
+
+Simulation = tuple[Callable[[str], None], Any, Callable[[Load], Load]]
+
+
 @contextmanager
-def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[tuple[Callable[[str], None], Any]]:
-    """Yield a function that brings so many keepers into their next state, and the number of their ticks so far."""
+def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[Simulation]:
+    """Yield a function that brings so many keepers into their next state, the number of their ticks so far, and a
+    function that measures the sweeps of the fleet.
+    """
     context, jobs = multiprocessing.get_context("spawn"), bench.mongo[f"{DATABASE}_{SCALE_QUEUE}"]["jobs"]
     job_ids = list(bench.insert(count, collection=jobs))
     set_created(jobs, "pending", timedelta(days=-1))  # tomorrow, so that no sweep takes them for lost
     make_api_indexes(jobs)
     environment = {**bench.environment, "DATABASE_NAME": jobs.database.name, "CELERY_QUEUE_NAME": SCALE_QUEUE}
-    environment |= {"LEASE_SECONDS": str(30 * slower), "SWEEP_INTERVAL": str(10 * slower)}
-    simulated_worker(0, settings_from(environment), Beats(None)).store.ensure_indexes()
+    sweeping = simulated_worker(0, settings_from(environment, slower), Beats(None))
+    sweeping.store.ensure_indexes()
+    sweeping.turns.register(SCALE_QUEUE)
+    hold_turn(jobs)
     beats, barrier = context.Value("q", 0), context.Barrier(DRIVERS + 1, timeout=DRIVERS_READY_S)
     drivers = [
         context.Process(
@@ -207,7 +240,7 @@ def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[tuple[Cal
     try:
         for driver in drivers:
             driver.start()
-        yield partial(enter_state, bench, jobs, barrier), beats
+        yield partial(enter_state, bench, jobs, barrier), beats, partial(sweep_load, bench, jobs, sweeping)
     finally:
         for driver in drivers:
             driver.kill()
@@ -220,15 +253,16 @@ def simulate(bench: Bench, count: int, alone: Load) -> dict[str, Load]:
     """Return what so many keepers cost in each state.
 
     This machine's cores can't simulate a large fleet. So that runs slower, as many times as runtimes share a
-    connection, and what it costs is multiplied.
+    connection, and what it costs is multiplied. The sweeps, of which there are few, are measured at their own pace.
     """
     loads: dict[str, Load] = {}
     slower = max(1, count // TRUE_PACE)
-    with simulated_fleet(bench, count, slower) as (enter, beats):
+    with simulated_fleet(bench, count, slower) as (enter, beats, measure_sweeps):
         for state in STATES:
             enter(state)
             ticks_before = beats.value
-            loads[state] = (load(bench, WINDOW_S) - alone) * slower
+            keepers = (load(bench, WINDOW_S) - alone) * slower
+            loads[state] = keepers + measure_sweeps(alone)
             done = (beats.value - ticks_before) * slower * Keeper.tick_s / (count * WINDOW_S)
             print(f"       {count:,} workers, {state}: {done:.0%} of the ticks", file=sys.stderr, flush=True)
     return loads
@@ -316,7 +350,7 @@ def fleet_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[
 
 def wall_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[Figure]:
     """Return how many workers fill a server, and how many jobs a second."""
-    small, large = ((count, loads[count][RUNNING].mongod_percent) for count in FLEETS[1:])
+    small, large = ((count, loads[count][RUNNING].mongod_percent) for count in FLEETS[2:])
     return [
         Figure("workers that fill a core of mongod", "", [workers_at(FULL, small, large)], note="one job each"),
         Figure("workers that fill Redis' core", "", [FULL / real.idle.redis_percent], note="idle: they poll"),
@@ -330,7 +364,7 @@ def wall_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[F
 
 
 def scale(bench: Bench) -> list[Figure]:
-    """What 10, 100 and 1,000 workers cost MongoDB and Redis.
+    """What 10 to 10,000 workers cost MongoDB and Redis.
 
     It also says how many workers fill them. Without a name of a measurement it runs only with `--long`.
     """

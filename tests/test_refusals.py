@@ -34,6 +34,7 @@ from tests.lab import (
     table,
 )
 from worker import Runtime
+from worker_commands.check import check_mongodb
 from workerkit.errors import CANT_BE_STORED, NOT_SET_UP, TOO_LARGE_TO_RUN, JobFailed
 
 LIMIT_BYTES = 16 * 2**20
@@ -284,3 +285,27 @@ def test_a_kept_result_beyond_the_deadline_is_tried_once_more(runtime: Runtime, 
     change(runtime, job_id, worker__available_at=ago(3600), worker__attempt=4)
     assert "given up after 5 tries" in failure(runtime, job_id)
     assert read(runtime, job_id)["status"] == "failed"
+
+
+# ── what `check` says ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "refused, seen",
+    ("nothing", {"status": "archived"}, "a job claimed, completed, failed, released; deleted"),
+    ("our bookkeeping", {"worker": {"$exists": True}}, "121: a validator of the collection is against it"),
+    ("a result", {"output_data.generated_text": {"$exists": True}}, "121: a validator of the collection is against it"),
+    (
+        "a failure",
+        {"status": "failed", "worker.unnotified": {"$exists": True}},
+        "only without the worker's bookkeeping",
+    ),
+)
+def test_check_writes_what_the_worker_writes(
+    runtime: Runtime, refuse: Refuse, refused: dict[str, Any], seen: str
+) -> None:
+    refuse(refused)
+    [found] = [finding for finding in check_mongodb(runtime) if finding.what == "MongoDB documents"]
+    assert seen in found.seen
+    assert found.is_fault is (seen != "a job claimed, completed, failed, released; deleted")
+    assert runtime.database["jobs"].count_documents({}) == 0

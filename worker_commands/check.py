@@ -16,20 +16,57 @@ from typing import Any
 
 import click
 import redis
+from bson import ObjectId
 from kombu.exceptions import OperationalError
 
-from worker import STATUS_CHANNEL, Runtime, configure
+from worker import STATUS_CHANNEL, Delivery, Job, Runtime, Status, configure
 from worker_commands import findings
 from worker_commands.findings import Finding, probe
 from worker_commands.redis_rights import check_rights
 from worker_commands.terminal import print_rows
+from workerkit.bookkeeping import as_mapping
 from workerkit.broker import is_refused, refusal
-from workerkit.errors import FailJob, StoreUnavailable
+from workerkit.errors import StoreRefused, StoreUnavailable
+from workerkit.mongodb import unknown_when_unreachable
 from workerkit.provider import OpenAIProvider
 from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings, load_settings, redact_url
 
 NOT_LISTED = "does not list it among its"
 UNREADABLE = "can't be read: Redis refuses INFO and CONFIG, which the worker doesn't need"
+
+
+@contextlib.contextmanager
+def sample_job(runtime: Runtime) -> Iterator[ObjectId]:
+    """A job as the contract has it, which no message names. It is deleted at the end."""
+    now: Any = datetime.now(UTC)
+    nothing = ("output_data", "artifact_url", "error_message", "started_at", "completed_at")
+    document: dict[str, Any] = {
+        "user_id": "worker-check",
+        "session_id": None,
+        "job_type": "text_generation",
+        "status": Status.PENDING,
+    }
+    document |= {"input_data": {"prompt": "check"}, **dict.fromkeys(nothing), "created_at": now, "updated_at": now}
+    jobs = runtime.database["jobs"]
+    with unknown_when_unreachable():
+        job_id: ObjectId = jobs.insert_one(document).inserted_id
+    try:
+        yield job_id
+    finally:
+        jobs.delete_one({"_id": job_id})
+
+
+def complete_job(runtime: Runtime, job: Job) -> bool:
+    output = {"generated_text": "check", "model_used": "check", "tokens_used": 1}
+    return runtime.store.complete(job, output, None)
+
+
+def fail_job(runtime: Runtime, job: Job) -> bool:
+    return runtime.store.fail(job, "This was a check.")
+
+
+def release_job(runtime: Runtime, job: Job) -> bool:
+    return runtime.store.release(job, runtime.store.now(), counted=True)
 
 
 def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
@@ -48,11 +85,21 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
         runtime.store.ensure_indexes()
         return "there"
 
+    def rehearse() -> str:
+        for end in (complete_job, fail_job, release_job):
+            with sample_job(runtime) as job_id:
+                job = runtime.store.claim(job_id, secrets.token_hex(8), Delivery(runtime.settings.limits()))
+                is_done = isinstance(job, Job) and end(runtime, job)
+                if not is_done or "attempt" not in as_mapping((runtime.store.read(job_id) or {}).get("worker")):
+                    raise StoreRefused("MongoDB takes the end of a job only without the worker's bookkeeping")
+        return "a job claimed, completed, failed, released; deleted"
+
     reached = probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version)
     yield reached
     if reached.is_fault:
         return
     yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write)
+    yield probe("MongoDB documents", "the validator of the collection jobs must allow what the worker writes", rehearse)
     yield probe("MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes)
 
 
@@ -141,7 +188,7 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
         advice = "the API must serve this path (examples/ has the route), or set ARTIFACT_BASE_URL"
         yield Finding("artifact URL", f"{redact_url(runtime.settings.artifact_base_url)}/…", advice)
     if urls:
-        with contextlib.suppress(StoreUnavailable, FailJob):
+        with contextlib.suppress(StoreUnavailable):
             runtime.artifacts.delete(name)
 
 

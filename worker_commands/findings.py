@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pymongo
 
 from workerkit.broker import refusal_of
-from workerkit.errors import JobError
+from workerkit.errors import JobError, StoreUnavailable
 
 CHECK_TIMEOUT_S = 5
 TRUST_ADVICE = "name the authority: tlsCAFile=… in MONGODB_URL, ssl_ca_certs=… in REDIS_URL, SSL_CERT_FILE for others"
@@ -49,6 +49,6 @@ def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
             return Finding(what, fault, TRUST_ADVICE, is_fault=True)
         if refusal := refusal_of(error):
             return Finding(what, refusal.reason, refusal.advice, is_fault=True)
-        if isinstance(error, JobError):
-            return Finding(what, error.detail, advice, is_fault=True)
+        if isinstance(error, (JobError, StoreUnavailable)):
+            return Finding(what, str(error), advice, is_fault=True)
         return Finding(what, f"{type(error).__name__}{error_code(error)}", advice, is_fault=True)
