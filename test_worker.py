@@ -61,19 +61,8 @@ from tests.lab import (
     why_not,
 )
 from worker import Attempt, Delivery, Job, JobInput, Media, NotClaimed, Reason, Result, Runtime, Status
-from workerkit.errors import (
-    DAMAGED,
-    GAVE_UP,
-    TOOK_TOO_LONG,
-    DropJob,
-    FailJob,
-    HandBack,
-    InvalidInput,
-    JobError,
-    JobFailed,
-    OperatorFault,
-    RetryJob,
-)
+from workerkit.errors import DropJob, FailJob, HandBack, InvalidInput, JobError, JobFailed, OperatorFault, RetryJob
+from workerkit.sentences import DAMAGED, GAVE_UP, TOOK_TOO_LONG
 from workerkit.settings import Limits
 
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 import pymongo
@@ -51,28 +51,12 @@ from celery.exceptions import Ignore, Reject
 from kombu import Exchange
 from pydantic import BaseModel
 
-from workerkit import __version__, logs
+from workerkit import __version__, logs, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.bookkeeping import (
-    Snapshot,
-    as_mapping,
-    as_number,
-    as_text,
-    as_time,
-    first_attempt,
-    parse_bookkeeping,
-    waiting,
-)
+from workerkit.bookkeeping import Snapshot, first_attempt, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
 from workerkit.errors import (
-    CANT_BE_STORED,
-    DAMAGED,
-    GAVE_UP,
-    NOT_SET_UP,
-    REVOKED_SENTENCES,
-    TOO_LARGE_TO_RUN,
-    TOOK_TOO_LONG,
     ArtifactsUnavailable,
     Document,
     DropJob,
@@ -96,37 +80,14 @@ from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
 from workerkit.messages import COPY, own_arguments, parse_arguments
-from workerkit.mongodb import (
-    DatabaseClock,
-    each_document,
-    largest_field,
-    open_database,
-    read_raw,
-    unknown_when_unreachable,
-)
+from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
-from workerkit.process import (
-    EventLoopThread,
-    Heartbeat,
-    SharedTime,
-    Shutdown,
-    ShutdownTime,
-    is_process_alive,
-    made_once,
-    signals_deferred,
-)
+from workerkit.once import made_once
+from workerkit.process import EventLoopThread, Heartbeat, SharedTime, Shutdown, is_process_alive, signals_deferred
 from workerkit.progress import Progress
 from workerkit.provider import OpenAIProvider, Provider
-from workerkit.settings import (
-    EXIT_BAD_SETTINGS,
-    PROVIDER_KINDS,
-    Limits,
-    ProviderKind,
-    ProviderSettings,
-    Settings,
-    load_settings,
-)
-from workerkit.surroundings import modules_fault, pool_fault, write_any_character
+from workerkit.settings import PROVIDER_KINDS, Limits, ProviderKind, ProviderSettings, Settings, load_settings
+from workerkit.surroundings import modules_fault, pool_fault, refuse, write_any_character
 from workerkit.turns import Turns
 
 if TYPE_CHECKING:
@@ -313,7 +274,7 @@ class JobStore:
     max_pending = 10_000  # ids of pending jobs that are looked at together
     CLAIM_TRIES = 5  # others may change a job between the read and the write of a claim
 
-    def __init__(self, database: Database[Document], node: str, clock: DatabaseClock, settings: Settings) -> None:
+    def __init__(self, database: Database[Document], node: str, clock: ServerClock, settings: Settings) -> None:
         self._jobs: Collection[Document] = database["jobs"]
         self._raw_jobs = read_raw(self._jobs)
         self._node = node
@@ -329,8 +290,6 @@ class JobStore:
             self._jobs.create_index([("status", 1), ("_id", 1)], name="worker_status_id")
             self._jobs.create_index([("worker.node", 1)], name="worker_node", partialFilterExpression=running)
             self._jobs.create_index([("worker.unnotified", 1)], name="worker_unnotified", sparse=True)
-
-    # looking at jobs
 
     def read(self, job_id: ObjectId) -> Document | None:
         with unknown_when_unreachable():
@@ -372,12 +331,10 @@ class JobStore:
     ) -> Job | NotClaimed:
         """Claims a job that is pending, or released and due. An expired lease has to be released by a sweeper first.
 
-        A pending job starts afresh, whatever bookkeeping it has. The worker never sets a job back to pending, so the
-        API or an operator has put it back to be tried again.
-
-        Call it with the same `owner` until it answers: a claim whose reply was lost is then recognised.
-        `bounded=False` ignores attempts and deadline, for a job whose result is there already. `waited_s` is how long
-        ago the message was taken, which is when Celery's hard limit began.
+        A pending job starts afresh, since only the API or an operator sets one back, to be tried again. Call it with
+        the same `owner` until it answers: a claim whose reply was lost is then recognised. `bounded=False` ignores
+        attempts and deadline, for a job whose result is there already. `waited_s` is how long ago the message was
+        taken, which is when Celery's hard limit began.
         """
         now = self.now()
         lease = self._lease(now, owner, delivery, waited_s)
@@ -439,7 +396,7 @@ class JobStore:
         limits = self._settings.limits(own.limits)
         lease_until = own.lease_until or now
         left_s = (lease_until - now).total_seconds()
-        waited_since = own.available_at or as_time(document.get("created_at"))
+        waited_since = own.available_at or values.as_time(document.get("created_at"))
         return Job(
             id=document["_id"],
             job_type=str(document.get("job_type")),
@@ -478,8 +435,7 @@ class JobStore:
     def release(self, job: Job, available_at: datetime, *, counted: bool) -> bool:
         """Releases the job: it may be claimed from `available_at` on. False: it is no longer this attempt's.
 
-        If the reply to an earlier try was lost and the job was claimed or ended since, the answer is False as well.
-        Where it is False, nothing was written.
+        The answer is False as well if the reply to an earlier try was lost, and the job was claimed or ended since.
         """
         released = {f"worker.{name}": value for name, value in waiting(available_at, self.rescue_first_s).items()}
         update: Document = {"$set": {"updated_at": self.now(), **released, "worker.released_by": job.owner}}
@@ -504,7 +460,7 @@ class JobStore:
             if self._jobs.update_one(self._fence(job), update).matched_count:
                 return True
             document = self._jobs.find_one({"_id": job.id}, NOTICE) or {}
-        if as_mapping(document.get("worker")).get("owner") != job.owner:
+        if values.as_mapping(document.get("worker")).get("owner") != job.owner:
             return False
         if document["status"] == Status.PROCESSING:
             raise StoreUnavailable("the last write isn't confirmed by a majority yet")
@@ -538,7 +494,7 @@ class JobStore:
         with unknown_when_unreachable():
             found = self._jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"status": 1, "worker.owner": 1})
             running = (document for document in found if document["status"] == Status.PROCESSING)
-            owners = {document["_id"]: as_mapping(document.get("worker")).get("owner") for document in running}
+            owners = {document["_id"]: values.as_mapping(document.get("worker")).get("owner") for document in running}
         return [job for job in jobs if owners.get(job.id) != job.owner]
 
     # the outbox
@@ -563,8 +519,7 @@ class JobStore:
     def fail_revoked(self, task: RevokedTask, sentence: str) -> Document | None:
         """Fails the job of a task that was revoked or has expired. None: the job isn't that task's any more.
 
-        A running job has to be the task's own. A pending one must not have been put back since. A message that has
-        expired ends only a job that never started.
+        A running job has to be the task's own, and no expiry ends it. A pending one must not have been put back.
         """
 
         def is_its_job(job: Snapshot) -> bool:
@@ -583,19 +538,15 @@ class JobStore:
             job = self.look(job_id)
             if job is None or not applies(job):
                 return None
-            if failed := self._fail_seen(job, sentence):
+            if failed := self.fail_seen(job, sentence):
                 return failed
         return None
 
     def fail_seen(self, job: Snapshot, sentence: str) -> Document | None:
         """Fails a job as it was read, and returns it for the notice. None: it has changed since.
 
-        Raises:
-            StoreRefused: MongoDB takes this end in no form.
+        Raises StoreRefused: MongoDB takes this end in no form.
         """
-        return self._fail_seen(job, sentence)
-
-    def _fail_seen(self, job: Snapshot, sentence: str) -> Document | None:
         own = {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner}
         return self._end_by_force(self._unchanged(job), sentence, own)
 
@@ -630,7 +581,7 @@ class JobStore:
         """Jobs that no attempt works on, in the order of their ids, behind the given one."""
         running: Document = {"status": Status.PROCESSING, **({"_id": {"$gt": after}} if after else {})}
         found = self._raw_jobs.find(running, TIMES).sort("_id", 1)
-        return (job for document in each_document(found) if self.is_stale(job := self._snapshot(document)))
+        return (job for document in iterate(found) if self.is_stale(job := self._snapshot(document)))
 
     def release_stale(self, job: Snapshot) -> Document | None:
         """Turns a stale job into a released one that is due now, and returns its bookkeeping. None: it has changed.
@@ -886,7 +837,7 @@ def result_name(job_id: ObjectId, first_started_at: datetime) -> str:
 
 def owner_of(document: Mapping[str, Any]) -> str | None:
     """The attempt that ended a job, as far as its document says."""
-    return as_text(as_mapping(document.get("worker")).get("owner"))
+    return values.as_text(values.as_mapping(document.get("worker")).get("owner"))
 
 
 class Attempt:
@@ -941,9 +892,8 @@ def final_sentence(document: Mapping[str, Any]) -> str:
 class Sweeper:
     """Finds jobs that no attempt works on, and gets them going again or ends them at their bounds.
 
-    One process at a time does this for all that share the database. Should two do it, nothing is done twice, since
-    each step is a compare-and-set. A fault costs the chore that meets it, and a job that can't be handled is ended, so
-    that neither keeps the others from their turn.
+    One process at a time does this for all that share the database. Should two do it, nothing is done twice, since each
+    step is a compare-and-set. A fault costs only the chore that meets it, and a job that can't be handled is ended.
     """
 
     TURN = "sweep"
@@ -1017,12 +967,12 @@ class Sweeper:
             return action(job)
         except StoreRefused as refusal:
             logger.error("job=%s can't go on: %s", job.id, refusal)
-            sentence = TOO_LARGE_TO_RUN if refusal.is_too_large else NOT_SET_UP
+            sentence = sentences.TOO_LARGE_TO_RUN if refusal.is_too_large else sentences.NOT_SET_UP
         except self._passing:
             raise
         except Exception as error:
             logger.error("job=%s can't go on: %s at %s", job.id, type(error).__name__, place_of(error))
-            sentence = GAVE_UP
+            sentence = sentences.GAVE_UP
         try:
             return self._fail(job, sentence)
         except StoreRefused as refusal:
@@ -1031,7 +981,7 @@ class Sweeper:
 
     def _rescue(self, job: Snapshot, connection: Any) -> list[str]:
         if self._store.is_past_bounds(job) and not self._has_kept_result(job):
-            return self._fail(job, GAVE_UP)
+            return self._fail(job, sentences.GAVE_UP)
         if not (released := self._store.release_stale(job)):
             return []
         self._enqueue(job, released, connection)
@@ -1094,7 +1044,7 @@ class Sweeper:
     def _fail_revoked(self, done: list[str]) -> None:
         for task in self._notes.revoked():
             try:
-                failed = self._store.fail_revoked(task, REVOKED_SENTENCES[task.why])
+                failed = self._store.fail_revoked(task, sentences.REVOKED_SENTENCES[task.why])
             except StoreRefused as refusal:
                 self._refused_log.fault(f"job={task.job_id} {refusal}")
                 failed = None
@@ -1118,7 +1068,7 @@ class Sweeper:
     def _release_dead(self, job: Snapshot) -> list[str]:
         deadline = job.bookkeeping.deadline
         if deadline and self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
-            return self._fail(job, TOOK_TOO_LONG)
+            return self._fail(job, sentences.TOOK_TOO_LONG)
         if not (released := self._store.release_stale(job)):
             return []
         # Celery delivers its own message again, but another worker may have dropped that while the lease was alive. If
@@ -1131,9 +1081,9 @@ class Sweeper:
 class Keeper:
     """One thread in each process that runs jobs. It renews leases, stops cancelled jobs, hands back, and sweeps.
 
-    `connect` returns what it works with, and raises StoreUnavailable as long as there is no MongoDB. `rest` is the time
-    until which no process of this node sweeps: after an outage, and after the start of the node, the owners of expired
-    leases may be about to renew them. It is shared, since a pool may replace its processes more often than that.
+    `connect` returns what it works with, and raises StoreUnavailable as long as there is no MongoDB. Until `rest` no
+    process of this node sweeps: after an outage, or its start, the owners of expired leases may be about to renew them.
+    It is shared, since a pool may replace its processes more often than that.
     """
 
     tick_s = 1.0
@@ -1143,7 +1093,7 @@ class Keeper:
     def __init__(
         self,
         connect: Callable[[], tuple[JobStore, Sweeper, FileSweeper, Turns]],
-        shutdown: ShutdownTime,
+        shutdown: Shutdown,
         rest: SharedTime,
         heartbeat: Heartbeat,
         settings: Settings,
@@ -1339,7 +1289,7 @@ class Runtime:
 
     @made_once
     def store(self) -> JobStore:
-        return JobStore(self.database, NODE, DatabaseClock(self.database), self.settings)
+        return JobStore(self.database, NODE, ServerClock(self.database), self.settings)
 
     @made_once
     def redis(self) -> redis.Redis:
@@ -1440,8 +1390,8 @@ def redelivery(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
 def describe_delivery(task: JobTask, job_data: Document) -> Delivery:
     """What the message says besides its job."""
     request = task.request
-    priority = as_number((request.delivery_info or {}).get("priority"))
-    limits, task_id = task.runtime.settings.limits(request.timelimit), as_text(request.root_id or request.id)
+    priority = values.as_number((request.delivery_info or {}).get("priority"))
+    limits, task_id = task.runtime.settings.limits(request.timelimit), values.as_text(request.root_id or request.id)
     return Delivery(limits, task_id, priority, is_copy=COPY.items() <= job_data.items())
 
 
@@ -1510,8 +1460,8 @@ def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
     if not fits:
         logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
-        fail = partial(task.runtime.store.fail_unowned, ObjectId(job_id), DAMAGED)
-        raise fail_unowned(task, ObjectId(job_id), fail, DAMAGED)
+        fail = partial(task.runtime.store.fail_unowned, ObjectId(job_id), sentences.DAMAGED)
+        raise fail_unowned(task, ObjectId(job_id), fail, sentences.DAMAGED)
     return ObjectId(job_id), arguments["job_data"]
 
 
@@ -1520,6 +1470,12 @@ def receive_marker(task: JobTask, marker: ObjectId, queue_list: str) -> Document
     with contextlib.suppress(StoreRefused):  # then the search waits for it in vain, and ends in an hour
         wait_for_store(task, marker, lambda: task.runtime.lost_messages.receive(marker, queue_list))
     return {"job_id": str(marker), "status": "marker"}
+
+
+def kept_result(runtime: Runtime, job_id: ObjectId, first_started_at: datetime) -> Result | None:
+    """A result that an earlier attempt of the same life kept. Raises NotesUnavailable: Redis can't be asked."""
+    kept = runtime.notes.kept_result(result_name(job_id, first_started_at))
+    return Result(kept[0], kept[1] and Media(*kept[1])) if kept else None
 
 
 def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) -> Job | NotClaimed:
@@ -1548,14 +1504,20 @@ def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) 
         return claimed
     except StoreRefused as refusal:
         logger.error("job=%s can't be claimed: %s", job_id, refusal)
-        sentence = TOO_LARGE_TO_RUN if refusal.is_too_large else NOT_SET_UP
+        sentence = sentences.TOO_LARGE_TO_RUN if refusal.is_too_large else sentences.NOT_SET_UP
         raise fail_unowned(task, job_id, partial(runtime.store.fail_unowned, job_id, sentence), sentence) from None
 
 
-def kept_result(runtime: Runtime, job_id: ObjectId, first_started_at: datetime) -> Result | None:
-    """A result that an earlier attempt of the same life kept. Raises NotesUnavailable: Redis can't be asked."""
-    kept = runtime.notes.kept_result(result_name(job_id, first_started_at))
-    return Result(kept[0], kept[1] and Media(*kept[1])) if kept else None
+def answer_ended(runtime: Runtime, job: Snapshot) -> Document:
+    """Publishes the end of a job again, of which another message has come.
+
+    If messages of the worker's own were sent for it, this may be one too many. Then only an end that may not have been
+    published yet is.
+    """
+    status, own = Status(job.document["status"]), job.bookkeeping
+    if own.rescues is None or "unnotified" in own.raw:
+        announce(runtime, job.document, status, final_sentence(job.document), own.owner)
+    return {"job_id": str(job.id), "status": status.value}
 
 
 def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed) -> Document:
@@ -1573,24 +1535,12 @@ def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed)
     if job and reason is Reason.TERMINAL:
         return answer_ended(runtime, job)
     if job and reason is Reason.EXHAUSTED:
-        raise fail_unowned(task, job_id, partial(runtime.store.fail_seen, job, GAVE_UP), GAVE_UP)
+        raise fail_unowned(task, job_id, partial(runtime.store.fail_seen, job, sentences.GAVE_UP), sentences.GAVE_UP)
     if reason is Reason.HELD:
         raise Ignore()
     now = runtime.store.now()
     available_at = (job and job.bookkeeping.available_at) or now
     raise redelivery(task, job_id, max(MIN_REDELIVERY_S, (available_at - now).total_seconds()))
-
-
-def answer_ended(runtime: Runtime, job: Snapshot) -> Document:
-    """Publishes the end of a job again, of which another message has come.
-
-    If messages of the worker's own were sent for it, this may be one too many. Then only an end that may not have been
-    published yet is.
-    """
-    status, own = Status(job.document["status"]), job.bookkeeping
-    if own.rescues is None or "unnotified" in own.raw:
-        announce(runtime, job.document, status, final_sentence(job.document), own.owner)
-    return {"job_id": str(job.id), "status": status.value}
 
 
 async def generate(runtime: Runtime, attempt: Attempt, progress: Progress) -> Result:
@@ -1608,7 +1558,7 @@ async def generate(runtime: Runtime, attempt: Attempt, progress: Progress) -> Re
             return await handler.run(Call(job, inputs, settings, provider, attempt.provider, progress))
     except TimeoutError:
         if deadline.expired():
-            raise FailJob(f"the limit of {job.limits.soft_s:g} s", TOOK_TOO_LONG) from None
+            raise FailJob(f"the limit of {job.limits.soft_s:g} s", sentences.TOOK_TOO_LONG) from None
         raise RetryJob("TimeoutError") from None
 
 
@@ -1676,7 +1626,7 @@ def run(runtime: Runtime, attempt: Attempt) -> Outcome:
             return future.result(attempt.time_left_s() + runtime.stuck_loop_s)
         except TimeoutError:
             runtime.loop.abandon(loop)
-            stuck = FailJob("the handler blocks the event loop", TOOK_TOO_LONG)
+            stuck = FailJob("the handler blocks the event loop", sentences.TOOK_TOO_LONG)
             attempt.cancel(stuck)
             return stuck
     except JobError as error:
@@ -1793,19 +1743,18 @@ def instead_of(runtime: Runtime, attempt: Attempt, outcome: Outcome, error: Stor
         return within_bounds(runtime, job, NotStored(str(error)))
     if isinstance(outcome, Result):
         discard_files(runtime, job)
-        return OperatorFault(str(error), CANT_BE_STORED)
+        return OperatorFault(str(error), sentences.CANT_BE_STORED)
     if isinstance(outcome, FailJob):
         runtime.refused_log.fault(f"{job} {error}")
         return EndRefused(str(error))
-    return OperatorFault(str(error), NOT_SET_UP)
+    return OperatorFault(str(error), sentences.NOT_SET_UP)
 
 
 def settle(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
     """Ends the attempt by one fenced write, which no signal interrupts. Nothing else of an attempt writes.
 
-    Returns what holds now: the outcome, or one that replaced it since a store refused the first; DropJob if nothing was
-    written, since the job is no longer this attempt's; LeaveJob if the write couldn't be confirmed, so that it is
-    unknown.
+    Returns what holds now: the outcome, or one that replaced it since a store refused the first; DropJob if the job is
+    no longer this attempt's, so that nothing was written; LeaveJob if it is unknown whether the write was made.
     """
     outcome = within_bounds(runtime, attempt.job, outcome)
     with signals_deferred() as arrived:
@@ -1871,11 +1820,13 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             remove_leftovers(runtime, job)
             return {"job_id": str(job.id), "status": Status.COMPLETED.value}
         case RetryJob():
-            wait_s = outcome.after_s or 0.0
+            wait_s, which = (
+                outcome.after_s or 0.0,
+                f"{job.attempt + outcome.is_counted} of {runtime.settings.max_attempts}",
+            )
             log_end(attempt, outcome, f"will be tried again in {wait_s:.1f} s")
-            number = job.attempt + outcome.is_counted
-            next_try = f"trying again in {math.ceil(wait_s)} s ({number} of {runtime.settings.max_attempts})"
-            announce_job(runtime, job, Status.PROCESSING, f"{outcome.sentence}; {next_try}.")
+            sentence = f"{outcome.sentence}; trying again in {math.ceil(wait_s)} s ({which})."
+            announce_job(runtime, job, Status.PROCESSING, sentence)
             raise redelivery(task, job.id, wait_s)
         case HandBack():
             log_end(attempt, outcome, "handed back")
@@ -1885,15 +1836,12 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             announce_job(runtime, job, Status.FAILED, outcome.sentence)
             remove_leftovers(runtime, job)
             raise JobFailed(outcome.sentence)
-        case EndRefused():
-            log_end(attempt, outcome, "left without an end")
-            raise JobFailed(outcome.sentence)
         case _:
             log_end(attempt, outcome, "abandoned")
             if not isinstance(outcome, LeaveJob):
                 discard_files(runtime, job)
                 repeat_final_status(runtime, job)
-            raise Ignore()
+            raise JobFailed(outcome.sentence) if isinstance(outcome, EndRefused) else Ignore()
 
 
 def make_attempt(
@@ -1925,7 +1873,7 @@ def process_job(task: JobTask, *args: Any, **kwargs: Any) -> Document:
     taken_at = time.monotonic()
     with task.runtime.shutdown.waits_for_task():
         job_id, job_data = read_message(task, args, kwargs)
-        if marker := as_text(job_data.get("marker")):
+        if marker := values.as_text(job_data.get("marker")):
             return receive_marker(task, job_id, marker)
         done = make_attempt(task, job_id, job_data, taken_at)
         return answer_not_claimed(task, job_id, done) if isinstance(done, NotClaimed) else conclude(task, *done)
@@ -1949,11 +1897,6 @@ def configure(settings: Settings, runtime: Runtime | None = None) -> Runtime:
 def set_up_logging(**kwargs: Any) -> None:
     """In the parent, at its start."""
     logs.install(app.settings.debug, kwargs["logger"].handlers)
-
-
-def refuse(fault: str) -> NoReturn:
-    print(f"The worker can't start: {fault}.", file=sys.stderr)
-    raise SystemExit(EXIT_BAD_SETTINGS)
 
 
 @signals.import_modules.connect(sender=app)

@@ -31,7 +31,7 @@ from bench.figures import Document, Figure
 from bench.measurements import FIRST_SWEEP_S, OUTBOX_S, SETTLE_S, make_api_indexes
 from testbed.servers import DATABASE
 from worker import Attempt, Delivery, Job, JobStore, Keeper, Runtime, Sweeper, configure
-from workerkit.mongodb import DatabaseClock
+from workerkit.mongodb import ServerClock
 from workerkit.process import Heartbeat
 from workerkit.settings import Limits, Settings
 
@@ -140,7 +140,7 @@ def simulated_worker(number: int, settings: Settings, heartbeat: Beats, sharing:
     runtime = Runtime(settings)
     if sharing:
         runtime.mongo, runtime.redis = sharing.mongo, sharing.redis
-    runtime.store = JobStore(runtime.database, f"simulated-{number}", DatabaseClock(runtime.database), settings)
+    runtime.store = JobStore(runtime.database, f"simulated-{number}", ServerClock(runtime.database), settings)
     runtime.heartbeat = cast(Heartbeat, heartbeat)
     runtime.store.clock.read()
     runtime.notes.revoked()  # this opens the connection to Redis

@@ -14,7 +14,7 @@ import pytest
 
 from testbed.processes import poll
 from tests.place import OpenPlace, Outcomes, Place, Scenario, side_by_side
-from workerkit.errors import GAVE_UP, TOOK_TOO_LONG
+from workerkit.sentences import GAVE_UP, TOOK_TOO_LONG
 
 OWN_HANDLERS = '''
 import asyncio, ctypes

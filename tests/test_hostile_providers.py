@@ -23,7 +23,7 @@ from testbed.servers import MongoServer, RedisServer
 from tests.lab import AUDIO, IMAGE, TEXT
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
 from tests.site import JOBS, REFUSED, Site, open_api, worker_settings
-from workerkit.errors import TOO_LARGE, TOOK_TOO_LONG, UNUSABLE
+from workerkit.sentences import TOO_LARGE, TOOK_TOO_LONG, UNUSABLE
 
 # ── poison ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -17,8 +17,8 @@ from testbed.processes import poll
 from tests.lab import AUDIO, IMAGE, KEY, TEXT
 from tests.place import OpenPlace, Step
 from tests.site import JOBS, POOLS, REFUSED, Site, SiteOf, artifacts, in_each_pool, of_each_type
-from workerkit.errors import DAMAGED as DAMAGED_SENTENCE
-from workerkit.errors import NOT_SET_UP, TOOK_TOO_LONG
+from workerkit.sentences import DAMAGED as DAMAGED_SENTENCE
+from workerkit.sentences import NOT_SET_UP, TOOK_TOO_LONG
 
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

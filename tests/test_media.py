@@ -10,8 +10,9 @@ from PIL import Image
 
 from testbed.answers import SOUND_DURATION_S, picture, picture_bomb, sound_flac, sound_mp3, sound_opus, sound_wav
 from tests.lab import table
-from workerkit.errors import UNUSABLE, FailJob
+from workerkit.errors import FailJob
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
+from workerkit.sentences import UNUSABLE
 
 # ── sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

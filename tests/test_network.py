@@ -14,7 +14,7 @@ from testbed.processes import poll
 from testbed.servers import MongoServer, RedisServer
 from tests.outage_lab import UNTIL_AWAY, swallowed
 from tests.place import LEASE_S, PATIENCE_S, HoldingProvider, Place, Step, assert_ended_once, opener
-from workerkit.errors import TOOK_TOO_LONG
+from workerkit.sentences import TOOK_TOO_LONG
 
 pytestmark = pytest.mark.servers
 

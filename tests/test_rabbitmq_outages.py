@@ -20,7 +20,7 @@ from tests.lab import TEXT
 from tests.outage_lab import BrokerLab, BrokerOutage, BrokerOutages, in_each_outage, in_each_place
 from tests.place import HoldingProvider, opener
 from tests.site import running
-from workerkit.errors import STOPPED
+from workerkit.sentences import STOPPED
 
 pytestmark = pytest.mark.servers
 

@@ -15,7 +15,7 @@ from testbed.processes import poll
 from tests.lab import IMAGE, TEXT
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, assert_ended_once, side_by_side
 from tests.site import Site, an_hour_ago, artifacts, insert_processing, lease
-from workerkit.errors import GAVE_UP, STOPPED
+from workerkit.sentences import GAVE_UP, STOPPED
 
 # ── dead processes ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -35,7 +35,8 @@ from tests.lab import (
 )
 from worker import Runtime
 from worker_commands.check import check_mongodb
-from workerkit.errors import CANT_BE_STORED, NOT_SET_UP, TOO_LARGE_TO_RUN, JobFailed
+from workerkit.errors import JobFailed
+from workerkit.sentences import CANT_BE_STORED, NOT_SET_UP, TOO_LARGE_TO_RUN
 
 LIMIT_BYTES = 16 * 2**20
 ENDS = ["completed", "failed"]

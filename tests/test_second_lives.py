@@ -31,8 +31,9 @@ from tests.lab import (
 )
 from tests.site import Site
 from worker import Job, Media, Result, Runtime
-from workerkit.errors import EXPIRED_UNTRIED, STOPPED, JobFailed
+from workerkit.errors import JobFailed
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask
+from workerkit.sentences import EXPIRED_UNTRIED, STOPPED
 
 
 def end_first_life(runtime: Runtime, job_id: ObjectId, **fields: Any) -> Job:

@@ -36,7 +36,7 @@ from tests.lab import (
 from worker import Job, JobStore, NotClaimed, Reason, Runtime
 from workerkit.bookkeeping import Bookkeeping, Snapshot
 from workerkit.errors import StoreRefused, StoreUnavailable
-from workerkit.mongodb import DatabaseClock
+from workerkit.mongodb import ServerClock
 from workerkit.notes import REVOKED, RevokedTask
 
 # ── races ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,7 +323,7 @@ def test_the_clock_takes_the_databases_time(runtime: Runtime) -> None:
 
 def test_a_process_asks_for_the_databases_time_before_it_judges_a_lease(runtime: Runtime) -> None:
     claim(runtime)
-    ahead = DatabaseClock(runtime.database)
+    ahead = ServerClock(runtime.database)
     ahead.synchronise(ago(-3600))
     ahead.is_synchronised = False
     assert next(JobStore(runtime.database, "another-node", ahead, runtime.settings).find_stale(), None) is None
@@ -338,7 +338,7 @@ def test_a_database_without_a_time_of_its_own_leaves_the_hosts(light_runtime: Ru
 
 
 def store_on(client: pymongo.MongoClient[Any]) -> JobStore:
-    return JobStore(client["away"], "node", DatabaseClock(client["away"]), bare_settings())
+    return JobStore(client["away"], "node", ServerClock(client["away"]), bare_settings())
 
 
 NOBODY = Snapshot({"_id": ObjectId(), "status": "processing"}, Bookkeeping())

@@ -53,7 +53,8 @@ from tests.lab import (
 )
 from worker import Attempt, Call, Job, Media, Result, Runtime
 from workerkit.broker import JobRequest
-from workerkit.errors import CANT_BE_STORED, FailJob, HandBack, JobFailed, LeaveJob, StoreUnavailable
+from workerkit.errors import FailJob, HandBack, JobFailed, LeaveJob, StoreUnavailable
+from workerkit.sentences import CANT_BE_STORED
 from workerkit.settings import Limits
 
 

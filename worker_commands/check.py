@@ -24,12 +24,12 @@ from worker_commands import findings
 from worker_commands.findings import Finding, probe
 from worker_commands.redis_rights import check_rights
 from worker_commands.terminal import print_rows
-from workerkit.bookkeeping import as_mapping
 from workerkit.broker import is_refused, refusal
 from workerkit.errors import StoreRefused, StoreUnavailable
 from workerkit.mongodb import unknown_when_unreachable
 from workerkit.provider import OpenAIProvider
 from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings, load_settings, redact_url
+from workerkit.values import as_mapping
 
 NOT_LISTED = "does not list it among its"
 UNREADABLE = "can't be read: Redis refuses INFO and CONFIG, which the worker doesn't need"

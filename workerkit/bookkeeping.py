@@ -8,43 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, cast
 
-from bson import Code, ObjectId
+from bson import ObjectId
 
 from workerkit.errors import Document
 from workerkit.settings import is_duration
+from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_text, as_time
 
-MAX_TEXT_CHARACTERS = 200
-MAX_NUMBER = 2**31 - 1  # as large as a process id can be
 MAX_LEASE_S = 3600.0
 MAX_LIMIT_S = 2 * 86_400.0
 CLOCK_TOLERANCE_S = 60.0  # by which the times of two processes may differ while MongoDB answers slowly
 PAST_LIVES = 5
-
-
-def as_text(value: object) -> str | None:
-    """A short text. BSON's code, which pymongo reads as a kind of text, is none."""
-    is_text = isinstance(value, str) and not isinstance(value, Code)
-    return value if is_text and 0 < len(value) <= MAX_TEXT_CHARACTERS else None  # type: ignore[arg-type, return-value]
-
-
-def as_number(value: object) -> int | None:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return value if is_number and 0 <= value <= MAX_NUMBER else None  # type: ignore[operator, return-value]
-
-
-def as_time(value: object, latest: datetime | None = None) -> datetime | None:
-    """A document's date as aware UTC; None if it is no date, or later than `latest`."""
-    if not isinstance(value, datetime):  # pymongo makes a DatetimeMS of a date beyond the year 9999
-        return None
-    time = value.replace(tzinfo=UTC)
-    return None if latest and time > latest else time
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def as_life(value: Any) -> Document:

@@ -5,19 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any, ClassVar
 
-Document = dict[str, Any]
+from workerkit import sentences
 
-CANT_BE_STORED = "The result is too large or can't be stored."
-UNUSABLE = "The provider's answer could not be used."
-TOO_LARGE = "The provider's answer is too large."
-NOT_SET_UP = "The service isn't set up correctly; tell its operator."
-TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
-GAVE_UP = "This could not be finished after several tries. Please try again."
-TOO_LARGE_TO_RUN = "The input is too large. Please send a smaller one."
-DAMAGED = "Your request reached us damaged. Please send it again."
-STOPPED = "This was stopped by the operator."
-EXPIRED_UNTRIED = "This waited too long before it could begin. Please try again."
-REVOKED_SENTENCES = {"revoked": STOPPED, "expired": EXPIRED_UNTRIED}
+Document = dict[str, Any]
 
 
 class JobError(Exception):
@@ -77,7 +67,7 @@ class InvalidInput(FailJob):
 class OperatorFault(FailJob):
     """A key, a model, a URL or the like is wrong; only the operator can change that, and the log says what."""
 
-    default_sentence = NOT_SET_UP
+    default_sentence = sentences.NOT_SET_UP
     log_level = logging.ERROR
 
 
@@ -107,7 +97,7 @@ class LeaveJob(DropJob):
 class EndRefused(LeaveJob):
     """MongoDB takes no end of the job in any form, and the log says why. Sweepers go on trying."""
 
-    default_sentence = NOT_SET_UP
+    default_sentence = sentences.NOT_SET_UP
     log_level = logging.ERROR
 
 

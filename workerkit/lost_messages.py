@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bson import ObjectId
 
-from workerkit.bookkeeping import CLOCK_TOLERANCE_S, as_time
+from workerkit.bookkeeping import CLOCK_TOLERANCE_S
 from workerkit.broker import Broker, QueueList
 from workerkit.errors import Document
 from workerkit.mongodb import unknown_when_unreachable
 from workerkit.turns import Turns
+from workerkit.values import as_time
 
 if TYPE_CHECKING:
     from pymongo.database import Database

@@ -7,7 +7,8 @@ import math
 import struct
 from collections.abc import Sequence
 
-from workerkit.errors import UNUSABLE, FailJob
+from workerkit.errors import FailJob
+from workerkit.sentences import UNUSABLE
 
 MAX_PICTURE_SIDE = 4096
 MAX_PICTURE_PIXELS = MAX_PICTURE_SIDE**2

@@ -100,7 +100,7 @@ def unknown_when_unreachable() -> Iterator[None]:
         raise StoreRefused(detail, is_too_large=code in TOO_LARGE_CODES) from error
 
 
-def each_document(found: Cursor[Any]) -> Iterator[Any]:
+def iterate(found: Cursor[Any]) -> Iterator[Any]:
     """The documents of a query, one after the other. Raises what `unknown_when_unreachable` raises."""
     with found:
         while True:
@@ -131,7 +131,7 @@ class Clock:
         return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
 
-class DatabaseClock(Clock):
+class ServerClock(Clock):
     """The time of this database, asked before its first use, since the host's clock may be minutes off.
 
     `primary` is the server process that answered last (None behind a mongos). Both methods raise StoreUnavailable.

@@ -16,24 +16,15 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from workerkit.logs import RepeatedFaultLog
 
 T = TypeVar("T")
 
 # ── shutdown ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class made_once(cached_property[T]):
-    """A part of an object that has a `lock`: made when first used, by one of the threads that ask for it."""
-
-    def __get__(self, instance: Any, owner: Any = None) -> T:  # type: ignore[override]
-        with instance.lock:
-            return cast(T, super().__get__(instance, owner))
 
 
 class ShutdownTime:

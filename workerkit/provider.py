@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from workerkit import __version__
 from workerkit.errors import (
-    TOO_LARGE,
-    UNUSABLE,
     CapRefused,
     Document,
     FailJob,
@@ -34,6 +32,7 @@ from workerkit.errors import (
     RetryJob,
 )
 from workerkit.proxies import ProxyFault, proxy_for
+from workerkit.sentences import TOO_LARGE, UNUSABLE
 from workerkit.settings import OPENAI_URL, ProviderSettings
 
 if TYPE_CHECKING:

@@ -8,15 +8,22 @@ import io
 import sys
 import unicodedata
 from collections.abc import Sequence
+from typing import NoReturn
 
 import billiard
 
 from workerkit.logs import place_of
-from workerkit.settings import crowded_lease_fault
+from workerkit.settings import EXIT_BAD_SETTINGS, crowded_lease_fault
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SHARED_MEMORY = "mount a writable /dev/shm (Docker: --tmpfs /dev/shm), or set WORKER_POOL=threads (or solo)"
+
+
+def refuse(fault: str) -> NoReturn:
+    """Ends a start that can't go well, with a sentence."""
+    print(f"The worker can't start: {fault}.", file=sys.stderr)
+    raise SystemExit(EXIT_BAD_SETTINGS)
 
 
 def semaphores_fault() -> str:

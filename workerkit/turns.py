@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from pymongo.errors import DuplicateKeyError
 
-from workerkit.bookkeeping import as_time
 from workerkit.errors import Document
 from workerkit.mongodb import unknown_when_unreachable
+from workerkit.values import as_time
 
 if TYPE_CHECKING:
     from pymongo.database import Database

@@ -1,0 +1,15 @@
+"""What the person reads who waits for a job: each sentence that more than one place needs."""
+
+from __future__ import annotations
+
+CANT_BE_STORED = "The result is too large or can't be stored."
+UNUSABLE = "The provider's answer could not be used."
+TOO_LARGE = "The provider's answer is too large."
+NOT_SET_UP = "The service isn't set up correctly; tell its operator."
+TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
+GAVE_UP = "This could not be finished after several tries. Please try again."
+TOO_LARGE_TO_RUN = "The input is too large. Please send a smaller one."
+DAMAGED = "Your request reached us damaged. Please send it again."
+STOPPED = "This was stopped by the operator."
+EXPIRED_UNTRIED = "This waited too long before it could begin. Please try again."
+REVOKED_SENTENCES = {"revoked": STOPPED, "expired": EXPIRED_UNTRIED}

@@ -1,0 +1,35 @@
+"""Values out of documents and messages that may hold anything: each is what it should be, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from bson import Code
+
+MAX_TEXT_CHARACTERS = 200
+MAX_NUMBER = 2**31 - 1  # as large as a process id can be
+
+
+def as_text(value: object) -> str | None:
+    """A short text. BSON's code, which pymongo reads as a kind of text, is none."""
+    is_text = isinstance(value, str) and not isinstance(value, Code)
+    return value if is_text and 0 < len(value) <= MAX_TEXT_CHARACTERS else None  # type: ignore[arg-type, return-value]
+
+
+def as_number(value: object) -> int | None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number and 0 <= value <= MAX_NUMBER else None  # type: ignore[operator, return-value]
+
+
+def as_time(value: object, latest: datetime | None = None) -> datetime | None:
+    """A document's date as aware UTC; None if it is no date, or later than `latest`."""
+    if not isinstance(value, datetime):  # pymongo makes a DatetimeMS of a date beyond the year 9999
+        return None
+    time = value.replace(tzinfo=UTC)
+    return None if latest and time > latest else time
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
