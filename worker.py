@@ -83,7 +83,15 @@ from workerkit.messages import COPY, own_arguments, parse_arguments
 from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
 from workerkit.once import made_once
-from workerkit.process import EventLoopThread, Heartbeat, SharedTime, Shutdown, is_process_alive, signals_deferred
+from workerkit.process import (
+    EventLoopThread,
+    Heartbeat,
+    SharedCount,
+    SharedTime,
+    Shutdown,
+    is_process_alive,
+    signals_deferred,
+)
 from workerkit.progress import Progress
 from workerkit.provider import OpenAIProvider, Provider
 from workerkit.settings import PROVIDER_KINDS, Limits, ProviderKind, ProviderSettings, Settings, load_settings
@@ -290,6 +298,10 @@ class JobStore:
             self._jobs.create_index([("status", 1), ("_id", 1)], name="worker_status_id")
             self._jobs.create_index([("worker.node", 1)], name="worker_node", partialFilterExpression=running)
             self._jobs.create_index([("worker.unnotified", 1)], name="worker_unnotified", sparse=True)
+            failed = {"status": Status.FAILED}
+            self._jobs.create_index(
+                [("worker.lease_until", 1)], name="worker_cancelled", partialFilterExpression=failed
+            )
 
     def read(self, job_id: ObjectId) -> Document | None:
         with unknown_when_unreachable():
@@ -336,6 +348,7 @@ class JobStore:
         attempts and deadline, for a job whose result is there already. `waited_s` is how long ago the message was
         taken, which is when Celery's hard limit began.
         """
+        self.clock.refresh()
         now = self.now()
         lease = self._lease(now, owner, delivery, waited_s)
         untouched = {"_id": job_id, "status": Status.PENDING, "worker": None}  # null matches a missing field, too
@@ -456,7 +469,9 @@ class JobStore:
     def _end(self, job: Job, status: Status, **fields: Any) -> bool:
         ended = self._ended(status, **fields)
         with unknown_when_unreachable():
-            update = {"$set": {**ended, "worker.unnotified": ended["completed_at"]}}
+            # The lease ends, too, so that a live one shows a cancel: see `find_cancelled`.
+            own = dict.fromkeys(("worker.unnotified", "worker.lease_until"), ended["completed_at"])
+            update = {"$set": {**ended, **own}}
             if self._jobs.update_one(self._fence(job), update).matched_count:
                 return True
             document = self._jobs.find_one({"_id": job.id}, NOTICE) or {}
@@ -468,26 +483,29 @@ class JobStore:
         # leaves the owner in place.
         return bool((document["status"], document.get("error_message")) == (status, fields["error_message"]))
 
-    def renew_leases(self, jobs: Sequence[Job]) -> None:
-        """Renews the leases of those jobs that are still owned, in one operation. `updated_at` stays as it is."""
+    def renew_leases(self, jobs: Sequence[Job]) -> bool:
+        """Renews the leases of those jobs that are still owned, in one operation. False: some are not.
+
+        `updated_at` stays as it is.
+        """
         until = self.now() + timedelta(seconds=self._settings.lease_seconds)
         # A renewal that a frozen MongoDB makes late, after a younger one, must not shorten the lease.
-        self._update_owned([(job.id, job.owner) for job in jobs], {"$max": {"worker.lease_until": until}}, running=True)
+        held = [(job.id, job.owner) for job in jobs]
+        return self._update_owned(held, {"$max": {"worker.lease_until": until}}, running=True) == len(jobs)
 
-    def _update_owned(self, jobs: Sequence[tuple[ObjectId, str | None]], update: Document, *, running: bool) -> None:
+    def _update_owned(self, jobs: Sequence[tuple[ObjectId, str | None]], update: Document, *, running: bool) -> int:
         """Updates those of these jobs (id and owner) that still have this owner; one by one where one is refused."""
         held: Document = {"_id": {"$in": [job_id for job_id, _ in jobs]}}
         held |= {"worker.owner": {"$in": [owner for _, owner in jobs]}}
         held |= {"status": Status.PROCESSING} if running else {}
         try:
             with unknown_when_unreachable():
-                self._jobs.update_many(held, update)
+                return self._jobs.update_many(held, update).matched_count
         except StoreRefused as refusal:
-            if len(jobs) == 1:
-                logger.warning("job=%s its bookkeeping can't be updated: %s", jobs[0][0], refusal)
-                return
-            for job in jobs:
-                self._update_owned([job], update, running=running)
+            if len(jobs) > 1:
+                return sum(self._update_owned([job], update, running=running) for job in jobs)
+            logger.warning("job=%s its bookkeeping can't be updated: %s", jobs[0][0], refusal)
+            return 0
 
     def find_lost(self, jobs: Sequence[Job]) -> list[Job]:
         """Those of these jobs that were cancelled or taken: no longer processing, or with another owner."""
@@ -496,6 +514,12 @@ class JobStore:
             running = (document for document in found if document["status"] == Status.PROCESSING)
             owners = {document["_id"]: values.as_mapping(document.get("worker")).get("owner") for document in running}
         return [job for job in jobs if owners.get(job.id) != job.owner]
+
+    def find_cancelled(self) -> list[ObjectId]:
+        """Jobs that the API cancels while attempts run them: they have failed, and have a live lease."""
+        cancelled = {"status": Status.FAILED, "worker.lease_until": {"$gt": self.now()}}
+        with unknown_when_unreachable():
+            return [document["_id"] for document in self._jobs.find(cancelled, {"_id": 1}).limit(self.max_pending)]
 
     # the outbox
 
@@ -916,7 +940,7 @@ class Sweeper:
         self._after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
         self._queues: list[str] = []  # in which workers take jobs of this database
         self.had_fault = False
-        self._publish_again_at = 0.0
+        self._turn_until = self._publish_again_at = 0.0
         self._refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
         self._chores = Chores(
             {
@@ -927,20 +951,36 @@ class Sweeper:
             }
         )
 
-    def sweep(self) -> list[str]:
+    @property
+    def has_turn(self) -> bool:
+        return time.monotonic() < self._turn_until
+
+    def _take_turn(self) -> bool:
+        at = time.monotonic()
+        self._turn_until = at + self._turn_s if self._turns.take(self.TURN, self._turn_s) else 0.0
+        return self.has_turn
+
+    def watch(self) -> None:
+        """Tells all workers which jobs were cancelled. The process that has the turn does this every second."""
+        self._notes.note_cancelled(self._queues, self._store.find_cancelled())
+
+    def sweep(self, may_go_on: Callable[[], bool] = lambda: True) -> list[str]:
         """Does every chore, if it is this process's turn; returns a line for each thing done.
 
-        After a fault it leaves the next turn to the other processes, which may be able to do the chore.
+        After a fault it leaves the next turn to the other processes, which may be able to do the chore. `may_go_on` is
+        asked once it has the turn.
 
         Raises:
             StoreUnavailable: MongoDB can't be reached.
         """
         done: list[str] = []
-        if self.had_fault or not self._turns.take(self.TURN, self._turn_s):
+        if self.had_fault or not self._take_turn():
             self.had_fault = False
             return done
-        self.had_fault = not self._chores.do(done)
-        if self.had_fault:
+        may_go_on_now = may_go_on()
+        self.had_fault = may_go_on_now and not self._chores.do(done)
+        if self.had_fault or not may_go_on_now:
+            self._turn_until = 0.0
             self._turns.give_back(self.TURN)
         return done
 
@@ -952,7 +992,7 @@ class Sweeper:
                 for job in batch:
                     done += self._on_its_own(job, lambda job: self._rescue(job, connection))
             self._after = batch[-1].id
-            if time.monotonic() > give_up_at or not self._turns.take(self.TURN, self._turn_s):
+            if time.monotonic() > give_up_at or not self._take_turn():
                 return
         self._after = None
 
@@ -1094,11 +1134,13 @@ class Keeper:
         self,
         connect: Callable[[], tuple[JobStore, Sweeper, FileSweeper, Turns]],
         shutdown: Shutdown,
+        cancelled: Callable[[], set[str] | None],
         rest: SharedTime,
+        forks: SharedCount,
         heartbeat: Heartbeat,
         settings: Settings,
     ) -> None:
-        self._connect = connect
+        self._connect, self._cancelled, self._forks = connect, cancelled, forks
         self._shutdown, self._rest, self._heartbeat, self._settings = shutdown, rest, heartbeat, settings
         self._attempts: dict[str, Attempt] = {}
         self._published: list[tuple[ObjectId, str | None]] = []
@@ -1106,7 +1148,7 @@ class Keeper:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._store_log = RepeatedFaultLog("MongoDB can't be reached")
-        self._is_prepared = False
+        self._is_prepared, self._forks_seen = False, -1
         self._renew_at = self._sweep_at = 0.0
         self._longest_silence_s = max(settings.lease_seconds / 2, 2 * self.tick_s)
         self._answered_at = time.monotonic()
@@ -1164,12 +1206,13 @@ class Keeper:
         with pymongo.timeout(self.PATIENCE_S):
             store, sweeper, files, turns = self._connect()
             self._renew(store, attempts)
-            self._cancel_lost(store, attempts)
+            self._stop_cancelled(store, sweeper, attempts)
             self._empty_outbox(store)
-            self._prepare(store, sweeper, turns)
+            self._prepare(store, turns)
+            self._release_dead_siblings(sweeper)
         if self._may_sweep():
             self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
-            self._sweep(sweeper)
+            self._sweep(store, sweeper)
             if files.is_due():
                 threading.Thread(target=self._sweep_files, args=(files,), name="files", daemon=True).start()
         self._answered_at = time.monotonic()
@@ -1183,24 +1226,35 @@ class Keeper:
         self._rest.at = max(self._rest.at or 0.0, time.monotonic() + self._settings.lease_seconds)
 
     def _renew(self, store: JobStore, attempts: list[Attempt]) -> None:
-        if time.monotonic() < self._renew_at and not self._may_sweep():
+        if time.monotonic() < self._renew_at:
             return
-        at, primary_before = time.monotonic(), store.clock.primary
-        store.clock.read()
+        at, is_new = time.monotonic(), bool(attempts) and self._meets_new_primary(store)
         renewed = [attempt for attempt in attempts if attempt.may_renew()]
-        if renewed:
-            store.renew_leases([attempt.job for attempt in renewed])
+        if renewed and not store.renew_leases([attempt.job for attempt in renewed]):
+            self._cancel_lost(store, attempts)
         for attempt in renewed:
             attempt.renewed_at = at
         silent_s = time.monotonic() - self._answered_at  # MongoDB hung, or this process was suspended
-        is_first = primary_before is None
-        if (primary_before != store.clock.primary and not is_first) or silent_s > self._longest_silence_s:
+        if is_new or silent_s > self._longest_silence_s:
             self._rest_one_lease()
         self._renew_at = at + self._settings.lease_seconds / 3
 
+    def _meets_new_primary(self, store: JobStore) -> bool:
+        """Reads the database's time. Returns whether another primary has answered than before."""
+        before = store.clock.primary
+        store.clock.read()
+        return before is not None and before != store.clock.primary
+
+    def _stop_cancelled(self, store: JobStore, sweeper: Sweeper, attempts: list[Attempt]) -> None:
+        """Stops what the API has cancelled. One process watches for that; where none does, each looks for itself."""
+        if sweeper.has_turn:
+            sweeper.watch()
+        if attempts:
+            cancelled = self._cancelled()
+            if cancelled is None or any(str(attempt.job.id) in cancelled for attempt in attempts):
+                self._cancel_lost(store, attempts)
+
     def _cancel_lost(self, store: JobStore, attempts: list[Attempt]) -> None:
-        if not attempts:
-            return
         lost = {job.owner for job in store.find_lost([attempt.job for attempt in attempts])}
         for attempt in attempts:
             if attempt.job.owner in lost:
@@ -1217,15 +1271,19 @@ class Keeper:
                 self._published += batch
             raise
 
-    def _prepare(self, store: JobStore, sweeper: Sweeper, turns: Turns) -> None:
-        """Once: releases what dead processes of this node held, and makes the indexes."""
-        if self._is_prepared:
-            return
-        turns.register(self._settings.celery_queue_name)
-        for line in sweeper.release_dead_siblings():
-            logger.warning(line)
-        self._is_prepared = True
-        threading.Thread(target=self._ensure_indexes, args=(store,), name="indexes", daemon=True).start()
+    def _prepare(self, store: JobStore, turns: Turns) -> None:
+        """Once: notes the queue, and makes the indexes."""
+        if not self._is_prepared:
+            turns.register(self._settings.celery_queue_name)
+            self._is_prepared = True
+            threading.Thread(target=self._ensure_indexes, args=(store,), name="indexes", daemon=True).start()
+
+    def _release_dead_siblings(self, sweeper: Sweeper) -> None:
+        """At first, and whenever a process of this node was replaced, which may have died with its jobs."""
+        if (forks := self._forks.value) != self._forks_seen:
+            for line in sweeper.release_dead_siblings():
+                logger.warning(line)
+            self._forks_seen = forks
 
     def _ensure_indexes(self, store: JobStore) -> None:
         """In a thread of its own: on a large collection this takes longer than leases can wait."""
@@ -1235,11 +1293,15 @@ class Keeper:
         except StoreUnavailable as error:
             logger.warning("indexes could not be made (%s): the worker runs without them, more slowly", error)
 
-    def _sweep(self, sweeper: Sweeper) -> None:
-        for look in (sweeper.release_dead_siblings, sweeper.sweep):
-            with pymongo.timeout(2 * self.PATIENCE_S):
-                for line in look():
-                    logger.warning(line)
+    def _sweep(self, store: JobStore, sweeper: Sweeper) -> None:
+        def is_calm() -> bool:
+            if is_new := self._meets_new_primary(store):
+                self._rest_one_lease()
+            return not is_new
+
+        with pymongo.timeout(2 * self.PATIENCE_S):
+            for line in sweeper.sweep(is_calm):
+                logger.warning(line)
 
     def _sweep_files(self, files: FileSweeper) -> None:
         """In a thread of its own: a slow artifact store must not cost leases."""
@@ -1269,6 +1331,7 @@ class Runtime:
         self.settings = settings
         self.shutdown = Shutdown()
         self.rest = SharedTime(time.monotonic() + settings.lease_seconds)
+        self.forks = SharedCount()
         self.lock = threading.RLock()
         # One log for all jobs of the process: an outage is a single fault, however many jobs meet it.
         self.waiting_log = RepeatedFaultLog("jobs wait to be claimed")
@@ -1348,7 +1411,8 @@ class Runtime:
         def connect() -> tuple[JobStore, Sweeper, FileSweeper, Turns]:
             return self.store, self.sweeper, self.files, self.turns
 
-        return Keeper(connect, self.shutdown, self.rest, self.heartbeat, self.settings)
+        times = self.shutdown, self.notes.cancelled, self.rest, self.forks
+        return Keeper(connect, *times, self.heartbeat, self.settings)
 
     def close(self) -> None:
         """Closes what was made: connections to the providers and the event loop, MongoDB, Redis."""
@@ -1917,6 +1981,7 @@ def share_memory(**_: Any) -> None:
     """In the parent, before each fork: children share what is imported, and no garbage collection copies it."""
     runtime = process_job.runtime  # makes the shutdown time, which children share with their parent
     runtime.providers.preload()
+    runtime.forks.increase()
     gc.unfreeze()  # what became garbage since the last fork
     gc.collect()
     gc.freeze()

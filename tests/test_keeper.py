@@ -35,7 +35,7 @@ from tests.lab import (
 )
 from worker import Job, Keeper, Notifier, Result, Runtime
 from workerkit.broker import Broker
-from workerkit.errors import StoreUnavailable
+from workerkit.errors import DropJob, StoreUnavailable
 from workerkit.files import FileSweeper
 from workerkit.notes import REVOKED, RevokedTask, SharedNotes
 from workerkit.settings import Settings
@@ -161,6 +161,53 @@ def test_a_lease_is_renewed_three_times_in_its_length(runtime: Runtime, at: list
         renewals.add(attempt.renewed_at)
         at[0] += runtime.settings.lease_seconds / 12
     assert len(renewals) == 3
+
+
+@table(
+    "note, asks",
+    ("no worker watches", None, True),
+    ("a worker watches, and nothing was cancelled", [], False),
+    ("another job was cancelled", [ObjectId()], False),
+)
+def test_a_keeper_asks_mongodb_what_was_cancelled_only_where_it_has_to(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, note: list[ObjectId] | None, asks: bool
+) -> None:
+    kept(runtime)
+    runtime.keeper.tick()
+    asked: list[object] = []
+
+    def find_lost(jobs: list[Job]) -> list[Job]:
+        asked.append(jobs)
+        return []
+
+    monkeypatch.setattr(runtime.store, "find_lost", find_lost)
+    if note is not None:
+        runtime.notes.note_cancelled([runtime.settings.celery_queue_name], note)
+    runtime.keeper.tick()
+    assert bool(asked) is asks
+    runtime.redis.delete(f"cancelled:{runtime.settings.celery_queue_name}:{runtime.settings.database_name}")
+
+
+def test_the_process_that_has_the_turn_tells_the_others_what_was_cancelled(runtime: Runtime) -> None:
+    runtime.rest.at = None
+    runtime.keeper.tick()
+    cancelled = kept(runtime)
+    change(runtime, cancelled.job.id, status="failed")
+    runtime.keeper.tick()
+    assert runtime.notes.cancelled() == {str(cancelled.job.id)}
+    assert isinstance(cancelled.reason, DropJob)
+    runtime.redis.delete(f"cancelled:{runtime.settings.celery_queue_name}:{runtime.settings.database_name}")
+
+
+def test_what_a_process_of_the_node_held_is_released_once_it_was_replaced(runtime: Runtime) -> None:
+    runtime.keeper.tick()
+    job = claim(runtime)
+    change(runtime, job.id, worker__pid=gone_pid())
+    runtime.keeper.tick()
+    assert read(runtime, job.id)["worker"]["owner"] == job.owner
+    runtime.forks.increase()
+    runtime.keeper.tick()
+    assert read(runtime, job.id)["worker"]["owner"] is None
 
 
 def test_the_lease_of_an_ended_attempt_is_not_renewed(runtime: Runtime) -> None:

@@ -282,13 +282,14 @@ class Model:
         if not Model.is_owned(facts, job):
             return None
         result = {"output_data": call["output"], "artifact_url": call["artifact_url"], "error_message": None}
-        return facts.ended("completed", call.now, facts.own, **result)
+        return facts.ended("completed", call.now, {**facts.own, "lease_until": call.now}, **result)
 
     @staticmethod
     def fail(call: Call, facts: Facts, job: Job) -> Facts | None:
         if not Model.is_owned(facts, job):
             return None
-        return facts.ended("failed", call.now, facts.own, error_message=call["sentence"])
+        own = {**facts.own, "lease_until": call.now}
+        return facts.ended("failed", call.now, own, error_message=call["sentence"])
 
     @staticmethod
     def release(call: Call, facts: Facts, job: Job) -> Facts | None:

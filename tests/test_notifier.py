@@ -63,6 +63,24 @@ def test_notes_are_those_of_one_queue_and_database(light_runtime: Runtime, queue
     assert (others.kept_result("name"), others.revoked()) == (None, [])
 
 
+def test_workers_read_which_jobs_were_cancelled_as_long_as_one_watches(light_runtime: Runtime) -> None:
+    notes, job_id = light_runtime.notes, ObjectId()
+    assert notes.cancelled() is None
+    notes.note_cancelled(["ai_jobs", "another"], [])
+    assert notes.cancelled() == set()
+    notes.note_cancelled(["ai_jobs"], [job_id])
+    assert notes.cancelled() == {str(job_id)}
+    assert 0 < int(str(light_runtime.redis.ttl("cancelled:another:ai_backend"))) <= 3
+
+
+def test_a_redis_that_cant_say_what_was_cancelled_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = SharedNotes(redis_away())
+    assert notes.cancelled() is None
+    monkeypatch.setattr(notes._redis, "get", pytest.fail)
+    assert notes.cancelled() is None
+    notes.note_cancelled(["ai_jobs"], [])
+
+
 # ── streamed text ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

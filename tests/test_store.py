@@ -132,6 +132,16 @@ def test_a_renewal_touches_only_what_is_still_owned(runtime: Runtime, fields: di
     assert read(runtime, job.id) == before
 
 
+def test_a_job_that_the_api_cancels_while_it_runs_is_found_among_those_that_ended(runtime: Runtime) -> None:
+    cancelled, failed, completed, running = (claim(runtime, owner=f"owner-{number}") for number in range(4))
+    runtime.store.fail(failed, "No.")
+    runtime.store.complete(completed, {}, None)
+    change(runtime, cancelled.id, status="failed", error_message="Cancelled.")
+    assert runtime.store.find_cancelled() == [cancelled.id]
+    assert runtime.store.renew_leases([running])
+    assert not runtime.store.renew_leases([running, cancelled])
+
+
 # ── lost jobs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -235,7 +245,7 @@ def test_the_indexes_are_made_and_made_again_without_harm(runtime: Runtime) -> N
     for _ in range(2):
         runtime.store.ensure_indexes()
     names = set(runtime.database["jobs"].index_information())
-    assert names == {"_id_", "worker_status_id", "worker_node", "worker_unnotified"}
+    assert names == {"_id_", "worker_status_id", "worker_node", "worker_unnotified", "worker_cancelled"}
 
 
 @table(
@@ -280,7 +290,8 @@ def fill_with_old_and_live_jobs(runtime: Runtime) -> None:
     jobs.insert_many([{**common, "status": "processing", "worker": elsewhere} for _ in range(JOBS_ELSEWHERE)])
     states = {"completed": OLD_JOBS, "failed": OLD_JOBS, "processing": LIVE_JOBS, "pending": LIVE_JOBS}
     for status, count in states.items():
-        started = {} if status == "pending" else {"worker": lease}
+        own = {**lease, "lease_until": ago(60)} if status in ("completed", "failed") else lease
+        started = {} if status == "pending" else {"worker": own}
         jobs.insert_many([{**common, **started, "status": status, "created_at": ago(900 + n)} for n in range(count)])
     for index in API_INDEXES:
         jobs.create_index(index)
@@ -295,6 +306,7 @@ def fill_with_old_and_live_jobs(runtime: Runtime) -> None:
     ("pending jobs, by their ids alone", lambda store: store.pending_ids(), 0),
     ("those of some jobs that are pending", lambda store: store.pending_ids([ObjectId()]), 0),
     ("the outbox", lambda store: store.find_unnotified(30), 0),
+    ("cancelled jobs", lambda store: store.find_cancelled(), 0),
 )
 def test_a_sweep_examines_only_jobs_that_run_or_wait(
     runtime: Runtime, look: Callable[[JobStore], object], at_most: int
@@ -353,6 +365,7 @@ EVERY_VERB: list[Callable[[JobStore], object]] = [
     lambda store: store.fail_unowned(ObjectId(), "No."),
     lambda store: store.renew_leases([some_job()]),
     lambda store: store.find_lost([some_job()]),
+    lambda store: store.find_cancelled(),
     lambda store: store.mark_notified([(ObjectId(), "owner-1")]),
     lambda store: store.find_unnotified(0),
     lambda store: store.find_siblings(),

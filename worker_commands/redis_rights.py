@@ -133,6 +133,7 @@ def own_chores(settings: Settings, _database: int) -> list[Chore]:
             "a revoked job doesn't fail, and what an outage of MongoDB left over is generated again",
             (
                 key(f"result:{queue}:*", "SET GET DEL", f"result:{queue}:{database}:check"),
+                key(f"cancelled:{queue}:*", "SET GET", f"cancelled:{queue}:{database}"),
                 key(f"revoked:{queue}:*", "SADD SMEMBERS SREM", f"revoked:{queue}:{database}"),
             ),
         ),

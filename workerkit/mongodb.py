@@ -124,6 +124,11 @@ class Clock:
         self._pair = (server_time, time.monotonic())
         self.is_synchronised = True
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the server's last answer."""
+        return time.monotonic() - self._pair[1]
+
     def now(self) -> datetime:
         """Aware UTC, in whole milliseconds as BSON keeps them."""
         server_time, at = self._pair
@@ -134,8 +139,10 @@ class Clock:
 class ServerClock(Clock):
     """The time of this database, asked before its first use, since the host's clock may be minutes off.
 
-    `primary` is the server process that answered last (None behind a mongos). Both methods raise StoreUnavailable.
+    `primary` is the server process that answered last (None behind a mongos). All methods raise StoreUnavailable.
     """
+
+    MAX_AGE_S = 10.0
 
     def __init__(self, database: Database[Document]) -> None:
         super().__init__()
@@ -151,6 +158,11 @@ class ServerClock(Clock):
                 hello = {"localTime": datetime.now(UTC)}
         self.primary = None if hello.get("msg") == "isdbgrid" else hello.get("topologyVersion", {}).get("processId")
         self.synchronise(hello["localTime"].replace(tzinfo=UTC))
+
+    def refresh(self) -> None:
+        """Reads the time again if the last answer is old: another primary may have another time."""
+        if self.age_s > self.MAX_AGE_S:
+            self.read()
 
     def now(self) -> datetime:
         if not self.is_synchronised:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,9 +48,12 @@ class SharedNotes:
     """A finished generation is kept here under a name that its job and that job's life have. It expires by itself."""
 
     KEPT_S = 3600
+    WATCHED_S = 3  # that a note of cancelled jobs counts
+    REST_S = 10.0
 
     def __init__(self, client: redis.Redis, queue: str = "", database_name: str = "") -> None:
-        self._redis = client
+        self._redis, self._queue, self._database_name = client, queue, database_name
+        self._ask_again_at = 0.0
         self._result_key = f"result:{queue}:{database_name}"
         self._revoked_key = f"revoked:{queue}:{database_name}"
 
@@ -71,6 +75,27 @@ class SharedNotes:
     def forget_result(self, name: str) -> None:
         with contextlib.suppress(redis.RedisError):  # it expires by itself
             self._redis.delete(f"{self._result_key}:{name}")
+
+    def note_cancelled(self, queues: Sequence[str], job_ids: Sequence[object]) -> None:
+        """Notes for all workers of these queues which jobs were cancelled lately. It is to be repeated every second."""
+        for queue in queues:
+            with contextlib.suppress(redis.RedisError):  # workers that find no note look for themselves
+                ids = json.dumps([str(job_id) for job_id in job_ids])
+                self._redis.set(f"cancelled:{queue}:{self._database_name}", ids, ex=self.WATCHED_S)
+
+    def cancelled(self) -> set[str] | None:
+        """The ids of jobs that were cancelled lately. None: no worker watches for them, or Redis can't be asked.
+
+        After a failure it isn't asked for a while, since each try may take seconds.
+        """
+        if time.monotonic() < self._ask_again_at:
+            return None
+        try:
+            raw: Any = self._redis.get(f"cancelled:{self._queue}:{self._database_name}")
+            return None if raw is None else set(json.loads(raw))
+        except (redis.RedisError, ValueError, TypeError):
+            self._ask_again_at = time.monotonic() + self.REST_S
+            return None
 
     def note_revoked(self, task: RevokedTask) -> None:
         """Notes a revoked task, until a sweep has failed its job."""

@@ -176,6 +176,20 @@ class Shutdown(ShutdownTime):
             os._exit(self._exit_code)
 
 
+class SharedCount:
+    """A number that only grows, in memory that a process shares with every child it forks."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+
+    @property
+    def value(self) -> int:
+        return int(struct.unpack("q", self._memory[:])[0])
+
+    def increase(self) -> None:
+        self._memory[:] = struct.pack("q", self.value + 1)
+
+
 def is_process_alive(pid: int) -> bool:
     """Whether a process runs. A zombie (ended, but its parent hasn't waited for it) doesn't; Linux alone shows it."""
     with contextlib.suppress(OSError):
