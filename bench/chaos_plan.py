@@ -203,12 +203,13 @@ def draw_extras(chooser: random.Random, pace: Pace) -> Extras:
     )
     put_back_after_s = chooser.choice([0.0, 0.5, pace.longest_wait_s])
     drawn = [chooser.random() for _ in range(5)]
+    is_refused = drawn[4] < REFUSED_SHARE
     return Extras(
-        own=(own,) if drawn[0] < ODD_SHARE else (),
+        own=(own,) if drawn[0] < ODD_SHARE and not is_refused else (),
         spoilt=spoilt if drawn[1] < SPOILT_SHARE else None,
         put_back_after_s=put_back_after_s if drawn[2] < PUT_BACK_SHARE else None,
         padding=padding if drawn[3] < LARGE_SHARE else 0,
-        refusal=refusal if drawn[4] < REFUSED_SHARE else None,
+        refusal=refusal if is_refused else None,
     )
 
 

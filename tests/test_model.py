@@ -54,6 +54,7 @@ from workerkit.broker import QueueList
 from workerkit.errors import Document, NotesUnavailable, StoreRefused, StoreUnavailable
 from workerkit.logs import logger
 from workerkit.lost_messages import LostMessages
+from workerkit.messages import COPY
 from workerkit.mongodb import ServerClock
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask
 from workerkit.sentences import DAMAGED, GAVE_UP, STOPPED
@@ -611,12 +612,12 @@ class Redis:
         self._reach(OperationalError)
         return [QueueList(queue)] if self._world.queue else []
 
-    def send(self, job_id: ObjectId, *_: Any, data: Document | None = None, **options: Any) -> None:
+    def send(self, job_id: ObjectId, *_: Any, data: Document | None = None, **_options: Any) -> None:
         self._reach(OperationalError)
-        is_copy = not data and "root_id" not in options
+        is_copy = data == COPY
         is_overdue = self._world.now > self._world.marker_sent_at + timedelta(seconds=MARKER_OVERDUE_S)
         assert is_overdue or not (is_copy and job_id in self._world.queue), "a copy of a message that isn't lost"
-        if data:
+        if data and not is_copy:
             self._world.markers.add(job_id)
             self._world.marker_sent_at = self._world.now
         self._world.queue.append(job_id)
