@@ -201,13 +201,24 @@ def hold_turn(jobs: Collection[Document], *, is_free: bool = False) -> None:
     jobs.database["worker_turns"].update_one({"_id": Sweeper.TURN}, turn, upsert=True)
 
 
+def watch_without_end(bench: Bench, jobs: Collection[Document]) -> None:
+    """Note that nothing was cancelled, for simulated workers that read it more seldom than such a note counts."""
+    bench.redis.set(f"cancelled:{SCALE_QUEUE}:{jobs.database.name}", "[]")
+
+
 def sweep_load(bench: Bench, jobs: Collection[Document], sweeping: Runtime, alone: Load) -> Load:
-    """Return what the sweeps of a fleet cost in a second: one process does them, every ten seconds."""
+    """Return what the sweeps of a fleet cost in a second, and its watch for cancels.
+
+    One process does both: it sweeps every ten seconds, and looks for cancelled jobs every second.
+    """
     before, began_at = counters(bench), time.monotonic()
     for _ in range(SWEEPS):
         hold_turn(jobs, is_free=True)
         sweeping.sweeper.sweep()
         hold_turn(jobs)
+        for _ in range(int(SWEEP_S)):
+            sweeping.sweeper.watch()
+    watch_without_end(bench, jobs)
     used = counters(bench) - before - alone * (time.monotonic() - began_at)
     return used * (1 / SWEEPS / SWEEP_S)
 
@@ -229,6 +240,7 @@ def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[Simulatio
     sweeping.store.ensure_indexes()
     sweeping.turns.register(SCALE_QUEUE)
     hold_turn(jobs)
+    watch_without_end(bench, jobs)
     beats, barrier = context.Value("q", 0), context.Barrier(DRIVERS + 1, timeout=DRIVERS_READY_S)
     drivers = [
         context.Process(
@@ -245,7 +257,7 @@ def simulated_fleet(bench: Bench, count: int, slower: int) -> Iterator[Simulatio
         for driver in drivers:
             driver.kill()
             driver.join()
-        bench.redis.delete(SCALE_QUEUE)
+        bench.redis.delete(SCALE_QUEUE, f"cancelled:{SCALE_QUEUE}:{jobs.database.name}")
         bench.mongo.drop_database(jobs.database.name)
 
 
