@@ -60,8 +60,9 @@ from tests.lab import (
     table,
     why_not,
 )
-from worker import Attempt, Delivery, Job, JobInput, Media, NotClaimed, Reason, Result, Runtime, Status
+from worker import Attempt, Job, JobInput, Media, NotClaimed, Reason, Result, Runtime, Status
 from workerkit.errors import DropJob, FailJob, HandBack, InvalidInput, JobError, JobFailed, OperatorFault, RetryJob
+from workerkit.messages import Delivery
 from workerkit.sentences import DAMAGED, GAVE_UP, TOOK_TOO_LONG
 from workerkit.settings import Limits
 
@@ -482,9 +483,9 @@ def test_a_status_without_a_subscriber_counts_as_published(runtime: Runtime) -> 
 )
 def test_a_kept_result_comes_back_whole(runtime: Runtime, result: Result) -> None:
     job = some_job()
-    assert worker.keep_result(runtime, job, result)
+    assert runtime.notes.keep_result(job.kept_name, result)
     assert worker.find_kept(runtime, job) == result
-    worker.forget_result(runtime, job)
+    runtime.notes.forget_result(job.kept_name)
     assert worker.find_kept(runtime, job) is None
 
 

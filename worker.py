@@ -79,9 +79,9 @@ from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_
 from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
-from workerkit.messages import COPY, own_arguments, parse_arguments
+from workerkit.messages import COPY, Delivery, describe_delivery, own_arguments, parse_arguments
 from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
-from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
+from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes, result_name
 from workerkit.once import made_once
 from workerkit.process import (
     EventLoopThread,
@@ -94,6 +94,7 @@ from workerkit.process import (
 )
 from workerkit.progress import Progress
 from workerkit.provider import OpenAIProvider, Provider
+from workerkit.results import Media, Result
 from workerkit.settings import PROVIDER_KINDS, Limits, ProviderKind, ProviderSettings, Settings, load_settings
 from workerkit.surroundings import modules_fault, pool_fault, refuse, write_any_character
 from workerkit.turns import Turns
@@ -143,25 +144,12 @@ class Job:
     waited_s: float | None = field(default=None, compare=False)
     leased_at: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
+    @property
+    def kept_name(self) -> str:
+        return result_name(self.id, self.first_started_at)
+
     def __str__(self) -> str:
         return f"job={self.id} attempt={self.attempt} type={self.job_type!r}"
-
-
-@dataclass(frozen=True)
-class Media:
-    """A generated file: its bytes, and the field of `output_data` that takes its URL."""
-
-    data: bytes = field(repr=False)
-    suffix: str
-    url_field: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a handler made: the fields of `output_data`, and a file where there is one."""
-
-    output: Document
-    media: Media | None = None
 
 
 Outcome = Result | JobError
@@ -254,19 +242,6 @@ class NotClaimed:
 
     reason: Reason
     job: Snapshot | None = None
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What a message says besides its job: the limits, and which task and priority it has.
-
-    A rescue keeps the id of the API's task. `is_copy`: a sweeper sent it, since the API's own message was lost.
-    """
-
-    limits: Limits
-    task_id: str | None = None
-    priority: int | None = None
-    is_copy: bool = False
 
 
 class JobStore:
@@ -852,11 +827,6 @@ class Providers:
 
 LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
-
-
-def result_name(job_id: ObjectId, first_started_at: datetime) -> str:
-    """The name under which a result is kept in Redis. A job that was put back doesn't find its former life's."""
-    return f"{job_id}:{int(first_started_at.timestamp() * 1000)}"
 
 
 def owner_of(document: Mapping[str, Any]) -> str | None:
@@ -1451,14 +1421,6 @@ def redelivery(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
         return Reject("the broker is away", requeue=True)
 
 
-def describe_delivery(task: JobTask, job_data: Document) -> Delivery:
-    """What the message says besides its job."""
-    request = task.request
-    priority = values.as_number((request.delivery_info or {}).get("priority"))
-    limits, task_id = task.runtime.settings.limits(request.timelimit), values.as_text(request.root_id or request.id)
-    return Delivery(limits, task_id, priority, is_copy=COPY.items() <= job_data.items())
-
-
 def wait_for_store(task: JobTask, job_id: ObjectId, action: Callable[[], Reply]) -> Reply:
     """Does something in MongoDB before the job is claimed. It waits while MongoDB is away: no other job could run.
 
@@ -1536,12 +1498,6 @@ def receive_marker(task: JobTask, marker: ObjectId, queue_list: str) -> Document
     return {"job_id": str(marker), "status": "marker"}
 
 
-def kept_result(runtime: Runtime, job_id: ObjectId, first_started_at: datetime) -> Result | None:
-    """A result that an earlier attempt of the same life kept. Raises NotesUnavailable: Redis can't be asked."""
-    kept = runtime.notes.kept_result(result_name(job_id, first_started_at))
-    return Result(kept[0], kept[1] and Media(*kept[1])) if kept else None
-
-
 def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) -> Job | NotClaimed:
     """The claimed job, or why it can't be claimed.
 
@@ -1550,7 +1506,8 @@ def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) 
     Raises:
         JobFailed: MongoDB refuses the claim.
     """
-    runtime, delivery, owner = task.runtime, describe_delivery(task, job_data), secrets.token_hex(8)
+    runtime, owner = task.runtime, secrets.token_hex(8)
+    delivery = describe_delivery(task.request, runtime.settings.limits(task.request.timelimit), job_data)
 
     def try_claim(*, bounded: bool = True) -> Job | NotClaimed:
         waited_s = time.monotonic() - taken_at
@@ -1563,7 +1520,8 @@ def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) 
             claimed = wait_for_store(task, job_id, try_claim)
         if isinstance(claimed, NotClaimed) and claimed.reason is Reason.EXHAUSTED and claimed.job:
             started_at = claimed.job.bookkeeping.first_started_at
-            if started_at and wait_for_store(task, job_id, lambda: kept_result(runtime, job_id, started_at)):
+            name = started_at and result_name(job_id, started_at)
+            if name and wait_for_store(task, job_id, lambda: runtime.notes.kept_result(name)):
                 claimed = wait_for_store(task, job_id, partial(try_claim, bounded=False))
         return claimed
     except StoreRefused as refusal:
@@ -1655,18 +1613,8 @@ async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
 def find_kept(runtime: Runtime, job: Job) -> Result | None:
     """A result that an earlier attempt could not write. If Redis can't be asked, the job is generated again."""
     with contextlib.suppress(NotesUnavailable):
-        return kept_result(runtime, job.id, job.first_started_at)
+        return runtime.notes.kept_result(job.kept_name)
     return None
-
-
-def keep_result(runtime: Runtime, job: Job, result: Result) -> bool:
-    """Keeps a finished generation for the next attempt. False: Redis doesn't take it."""
-    media = result.media and [result.media.data, result.media.suffix, result.media.url_field]
-    return runtime.notes.keep_result(result_name(job.id, job.first_started_at), [result.output, media])
-
-
-def forget_result(runtime: Runtime, job: Job) -> None:
-    runtime.notes.forget_result(result_name(job.id, job.first_started_at))
 
 
 def run(runtime: Runtime, attempt: Attempt) -> Outcome:
@@ -1780,22 +1728,22 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
                 written = write_outcome(runtime, job, outcome)
             runtime.unwritten_log.over()
             if is_kept:
-                forget_result(runtime, job)
+                runtime.notes.forget_result(job.kept_name)
             return written
         except StoreUnavailable as error:
             runtime.unwritten_log.fault(f"{job} {error}")
-            is_refused = isinstance(error, (StoreRefused, ArtifactsUnavailable))
-            refusals += is_refused
-            is_hopeless = isinstance(error, StoreRefused) and error.is_too_large
-            if is_hopeless or refusals >= REFUSED_TRIES:
+            is_refused = isinstance(error, StoreRefused)
+            refusals += is_refused or isinstance(error, ArtifactsUnavailable)
+            if refusals >= REFUSED_TRIES or (isinstance(error, StoreRefused) and error.is_too_large):
                 raise
+        result = outcome if isinstance(outcome, Result) and not is_refused else None
         if signals_arrived or runtime.shutdown.is_due or time.monotonic() + runtime.poll_store_s >= give_up_at:
             break
-        if isinstance(outcome, Result) and outcome.media and not is_refused and keep_result(runtime, job, outcome):
+        if result and result.media and runtime.notes.keep_result(job.kept_name, result):
             is_kept, try_s = True, try_s * 2  # a large file takes long, and a kill meanwhile loses nothing now
         time.sleep(runtime.poll_store_s)
-    if isinstance(outcome, Result) and not is_refused:
-        keep_result(runtime, job, outcome)
+    if result:
+        runtime.notes.keep_result(job.kept_name, result)
     return LeaveJob("its end couldn't be written: the lease runs out, and a sweeper rescues the job")
 
 
@@ -1803,7 +1751,7 @@ def instead_of(runtime: Runtime, attempt: Attempt, outcome: Outcome, error: Stor
     """What an attempt ends with whose outcome a store has refused. Each step leaves less to be written."""
     job = attempt.job
     if isinstance(error, ArtifactsUnavailable) and isinstance(outcome, Result):
-        keep_result(runtime, job, outcome)
+        runtime.notes.keep_result(job.kept_name, outcome)
         return within_bounds(runtime, job, NotStored(str(error)))
     if isinstance(outcome, Result):
         discard_files(runtime, job)
@@ -1835,7 +1783,7 @@ def remove_leftovers(runtime: Runtime, job: Job) -> None:
     A job that was put back and has failed still has the file of its former life.
     """
     if job.attempt > 1:
-        forget_result(runtime, job)
+        runtime.notes.forget_result(job.kept_name)
     if job.attempt > 1 or job.has_past:
         with contextlib.suppress(StoreUnavailable):
             for name in runtime.store.find_unreferenced(list(runtime.artifacts.names(f"{job.id}-"))):

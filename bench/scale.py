@@ -30,7 +30,8 @@ from bench.contestants import OURS, Bench, Contestant
 from bench.figures import Document, Figure
 from bench.measurements import FIRST_SWEEP_S, OUTBOX_S, SETTLE_S, make_api_indexes
 from testbed.servers import DATABASE
-from worker import Attempt, Delivery, Job, JobStore, Keeper, Runtime, Sweeper, configure
+from worker import Attempt, Job, JobStore, Keeper, Runtime, Sweeper, configure
+from workerkit.messages import Delivery
 from workerkit.mongodb import ServerClock
 from workerkit.process import Heartbeat
 from workerkit.settings import Limits, Settings

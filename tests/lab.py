@@ -22,9 +22,10 @@ import worker
 from testbed.answers import picture
 from testbed.processes import poll
 from testbed.provider import Provider
-from worker import Attempt, Call, Delivery, Job, NotClaimed, Reason, Result, Runtime, Sweeper
+from worker import Attempt, Call, Job, NotClaimed, Reason, Result, Runtime, Sweeper
 from workerkit.bookkeeping import Snapshot
 from workerkit.inputs import check_input
+from workerkit.messages import Delivery
 from workerkit.process import Heartbeat
 from workerkit.settings import Limits, Settings
 from workerkit.turns import EveryTurn

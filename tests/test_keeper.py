@@ -61,7 +61,7 @@ def test_a_sweep_that_finds_nothing_does_nothing(runtime: Runtime) -> None:
 def test_a_lost_job_at_its_bounds_with_a_kept_result_is_brought_to_its_end(runtime: Runtime) -> None:
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
-    worker.keep_result(runtime, job, Result({"generated_text": "kept"}))
+    runtime.notes.keep_result(job.kept_name, Result({"generated_text": "kept"}))
     runtime.sweeper.sweep()
     assert len(queued(runtime)) == 1
     assert deliver(runtime, job.id)["status"] == "completed"

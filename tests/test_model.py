@@ -48,15 +48,15 @@ import worker
 import workerkit.mongodb
 from testbed.servers import MongoServer
 from tests.lab import bare_settings
-from worker import Delivery, Job, JobStore, NotClaimed, Reason, Sweeper, result_name
+from worker import Job, JobStore, NotClaimed, Reason, Sweeper
 from workerkit.bookkeeping import Snapshot
 from workerkit.broker import QueueList
 from workerkit.errors import Document, NotesUnavailable, StoreRefused, StoreUnavailable
 from workerkit.logs import logger
 from workerkit.lost_messages import LostMessages
-from workerkit.messages import COPY
+from workerkit.messages import COPY, Delivery
 from workerkit.mongodb import ServerClock
-from workerkit.notes import EXPIRED, REVOKED, RevokedTask
+from workerkit.notes import EXPIRED, REVOKED, RevokedTask, result_name
 from workerkit.sentences import DAMAGED, GAVE_UP, STOPPED
 from workerkit.settings import Limits
 from workerkit.turns import EveryTurn

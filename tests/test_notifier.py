@@ -9,7 +9,7 @@ import pytest
 from bson import ObjectId
 
 from tests.lab import redis_away, some_job, table
-from worker import Notifier, Runtime, Status
+from worker import Notifier, Result, Runtime, Status
 from workerkit.errors import NotesUnavailable
 from workerkit.notes import REVOKED, RevokedTask, SharedNotes
 from workerkit.progress import Progress
@@ -24,7 +24,7 @@ def test_while_redis_is_away_writing_returns_false_and_reading_raises(caplog: py
     notifier, notes = Notifier(redis_away()), SharedNotes(redis_away())
     assert not notifier.publish_status({"_id": ObjectId()}, Status.FAILED, "x")
     assert not notifier.publish_progress(some_job(), 0, "x")
-    assert not notes.keep_result("name", {})
+    assert not notes.keep_result("name", Result({}))
     with pytest.raises(NotesUnavailable):
         notes.kept_result("name")
     with pytest.raises(NotesUnavailable):
@@ -36,7 +36,7 @@ def test_while_redis_is_away_writing_returns_false_and_reading_raises(caplog: py
 
 
 def test_a_kept_result_is_gone_after_an_hour(light_runtime: Runtime) -> None:
-    light_runtime.notes.keep_result("name", {})
+    light_runtime.notes.keep_result("name", Result({}))
     assert 3_500 < int(str(light_runtime.redis.ttl("result:ai_jobs:ai_backend:name"))) <= 3_600
 
 
@@ -57,7 +57,7 @@ def test_a_note_of_a_revoked_task_that_cant_be_read_is_deleted(light_runtime: Ru
 
 @table("queue, database", ("another queue", "other", "ai_backend"), ("another database", "ai_jobs", "other"))
 def test_notes_are_those_of_one_queue_and_database(light_runtime: Runtime, queue: str, database: str) -> None:
-    light_runtime.notes.keep_result("name", {})
+    light_runtime.notes.keep_result("name", Result({}))
     light_runtime.notes.note_revoked(REVOKED_TASK)
     others = SharedNotes(light_runtime.redis, queue, database)
     assert (others.kept_result("name"), others.revoked()) == (None, [])

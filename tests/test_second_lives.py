@@ -82,7 +82,7 @@ def test_how_the_last_lives_ended_stays_on_record(runtime: Runtime) -> None:
 def test_a_result_that_a_former_life_kept_is_not_used(runtime: Runtime, provider: Provider) -> None:
     job_id = insert_text(runtime, "[say new]")
     former = end_first_life(runtime, job_id)
-    worker.keep_result(runtime, replace(former, attempt=2), Result({"generated_text": "old"}))
+    runtime.notes.keep_result(former.kept_name, Result({"generated_text": "old"}))
     change(runtime, job_id, worker__attempt=2)
     deliver(runtime, job_id)
     assert read(runtime, job_id)["output_data"]["generated_text"] == "new"

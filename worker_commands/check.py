@@ -19,13 +19,14 @@ import redis
 from bson import ObjectId
 from kombu.exceptions import OperationalError
 
-from worker import STATUS_CHANNEL, Delivery, Job, Runtime, Status, configure
+from worker import STATUS_CHANNEL, Job, Runtime, Status, configure
 from worker_commands import findings
 from worker_commands.findings import Finding, probe
 from worker_commands.redis_rights import check_rights
 from worker_commands.terminal import print_rows
 from workerkit.broker import is_refused, refusal
 from workerkit.errors import StoreRefused, StoreUnavailable
+from workerkit.messages import Delivery
 from workerkit.mongodb import unknown_when_unreachable
 from workerkit.provider import OpenAIProvider
 from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings, load_settings, redact_url

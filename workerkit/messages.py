@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from workerkit.errors import Document, JobFailed
 from workerkit.logs import logger
+from workerkit.settings import Limits
+from workerkit.values import as_number, as_text
 
 COPY: Document = {"is_copy": True}  # in the data of a message that a sweeper sends since the API's own was lost
 JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
@@ -26,3 +29,22 @@ def parse_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str
         logger.error("dropped a message without a job id (24 hex digits)")
         raise JobFailed("The message names no job.")
     return job_id, arguments
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a message says besides its job: the limits, and which task and priority it has.
+
+    A rescue keeps the id of the API's task. `is_copy`: a sweeper sent it, since the API's own message was lost.
+    """
+
+    limits: Limits
+    task_id: str | None = None
+    priority: int | None = None
+    is_copy: bool = False
+
+
+def describe_delivery(request: Any, limits: Limits, job_data: Document) -> Delivery:
+    """What a message says besides its job, by Celery's request of its task."""
+    priority = as_number((request.delivery_info or {}).get("priority"))
+    return Delivery(limits, as_text(request.root_id or request.id), priority, is_copy=COPY.items() <= job_data.items())

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 import redis
@@ -18,6 +19,7 @@ from bson.errors import BSONError
 
 from workerkit.errors import NotesUnavailable
 from workerkit.logs import logger
+from workerkit.results import Media, Result
 
 T = TypeVar("T")
 REVOKED, EXPIRED = "revoked", "expired"
@@ -30,6 +32,11 @@ def asking(action: Callable[[], T]) -> T:
         return action()
     except redis.RedisError as error:
         raise NotesUnavailable(f"Redis: {type(error).__name__}") from error
+
+
+def result_name(job_id: object, first_started_at: datetime) -> str:
+    """The name under which a result is kept. A job that was put back doesn't find its former life's."""
+    return f"{job_id}:{int(first_started_at.timestamp() * 1000)}"
 
 
 @dataclass(frozen=True)
@@ -57,20 +64,25 @@ class SharedNotes:
         self._result_key = f"result:{queue}:{database_name}"
         self._revoked_key = f"revoked:{queue}:{database_name}"
 
-    def keep_result(self, name: str, result: Any) -> bool:
-        """Keeps what BSON can hold, for an hour. False: Redis doesn't take it."""
+    def keep_result(self, name: str, result: Result) -> bool:
+        """Keeps a finished generation for the next attempt, for an hour. False: Redis doesn't take it."""
+        media = result.media and [result.media.data, result.media.suffix, result.media.url_field]
         try:
             # Not set again (nx), so that it expires in the end however often it is kept.
-            self._redis.set(f"{self._result_key}:{name}", json_util.dumps(result), ex=self.KEPT_S, nx=True)
+            kept = json_util.dumps([result.output, media])
+            self._redis.set(f"{self._result_key}:{name}", kept, ex=self.KEPT_S, nx=True)
         except redis.RedisError as error:
             logger.error("a finished result could not be kept in Redis: %s", type(error).__name__)
             return False
         return True
 
-    def kept_result(self, name: str) -> Any:
+    def kept_result(self, name: str) -> Result | None:
         """What was kept under this name, or None. Raises NotesUnavailable: Redis can't be asked."""
         raw: Any = asking(lambda: self._redis.get(f"{self._result_key}:{name}"))
-        return json_util.loads(raw) if raw else None
+        if not raw:
+            return None
+        output, media = json_util.loads(raw)
+        return Result(output, media and Media(*media))
 
     def forget_result(self, name: str) -> None:
         with contextlib.suppress(redis.RedisError):  # it expires by itself
