@@ -61,6 +61,7 @@ from tests.lab import (
     why_not,
 )
 from worker import Attempt, Job, JobInput, Media, NotClaimed, Reason, Result, Runtime, Status
+from workerkit import sentences
 from workerkit.errors import DropJob, FailJob, HandBack, InvalidInput, JobError, JobFailed, OperatorFault, RetryJob
 from workerkit.messages import Delivery
 from workerkit.sentences import DAMAGED, GAVE_UP, TOOK_TOO_LONG
@@ -650,7 +651,7 @@ def test_a_job_whose_process_was_killed_at_the_hard_limit_took_too_long(runtime:
     ("a success has no message", {"status": "completed"}, "Your result is ready."),
 )
 def test_every_end_has_a_sentence_for_the_person(document: dict[str, Any], sentence: str) -> None:
-    assert worker.final_sentence(document) == sentence
+    assert sentences.final_sentence(document) == sentence
 
 
 def test_a_tick_renews_the_leases_of_all_running_jobs(runtime: Runtime) -> None:

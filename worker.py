@@ -53,7 +53,7 @@ from pydantic import BaseModel
 
 from workerkit import __version__, logs, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.bookkeeping import Snapshot, first_attempt, parse_bookkeeping, waiting
+from workerkit.bookkeeping import Snapshot, first_attempt, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
 from workerkit.errors import (
@@ -311,8 +311,6 @@ class JobStore:
         """Whether no attempt works on a job that is `processing`, and a message of it may be lost."""
         return job.is_stale(self.now(), self._settings.orphan_after or self._settings.celery_time_limit + 60)
 
-    # attempts
-
     def claim(
         self, job_id: ObjectId, owner: str, delivery: Delivery, *, bounded: bool = True, waited_s: float = 0.0
     ) -> Job | NotClaimed:
@@ -459,10 +457,7 @@ class JobStore:
         return bool((document["status"], document.get("error_message")) == (status, fields["error_message"]))
 
     def renew_leases(self, jobs: Sequence[Job]) -> bool:
-        """Renews the leases of those jobs that are still owned, in one operation. False: some are not.
-
-        `updated_at` stays as it is.
-        """
+        """Renews the leases of those jobs that are still owned, and not `updated_at`. False: some are not owned."""
         until = self.now() + timedelta(seconds=self._settings.lease_seconds)
         # A renewal that a frozen MongoDB makes late, after a younger one, must not shorten the lease.
         held = [(job.id, job.owner) for job in jobs]
@@ -496,8 +491,6 @@ class JobStore:
         with unknown_when_unreachable():
             return [document["_id"] for document in self._jobs.find(cancelled, {"_id": 1}).limit(self.max_pending)]
 
-    # the outbox
-
     def mark_notified(self, told: Sequence[tuple[ObjectId, str | None]]) -> None:
         """Takes the last notices of jobs out of the outbox, each with the owner of the attempt that ended the job."""
         self._update_owned(told, {"$unset": {"worker.unnotified": ""}}, running=False)
@@ -508,8 +501,6 @@ class JobStore:
         ended = {"status": {"$in": list(TERMINAL_STATUSES)}, "worker.unnotified": {"$lte": since}}
         with unknown_when_unreachable():
             return list(self._jobs.find(ended, NOTICE).limit(self.batch))
-
-    # jobs that no attempt runs
 
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> Document | None:
         """Fails a job that no attempt runs: pending, or released. None: it was neither, and nothing was written."""
@@ -622,7 +613,6 @@ class JobStore:
 
 STATUS_CHANNEL = "job_notifications"
 PROGRESS_CHANNEL = "job_progress"
-READY = "Your result is ready."
 
 
 class Notifier:
@@ -829,11 +819,6 @@ LIMIT_MARGIN_S = 5.0
 DEADLINE_TOLERANCE_S = 1.0
 
 
-def owner_of(document: Mapping[str, Any]) -> str | None:
-    """The attempt that ended a job, as far as its document says."""
-    return values.as_text(values.as_mapping(document.get("worker")).get("owner"))
-
-
 class Attempt:
     """One claimed run of a job, as the task, the event loop and the keeper share it."""
 
@@ -874,13 +859,6 @@ class Attempt:
                 self.reason = reason
                 if self._stop:
                     self._stop()
-
-
-def final_sentence(document: Mapping[str, Any]) -> str:
-    """What the person reads about a job that has ended."""
-    if document["status"] == Status.FAILED:
-        return str(document.get("error_message") or "The job has failed.")
-    return READY
 
 
 class Sweeper:
@@ -937,8 +915,7 @@ class Sweeper:
     def sweep(self, may_go_on: Callable[[], bool] = lambda: True) -> list[str]:
         """Does every chore, if it is this process's turn; returns a line for each thing done.
 
-        After a fault it leaves the next turn to the other processes, which may be able to do the chore. `may_go_on` is
-        asked once it has the turn.
+        `may_go_on` is asked once it has the turn. After a fault it leaves the next turn to other processes.
 
         Raises:
             StoreUnavailable: MongoDB can't be reached.
@@ -1008,23 +985,17 @@ class Sweeper:
         return [f"job={job.id} failed: {sentence}"]
 
     def _publish(self, document: Document) -> bool:
-        """Publishes the end of a job, and takes it out of the outbox.
-
-        After a failure it doesn't try for a while, since each try waits for Redis.
-        """
+        """Publishes the end of a job. After a failure it doesn't try for a while, since each try waits for Redis."""
         if time.monotonic() < self._publish_again_at:
             return False
-        sent = self._notifier.publish_status(document, Status(document["status"]), final_sentence(document))
+        sent = self._notifier.publish_status(document, Status(document["status"]), sentences.final_sentence(document))
         self._publish_again_at = 0.0 if sent else time.monotonic() + self.notice_overdue_s
         if sent:
             self._store.mark_notified([(document["_id"], owner_of(document))])
         return sent
 
     def _enqueue(self, job: Snapshot, released: Document, connection: Any = None) -> None:
-        """Sends a message for a released job: with its own limits and priority, and without its prompt.
-
-        Raises the broker's errors, after it has made the rescue due soon again.
-        """
+        """Sends a message for a released job. Raises the broker's errors, and makes the rescue due soon again then."""
         own = job.bookkeeping
         hard_s, soft_s = own.limits or (None, None)
         options: Document = {
@@ -1464,6 +1435,11 @@ def announce_job(runtime: Runtime, job: Job, status: Status, sentence: str) -> N
     announce(runtime, document, status, sentence, job.owner)
 
 
+def announce_end(runtime: Runtime, document: Mapping[str, Any]) -> None:
+    status = Status(document["status"])
+    announce(runtime, document, status, sentences.final_sentence(document), owner_of(document))
+
+
 def fail_unowned(task: JobTask, job_id: ObjectId, fail: Callable[[], Document | None], sentence: str) -> JobFailed:
     """Fails a job that no attempt runs, notifies the person, and returns the exception to raise."""
     runtime, failed = task.runtime, None
@@ -1472,7 +1448,7 @@ def fail_unowned(task: JobTask, job_id: ObjectId, fail: Callable[[], Document | 
     except StoreRefused as refusal:
         runtime.refused_log.fault(f"job={job_id} {refusal}")
     if failed:
-        announce(runtime, failed, Status.FAILED, sentence, owner_of(failed))
+        announce_end(runtime, failed)
     return JobFailed(sentence)
 
 
@@ -1533,13 +1509,12 @@ def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) 
 def answer_ended(runtime: Runtime, job: Snapshot) -> Document:
     """Publishes the end of a job again, of which another message has come.
 
-    If messages of the worker's own were sent for it, this may be one too many. Then only an end that may not have been
-    published yet is.
+    If the worker itself sent messages for it, this may be one too many, so only an unpublished end is published then.
     """
-    status, own = Status(job.document["status"]), job.bookkeeping
+    own = job.bookkeeping
     if own.rescues is None or "unnotified" in own.raw:
-        announce(runtime, job.document, status, final_sentence(job.document), own.owner)
-    return {"job_id": str(job.id), "status": status.value}
+        announce_end(runtime, job.document)
+    return {"job_id": str(job.id), "status": str(job.status)}
 
 
 def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed) -> Document:
@@ -1793,14 +1768,12 @@ def remove_leftovers(runtime: Runtime, job: Job) -> None:
 def repeat_final_status(runtime: Runtime, job: Job) -> None:
     """Publishes the final status again, if another attempt ended the job while this process was suspended.
 
-    This attempt may have published "processing" after that end.
-
-    A cancel by the API, about which nothing is published, leaves `completed_at` empty.
+    This one may have published "processing" since. A cancel, of which nothing is published, has no `completed_at`.
     """
     with contextlib.suppress(StoreUnavailable):
         document = runtime.store.read(job.id) or {}
         if document.get("status") in TERMINAL_STATUSES and document.get("completed_at"):
-            announce(runtime, document, Status(document["status"]), final_sentence(document), owner_of(document))
+            announce_end(runtime, document)
 
 
 def log_end(attempt: Attempt, outcome: Outcome, event: str) -> None:
@@ -1821,14 +1794,13 @@ def log_end(attempt: Attempt, outcome: Outcome, event: str) -> None:
 def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
     """Logs what the document holds now, publishes it to the person, and ends the Celery task accordingly.
 
-    Raises:
-        JobFailed, Retry, Reject, Ignore: for every outcome but a result.
+    Raises JobFailed, Retry, Reject or Ignore for every outcome but a result.
     """
     runtime, job = task.runtime, attempt.job
     match outcome:
         case Result():
             log_end(attempt, outcome, "completed")
-            announce_job(runtime, job, Status.COMPLETED, READY)
+            announce_job(runtime, job, Status.COMPLETED, sentences.READY)
             remove_leftovers(runtime, job)
             return {"job_id": str(job.id), "status": Status.COMPLETED.value}
         case RetryJob():
@@ -1935,15 +1907,11 @@ def share_memory(**_: Any) -> None:
     gc.freeze()
 
 
-def start_keeper() -> None:
+def start_keeper(**_: Any) -> None:
+    """In each child after its fork, and in the only process of the solo pool."""
     runtime = process_job.runtime
     runtime.keeper.start()
     threading.Thread(target=runtime.providers.preload, name="preload", daemon=True).start()
-
-
-def start_in_child(**_: Any) -> None:
-    """In each child after its fork, and in the only process of the solo pool."""
-    start_keeper()
 
 
 def start_in_threads(instance: Any, **_: Any) -> None:
@@ -1975,7 +1943,7 @@ def stop_keeper(**_: Any) -> None:
 HOOKS: tuple[tuple[Any, Callable[..., None]], ...] = (
     (signals.after_setup_logger, set_up_logging),
     (signals.worker_before_create_process, share_memory),
-    (signals.worker_process_init, start_in_child),
+    (signals.worker_process_init, start_keeper),
     (signals.celeryd_after_setup, start_in_threads),
     (signals.task_revoked, note_revoked),
     (signals.worker_shutting_down, announce_shutdown),

@@ -20,9 +20,10 @@ import redis
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
-from worker import PROGRESS_CHANNEL, STATUS_CHANNEL, TASK_NAME, TERMINAL_STATUSES, Runtime, Status, app, final_sentence
+from worker import PROGRESS_CHANNEL, STATUS_CHANNEL, TASK_NAME, TERMINAL_STATUSES, Runtime, Status, app
 from worker_commands.terminal import printable
 from workerkit.errors import Document
+from workerkit.sentences import final_sentence
 
 SERVER_PATIENCE_S = 5
 LISTEN_S = 0.1

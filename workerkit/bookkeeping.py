@@ -109,6 +109,11 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
     )
 
 
+def owner_of(document: Mapping[str, Any]) -> str | None:
+    """The attempt that has a job or ended it, as far as its document says."""
+    return as_text(as_mapping(document.get("worker")).get("owner"))
+
+
 def waiting(available_at: datetime, rescue_s: float) -> Document:
     """What a release notes: nobody has the job, from when on it may be claimed, and when it is to be rescued."""
     return {"owner": None, "available_at": available_at, "rescue_at": available_at + timedelta(seconds=rescue_s)}

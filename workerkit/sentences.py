@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+READY = "Your result is ready."
 CANT_BE_STORED = "The result is too large or can't be stored."
 UNUSABLE = "The provider's answer could not be used."
 TOO_LARGE = "The provider's answer is too large."
@@ -13,3 +17,8 @@ DAMAGED = "Your request reached us damaged. Please send it again."
 STOPPED = "This was stopped by the operator."
 EXPIRED_UNTRIED = "This waited too long before it could begin. Please try again."
 REVOKED_SENTENCES = {"revoked": STOPPED, "expired": EXPIRED_UNTRIED}
+
+
+def final_sentence(document: Mapping[str, Any]) -> str:
+    """What the person reads about a job that has ended."""
+    return str(document.get("error_message") or "The job has failed.") if document["status"] == "failed" else READY
