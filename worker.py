@@ -103,8 +103,7 @@ if TYPE_CHECKING:
     from pymongo.collection import Collection
     from pymongo.database import Database
 
-# What a module of job types needs.
-__all__ = ["Call", "FailJob", "JobInput", "Media", "Result", "RetryJob", "handles"]
+__all__ = ["Call", "FailJob", "JobInput", "Media", "Result", "RetryJob", "handles"]  # for modules of job types
 
 # ── vocabulary ───────────────────────────────────────────────────────────────────────────────────────────────────
 
