@@ -20,6 +20,7 @@ from bench import chaos, measurements
 from bench.chaos_plan import Options as ChaosOptions
 from bench.chart import draw_files, draw_goals
 from bench.contestants import Bench, Options
+from bench.dead_pool import dead_pool
 from bench.figures import Document, Figure
 from bench.measurements import Measurement
 from bench.rivals import rivals, rivals_loss
@@ -45,12 +46,13 @@ FUNCTIONS: Final[tuple[Measurement, ...]] = (
     measurements.old_jobs,
     measurements.recovery,
     scale,
+    dead_pool,
     rivals,
     rivals_loss,
 )
 MEASUREMENTS: Final = {function.__name__.replace("_", "-"): function for function in FUNCTIONS}
 # These run only with `--long`, or by their own command.
-LONG: Final = frozenset({"memory-growth", "rivals-loss", "scale"})
+LONG: Final = frozenset({"memory-growth", "rivals-loss", "scale", "dead-pool"})
 
 Sections = Mapping[str, Document]  # what the file of `--save` has, by measurement
 
