@@ -1180,9 +1180,9 @@ class Keeper:
         self._renew_at = at + self._settings.lease_seconds / 3
 
     def _meets_new_primary(self, store: JobStore) -> bool:
-        """Reads the database's time. Returns whether another primary has answered than before."""
+        """Keeps the database's time. Returns whether another primary has answered than before."""
         before = store.clock.primary
-        store.clock.read()
+        store.clock.refresh()
         return before is not None and before != store.clock.primary
 
     def _stop_cancelled(self, store: JobStore, sweeper: Sweeper, attempts: list[Attempt]) -> None:

@@ -251,7 +251,7 @@ def test_after_a_change_of_the_primary_the_keeper_rests_one_lease_before_it_swee
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(1))
     runtime.keeper._sweep_at = runtime.keeper._renew_at = 0.0
-    runtime.store.clock.primary = ObjectId()  # as if another server had answered until now
+    runtime.store.clock.primary, runtime.store.clock.address = ObjectId(), "elsewhere"  # as if it had been another
     runtime.keeper.tick()
     assert queued(runtime) == []
     tick_for_a_lease(runtime.keeper, at, runtime.settings)

@@ -142,12 +142,13 @@ class ServerClock(Clock):
     `primary` is the server process that answered last (None behind a mongos). All methods raise StoreUnavailable.
     """
 
-    MAX_AGE_S = 10.0
+    MAX_AGE_S = 60.0
 
     def __init__(self, database: Database[Document]) -> None:
         super().__init__()
         self._database = database
         self.primary: ObjectId | None = None
+        self.address: object = None
 
     def read(self) -> None:
         """Reads the database's time, and which server process is the primary."""
@@ -158,11 +159,16 @@ class ServerClock(Clock):
                 hello = {"localTime": datetime.now(UTC)}
         self.primary = None if hello.get("msg") == "isdbgrid" else hello.get("topologyVersion", {}).get("processId")
         self.synchronise(hello["localTime"].replace(tzinfo=UTC))
+        self.address = self._known_primary()
 
     def refresh(self) -> None:
-        """Reads the time again if the last answer is old: another primary may have another time."""
-        if self.age_s > self.MAX_AGE_S:
+        """Reads the time again after a minute, or if another server is the primary now, whose time may be another."""
+        if self.age_s > self.MAX_AGE_S or self._known_primary() != self.address:
             self.read()
+
+    def _known_primary(self) -> object:
+        """The address of the primary as the client knows it, without asking; None outside of a replica set."""
+        return getattr(getattr(self._database, "client", None), "primary", None)
 
     def now(self) -> datetime:
         if not self.is_synchronised:
