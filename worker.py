@@ -79,7 +79,7 @@ from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_
 from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
-from workerkit.messages import COPY, Delivery, describe_delivery, own_arguments, parse_arguments
+from workerkit.messages import COPY, Delivery, carried_data, describe_delivery, own_arguments, parse_arguments
 from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes, result_name
 from workerkit.once import made_once
@@ -267,15 +267,15 @@ class JobStore:
         return self.clock.now()
 
     def ensure_indexes(self) -> None:
-        running = {"status": Status.PROCESSING}
+        indexes: dict[str, tuple[list[str], Document]] = {
+            "worker_status_id": (["status", "_id"], {}),
+            "worker_node": (["worker.node"], {"partialFilterExpression": {"status": Status.PROCESSING}}),
+            "worker_cancelled": (["worker.lease_until"], {"partialFilterExpression": {"status": Status.FAILED}}),
+            "worker_unnotified": (["worker.unnotified"], {"sparse": True}),
+        }
         with unknown_when_unreachable():
-            self._jobs.create_index([("status", 1), ("_id", 1)], name="worker_status_id")
-            self._jobs.create_index([("worker.node", 1)], name="worker_node", partialFilterExpression=running)
-            self._jobs.create_index([("worker.unnotified", 1)], name="worker_unnotified", sparse=True)
-            failed = {"status": Status.FAILED}
-            self._jobs.create_index(
-                [("worker.lease_until", 1)], name="worker_cancelled", partialFilterExpression=failed
-            )
+            for name, (fields, options) in indexes.items():
+                self._jobs.create_index([(field, 1) for field in fields], name=name, **options)
 
     def read(self, job_id: ObjectId) -> Document | None:
         with unknown_when_unreachable():
@@ -403,7 +403,10 @@ class JobStore:
             return self._jobs.find_one_and_update(same, update, fields, return_document=True)
 
     def _unchanged(self, job: Snapshot) -> Document:
-        return {"_id": job.id, "status": job.status, "worker": {"$eq": job.bookkeeping.raw}}
+        raw = job.bookkeeping.raw
+        # A text or a list may have been decoded with losses, so its type has to do.
+        kind = "string" if isinstance(raw, str) else "array" if isinstance(raw, list) else ""
+        return {"_id": job.id, "status": job.status, "worker": {"$type": kind} if kind else {"$eq": raw}}
 
     def complete(self, job: Job, output: Document, artifact_url: str | None) -> bool:
         """Ends the job with its result. False: the job is no longer this attempt's, and nothing was written."""
@@ -449,11 +452,11 @@ class JobStore:
             document = self._jobs.find_one({"_id": job.id}, NOTICE) or {}
         if values.as_mapping(document.get("worker")).get("owner") != job.owner:
             return False
-        if document["status"] == Status.PROCESSING:
+        if document.get("status") == Status.PROCESSING:
             raise StoreUnavailable("the last write isn't confirmed by a majority yet")
         # This owner's and terminal: either this very write, whose reply was lost, or a cancel by the API, which
         # leaves the owner in place.
-        return bool((document["status"], document.get("error_message")) == (status, fields["error_message"]))
+        return bool((document.get("status"), document.get("error_message")) == (status, fields["error_message"]))
 
     def renew_leases(self, jobs: Sequence[Job]) -> bool:
         """Renews the leases of those jobs that are still owned, and not `updated_at`. False: some are not owned."""
@@ -480,7 +483,7 @@ class JobStore:
         """Those of these jobs that were cancelled or taken: no longer processing, or with another owner."""
         with unknown_when_unreachable():
             found = self._jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"status": 1, "worker.owner": 1})
-            running = (document for document in found if document["status"] == Status.PROCESSING)
+            running = (document for document in found if document.get("status") == Status.PROCESSING)
             owners = {document["_id"]: values.as_mapping(document.get("worker")).get("owner") for document in running}
         return [job for job in jobs if owners.get(job.id) != job.owner]
 
@@ -886,6 +889,7 @@ class Sweeper:
         self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(5.0, lease_s / 6)
         self._after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
         self._queues: list[str] = []  # in which workers take jobs of this database
+        self._notes_fault: NotesUnavailable | None = None  # of this sweep
         self.had_fault = False
         self._turn_until = self._publish_again_at = 0.0
         self._refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
@@ -897,6 +901,11 @@ class Sweeper:
                 "last notices can't be published": self._publish_ends,
             }
         )
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the last sweep had no time for all stale jobs."""
+        return self._after is not None
 
     @property
     def has_turn(self) -> bool:
@@ -923,6 +932,7 @@ class Sweeper:
         if self.had_fault or not self._take_turn():
             self.had_fault = False
             return done
+        self._queues, self._notes_fault = self._turns.queues(), None
         may_go_on_now = may_go_on()
         self.had_fault = may_go_on_now and not self._chores.do(done)
         if self.had_fault or not may_go_on_now:
@@ -932,7 +942,7 @@ class Sweeper:
 
     def _rescue_stale(self, done: list[str]) -> None:
         give_up_at = time.monotonic() + self.budget_s
-        stale, self._queues = self._store.find_stale(self._after), self._turns.queues()
+        stale = self._store.find_stale(self._after)
         while batch := list(itertools.islice(stale, self._store.batch)):
             with self._broker.connection() as connection:
                 for job in batch:
@@ -941,6 +951,8 @@ class Sweeper:
             if time.monotonic() > give_up_at or not self._take_turn():
                 return
         self._after = None
+        if self._notes_fault:  # which has cost only the jobs that may have a kept result
+            raise self._notes_fault
 
     @property
     def _passing(self) -> tuple[type[BaseException], ...]:
@@ -966,16 +978,23 @@ class Sweeper:
             return []
 
     def _rescue(self, job: Snapshot, connection: Any) -> list[str]:
-        if self._store.is_past_bounds(job) and not self._has_kept_result(job):
-            return self._fail(job, sentences.GAVE_UP)
+        if self._store.is_past_bounds(job) and (has_result := self._has_kept_result(job)) is not True:
+            return self._fail(job, sentences.GAVE_UP) if has_result is False else []
         if not (released := self._store.release_stale(job)):
             return []
         self._enqueue(job, released, connection)
         return [f"job={job.id} no attempt worked on it: put back into the queue"]
 
-    def _has_kept_result(self, job: Snapshot) -> bool:
-        started_at = job.bookkeeping.first_started_at
-        return started_at is not None and self._notes.kept_result(result_name(job.id, started_at)) is not None
+    def _has_kept_result(self, job: Snapshot) -> bool | None:
+        """Whether the job's result is kept in Redis; None if that can't be asked now."""
+        started_at, queue = job.bookkeeping.first_started_at, job.bookkeeping.queue
+        if started_at is None or self._notes_fault:
+            return None if started_at else False
+        try:
+            return self._notes.kept_result(result_name(job.id, started_at), queue) is not None
+        except NotesUnavailable as error:
+            self._notes_fault = error
+            return None
 
     def _fail(self, job: Snapshot, sentence: str) -> list[str]:
         if not (failed := self._store.fail_seen(job, sentence)):
@@ -1022,13 +1041,13 @@ class Sweeper:
                     break
 
     def _fail_revoked(self, done: list[str]) -> None:
-        for task in self._notes.revoked():
+        for queue, task in [(name, task) for name in self._queues or [""] for task in self._notes.revoked(name)]:
             try:
                 failed = self._store.fail_revoked(task, sentences.REVOKED_SENTENCES[task.why])
             except StoreRefused as refusal:
                 self._refused_log.fault(f"job={task.job_id} {refusal}")
                 failed = None
-            self._notes.forget_revoked(task)
+            self._notes.forget_revoked(task, queue)
             if failed:
                 done.append(f"job={task.job_id} failed: its task was {task.why}")
                 self._publish(failed)
@@ -1153,6 +1172,8 @@ class Keeper:
         if self._may_sweep():
             self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
             self._sweep(store, sweeper)
+            if sweeper.is_unfinished:
+                self._sweep_at = 0.0
             if files.is_due():
                 threading.Thread(target=self._sweep_files, args=(files,), name="files", daemon=True).start()
         self._answered_at = time.monotonic()
@@ -1381,7 +1402,8 @@ class JobTask(Task):  # type: ignore[type-arg]
 
 def redelivery(task: JobTask, job_id: ObjectId, wait_s: float) -> Exception:
     """The exception that redelivers the message later: under the same task id and limits, without its prompt."""
-    options: Document = {"args": own_arguments(job_id), "kwargs": {}, "countdown": wait_s}
+    arguments = own_arguments(job_id, **carried_data(task.request.args))
+    options: Document = {"args": arguments, "kwargs": {}, "countdown": wait_s}
     settings = task.runtime.settings
     if settings.is_rabbitmq:  # a message that waits in a worker's memory would hold a slot
         options |= {"countdown": 0, "queue": waiting_queue(settings.celery_queue_name, math.ceil(wait_s))}
@@ -1461,8 +1483,8 @@ def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
     if not fits:
         logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
-        fail = partial(task.runtime.store.fail_unowned, ObjectId(job_id), sentences.DAMAGED)
-        raise fail_unowned(task, ObjectId(job_id), fail, sentences.DAMAGED)
+        damaged, known_id = sentences.DAMAGED, ObjectId(job_id)
+        raise fail_unowned(task, known_id, lambda: task.runtime.store.fail_unowned(known_id, damaged), damaged)
     return ObjectId(job_id), arguments["job_data"]
 
 
@@ -1657,9 +1679,10 @@ def complete(runtime: Runtime, job: Job, result: Result) -> bool:
 
 
 def discard_files(runtime: Runtime, job: Job) -> None:
-    """Deletes the files of this attempt. The sweeper deletes what is left."""
+    """Deletes the files of this attempt, unless the document names them. The sweeper deletes what is left."""
     with contextlib.suppress(StoreUnavailable):
-        for name in list(runtime.artifacts.names(f"{job.id}-{job.owner}")):
+        url = str((runtime.store.read(job.id) or {}).get("artifact_url"))
+        for name in [name for name in runtime.artifacts.names(f"{job.id}-{job.owner}") if name not in url]:
             runtime.artifacts.delete(name)
 
 

@@ -591,15 +591,15 @@ class Redis:
             self._world.published[document["_id"]] = status
         return self._world.is_redis_up
 
-    def kept_result(self, name: str) -> Any:
+    def kept_result(self, name: str, _queue: str | None = None) -> Any:
         self._reach()
         return self._world.kept.get(name)
 
-    def revoked(self) -> list[RevokedTask]:
+    def revoked(self, _queue: str | None = None) -> list[RevokedTask]:
         self._reach()
         return list(self._world.revoked)
 
-    def forget_revoked(self, task: RevokedTask) -> None:
+    def forget_revoked(self, task: RevokedTask, _queue: str | None = None) -> None:
         self._reach()
         self._world.revoked.discard(task)
 

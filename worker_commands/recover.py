@@ -20,6 +20,9 @@ def recover(runtime: Runtime) -> list[str]:
         runtime.turns = EveryTurn(runtime.database, runtime.store.now)  # it need not wait for a worker's turn
         runtime.sweeper.budget_s = math.inf
         lines = runtime.sweeper.sweep()
+        if runtime.sweeper.had_fault:
+            where = "the broker, or Redis,"
+            raise StoreUnavailable("see the log")
         where = "the artifact store"
         return lines + runtime.files.sweep(all_files=True)
     except (StoreUnavailable, FailJob) as error:

@@ -127,3 +127,7 @@ class ArtifactsUnavailable(StoreUnavailable):
 
 class NotesUnavailable(StoreUnavailable):
     """Redis can't be asked for the notes that the workers share."""
+
+
+class NotesRefused(NotesUnavailable):
+    """Redis refuses this user one of the notes."""

@@ -31,6 +31,12 @@ def parse_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str
     return job_id, arguments
 
 
+def carried_data(args: Any) -> Document:
+    """What a message of the worker's own says in its data, so that it says the same when it is delivered again."""
+    data = args[1] if isinstance(args, (list, tuple)) and len(args) > 1 and isinstance(args[1], dict) else {}
+    return {name: data[name] for name in ("marker", *COPY) if name in data}
+
+
 @dataclass(frozen=True)
 class Delivery:
     """What a message says besides its job: the limits, and which task and priority it has.

@@ -31,6 +31,8 @@ TOO_LARGE_CODES = frozenset({10334, 17419, 17420, 388})
 # conflicts, a majority that can't be read yet, and credentials that are being changed. Any other error is a refusal.
 PASSING_CODES = frozenset(
     {6, 7, 89, 91, 189, 262, 9001, 10107, 11600, 11602, 13435, 13436, 50, 11601, 24, 46, 112, 133, 134, 18}
+    # A server under pressure, a cursor or a plan that was killed, keys and routes that aren't known yet.
+    | {365, 43, 237, 175, 211, 202, 391, 462}
 )
 # What an operator reads about refusals that are met most.
 CAUSES = {
@@ -74,7 +76,8 @@ def is_passing(error: PyMongoError) -> bool:
     """Whether a later try may succeed: the server wasn't reached, or its answer is about its own state."""
     if not isinstance(error, OperationFailure) or isinstance(error, (ExecutionTimeout, WriteConcernError)):
         return True
-    return error.code in PASSING_CODES or error.has_error_label("RetryableWriteError")
+    labels = ("RetryableWriteError", "RetryableError", "SystemOverloadedError")
+    return error.code in PASSING_CODES or any(map(error.has_error_label, labels))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import redis
 from bson import ObjectId, json_util
 from bson.errors import BSONError
 
-from workerkit.errors import NotesUnavailable
+from workerkit.errors import NotesRefused, NotesUnavailable
 from workerkit.logs import logger
 from workerkit.results import Media, Result
 
@@ -27,9 +27,11 @@ REASONS = {REVOKED: REVOKED, EXPIRED: EXPIRED}
 
 
 def asking(action: Callable[[], T]) -> T:
-    """Asks Redis. Raises NotesUnavailable: it can't be reached, or refuses."""
+    """Asks Redis. Raises NotesUnavailable: it can't be reached. NotesRefused: it refuses this user the key."""
     try:
         return action()
+    except redis.exceptions.NoPermissionError as error:
+        raise NotesRefused("Redis: NoPermissionError") from error
     except redis.RedisError as error:
         raise NotesUnavailable(f"Redis: {type(error).__name__}") from error
 
@@ -61,8 +63,9 @@ class SharedNotes:
     def __init__(self, client: redis.Redis, queue: str = "", database_name: str = "") -> None:
         self._redis, self._queue, self._database_name = client, queue, database_name
         self._ask_again_at = 0.0
-        self._result_key = f"result:{queue}:{database_name}"
-        self._revoked_key = f"revoked:{queue}:{database_name}"
+
+    def _key(self, what: str, queue: str | None = None) -> str:
+        return f"{what}:{queue or self._queue}:{self._database_name}"
 
     def keep_result(self, name: str, result: Result) -> bool:
         """Keeps a finished generation for the next attempt, for an hour. False: Redis doesn't take it."""
@@ -70,15 +73,21 @@ class SharedNotes:
         try:
             # Not set again (nx), so that it expires in the end however often it is kept.
             kept = json_util.dumps([result.output, media])
-            self._redis.set(f"{self._result_key}:{name}", kept, ex=self.KEPT_S, nx=True)
+            self._redis.set(f"{self._key('result')}:{name}", kept, ex=self.KEPT_S, nx=True)
         except redis.RedisError as error:
             logger.error("a finished result could not be kept in Redis: %s", type(error).__name__)
             return False
         return True
 
-    def kept_result(self, name: str) -> Result | None:
-        """What was kept under this name, or None. Raises NotesUnavailable: Redis can't be asked."""
-        raw: Any = asking(lambda: self._redis.get(f"{self._result_key}:{name}"))
+    def kept_result(self, name: str, queue: str | None = None) -> Result | None:
+        """What a worker of a queue (by default this one) kept under this name, or None; also if that may not be read.
+
+        Raises NotesUnavailable: Redis can't be asked.
+        """
+        try:
+            raw: Any = asking(lambda: self._redis.get(f"{self._key('result', queue)}:{name}"))
+        except NotesRefused:
+            return None
         if not raw:
             return None
         output, media = json_util.loads(raw)
@@ -86,14 +95,21 @@ class SharedNotes:
 
     def forget_result(self, name: str) -> None:
         with contextlib.suppress(redis.RedisError):  # it expires by itself
-            self._redis.delete(f"{self._result_key}:{name}")
+            self._redis.delete(f"{self._key('result')}:{name}")
 
     def note_cancelled(self, queues: Sequence[str], job_ids: Sequence[object]) -> None:
         """Notes for all workers of these queues which jobs were cancelled lately. It is to be repeated every second."""
+        if time.monotonic() < self._ask_again_at:
+            return
+        ids = json.dumps([str(job_id) for job_id in job_ids])
         for queue in queues:
-            with contextlib.suppress(redis.RedisError):  # workers that find no note look for themselves
-                ids = json.dumps([str(job_id) for job_id in job_ids])
-                self._redis.set(f"cancelled:{queue}:{self._database_name}", ids, ex=self.WATCHED_S)
+            try:
+                self._redis.set(self._key("cancelled", queue), ids, ex=self.WATCHED_S)
+            except redis.ResponseError:  # workers that find no note look for themselves
+                continue
+            except redis.RedisError:
+                self._ask_again_at = time.monotonic() + self.REST_S
+                return
 
     def cancelled(self) -> set[str] | None:
         """The ids of jobs that were cancelled lately. None: no worker watches for them, or Redis can't be asked.
@@ -103,7 +119,7 @@ class SharedNotes:
         if time.monotonic() < self._ask_again_at:
             return None
         try:
-            raw: Any = self._redis.get(f"cancelled:{self._queue}:{self._database_name}")
+            raw: Any = self._redis.get(self._key("cancelled"))
             return None if raw is None else set(json.loads(raw))
         except (redis.RedisError, ValueError, TypeError):
             self._ask_again_at = time.monotonic() + self.REST_S
@@ -112,14 +128,18 @@ class SharedNotes:
     def note_revoked(self, task: RevokedTask) -> None:
         """Notes a revoked task, until a sweep has failed its job."""
         try:
-            self._redis.sadd(self._revoked_key, task.dump())
+            self._redis.sadd(self._key("revoked"), task.dump())
         except redis.RedisError as error:
             what = (task.job_id, task.why, type(error).__name__)
             logger.warning("job=%s its task was %s, but this can't be noted in Redis: %s", *what)
 
-    def revoked(self) -> list[RevokedTask]:
-        """The revoked tasks. A note that can't be read is deleted. Raises NotesUnavailable: Redis can't be asked."""
-        members: Any = asking(lambda: self._redis.smembers(self._revoked_key))
+    def revoked(self, queue: str | None = None) -> list[RevokedTask]:
+        """The revoked tasks of a queue, by default this one. A note that can't be read is deleted.
+
+        Raises NotesUnavailable: Redis can't be asked.
+        """
+        key = self._key("revoked", queue)
+        members: Any = asking(lambda: self._redis.smembers(key))
         tasks = []
         for member in members:
             try:
@@ -127,9 +147,9 @@ class SharedNotes:
                 tasks.append(RevokedTask(str(ObjectId(task.job_id)), str(task.task_id), REASONS[task.why]))
             except (ValueError, TypeError, KeyError, BSONError):
                 with contextlib.suppress(redis.RedisError):
-                    self._redis.srem(self._revoked_key, member)
+                    self._redis.srem(key, member)
         return tasks
 
-    def forget_revoked(self, task: RevokedTask) -> None:
+    def forget_revoked(self, task: RevokedTask, queue: str | None = None) -> None:
         with contextlib.suppress(redis.RedisError):  # failing the job once more does nothing
-            self._redis.srem(self._revoked_key, task.dump())
+            self._redis.srem(self._key("revoked", queue), task.dump())
