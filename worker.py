@@ -405,7 +405,7 @@ class JobStore:
     def _unchanged(self, job: Snapshot) -> Document:
         raw = job.bookkeeping.raw
         # A text or a list may have been decoded with losses, so its type has to do.
-        kind = "string" if isinstance(raw, str) else "array" if isinstance(raw, list) else ""
+        kind = "string" if type(raw) is str else "array" if isinstance(raw, list) else ""
         return {"_id": job.id, "status": job.status, "worker": {"$type": kind} if kind else {"$eq": raw}}
 
     def complete(self, job: Job, output: Document, artifact_url: str | None) -> bool:
