@@ -53,7 +53,7 @@ from pydantic import BaseModel
 
 from workerkit import __version__, logs, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.bookkeeping import Snapshot, first_attempt, owner_of, parse_bookkeeping, waiting
+from workerkit.bookkeeping import INDEXES, Snapshot, first_attempt, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
 from workerkit.errors import (
@@ -80,7 +80,15 @@ from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
 from workerkit.messages import COPY, Delivery, carried_data, describe_delivery, own_arguments, parse_arguments
-from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
+from workerkit.mongodb import (
+    ServerClock,
+    iterate,
+    largest_field,
+    make_indexes,
+    open_database,
+    read_raw,
+    unknown_when_unreachable,
+)
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes, result_name
 from workerkit.once import made_once
 from workerkit.process import (
@@ -267,15 +275,7 @@ class JobStore:
         return self.clock.now()
 
     def ensure_indexes(self) -> None:
-        indexes: dict[str, tuple[list[str], Document]] = {
-            "worker_status_id": (["status", "_id"], {}),
-            "worker_node": (["worker.node"], {"partialFilterExpression": {"status": Status.PROCESSING}}),
-            "worker_cancelled": (["worker.lease_until"], {"partialFilterExpression": {"status": Status.FAILED}}),
-            "worker_unnotified": (["worker.unnotified"], {"sparse": True}),
-        }
-        with unknown_when_unreachable():
-            for name, (fields, options) in indexes.items():
-                self._jobs.create_index([(field, 1) for field in fields], name=name, **options)
+        make_indexes(self._jobs, INDEXES)
 
     def read(self, job_id: ObjectId) -> Document | None:
         with unknown_when_unreachable():
@@ -335,10 +335,10 @@ class JobStore:
                 return NotClaimed(reason, job)
             elif job and job.status == Status.PENDING:
                 own = first_attempt(lease, now, is_copy=delivery.is_copy, former=job)
-                document = self._update(self._unchanged(job), self._afresh(now, own))
+                document = self._update(job.unchanged(), self._afresh(now, own))
             elif job:
                 own = job.bookkeeping.next_attempt(lease)
-                document = self._update(self._unchanged(job), {"$set": {"updated_at": now, "worker": own}})
+                document = self._update(job.unchanged(), {"$set": {"updated_at": now, "worker": own}})
         return self._job(document) if document else NotClaimed(Reason.WAITING)
 
     def _afresh(self, now: datetime, own: Document) -> Document:
@@ -401,12 +401,6 @@ class JobStore:
         """Updates the job that is still the same, and returns it afterwards; None if no job matches."""
         with unknown_when_unreachable():
             return self._jobs.find_one_and_update(same, update, fields, return_document=True)
-
-    def _unchanged(self, job: Snapshot) -> Document:
-        raw = job.bookkeeping.raw
-        # A text or a list may have been decoded with losses, so its type has to do.
-        kind = "string" if type(raw) is str else "array" if isinstance(raw, list) else ""
-        return {"_id": job.id, "status": job.status, "worker": {"$type": kind} if kind else {"$eq": raw}}
 
     def complete(self, job: Job, output: Document, artifact_url: str | None) -> bool:
         """Ends the job with its result. False: the job is no longer this attempt's, and nothing was written."""
@@ -540,7 +534,7 @@ class JobStore:
         Raises StoreRefused: MongoDB takes this end in no form.
         """
         own = {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner}
-        return self._end_by_force(self._unchanged(job), sentence, own)
+        return self._end_by_force(job.unchanged(), sentence, own)
 
     def _end_by_force(self, same: Document, sentence: str, own: Document) -> Document | None:
         """Fails a job; with less and less in its document, where MongoDB refuses more."""
@@ -584,11 +578,11 @@ class JobStore:
         released = job.released(now, self.rescue_first_s, self.rescue_max_s)
         started = {"started_at": now} if job.is_of_older_worker else {}
         update = {"$set": {"updated_at": now, **started, "worker": released}}
-        return released if self._update(self._unchanged(job), update, {"_id": 1}) else None
+        return released if self._update(job.unchanged(), update, {"_id": 1}) else None
 
     def undo_rescue(self, job_id: ObjectId, released: Document) -> None:
         """Makes a rescue due soon again after its message couldn't be sent, so that it doesn't wait twice as long."""
-        due_at = self.now() + timedelta(seconds=self._settings.sweep_interval)
+        due_at = self.now() + timedelta(seconds=min(self._settings.sweep_interval, self.rescue_first_s))
         unsent = {"_id": job_id, "status": Status.PROCESSING, "worker": {"$eq": released}}
         with unknown_when_unreachable():
             self._jobs.update_one(unsent, {"$inc": {"worker.rescues": -1}, "$set": {"worker.rescue_at": due_at}})
@@ -887,7 +881,7 @@ class Sweeper:
         self._notifier, self._notes, self._broker = notifier, notes, broker
         # The keeper renews leases when a sweep is over, so a sweep must not last.
         self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(5.0, lease_s / 6)
-        self._after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
+        self.after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
         self._queues: list[str] = []  # in which workers take jobs of this database
         self._notes_fault: NotesUnavailable | None = None  # of this sweep
         self.had_fault = False
@@ -901,11 +895,6 @@ class Sweeper:
                 "last notices can't be published": self._publish_ends,
             }
         )
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether the last sweep had no time for all stale jobs."""
-        return self._after is not None
 
     @property
     def has_turn(self) -> bool:
@@ -942,15 +931,15 @@ class Sweeper:
 
     def _rescue_stale(self, done: list[str]) -> None:
         give_up_at = time.monotonic() + self.budget_s
-        stale = self._store.find_stale(self._after)
+        stale = self._store.find_stale(self.after)
         while batch := list(itertools.islice(stale, self._store.batch)):
             with self._broker.connection() as connection:
                 for job in batch:
                     done += self._on_its_own(job, lambda job: self._rescue(job, connection))
-            self._after = batch[-1].id
+            self.after = batch[-1].id
             if time.monotonic() > give_up_at or not self._take_turn():
                 return
-        self._after = None
+        self.after = None
         if self._notes_fault:  # which has cost only the jobs that may have a kept result
             raise self._notes_fault
 
@@ -1172,7 +1161,7 @@ class Keeper:
         if self._may_sweep():
             self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
             self._sweep(store, sweeper)
-            if sweeper.is_unfinished:
+            if sweeper.after:
                 self._sweep_at = 0.0
             if files.is_due():
                 threading.Thread(target=self._sweep_files, args=(files,), name="files", daemon=True).start()
@@ -1527,13 +1516,13 @@ def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) 
         raise fail_unowned(task, job_id, partial(runtime.store.fail_unowned, job_id, sentence), sentence) from None
 
 
-def answer_ended(runtime: Runtime, job: Snapshot) -> Document:
+def answer_ended(runtime: Runtime, job: Snapshot, *, is_copy: bool) -> Document:
     """Publishes the end of a job again, of which another message has come.
 
     If the worker itself sent messages for it, this may be one too many, so only an unpublished end is published then.
     """
     own = job.bookkeeping
-    if own.rescues is None or "unnotified" in own.raw:
+    if (own.rescues is None and not is_copy) or "unnotified" in values.as_mapping(own.raw):
         announce_end(runtime, job.document)
     return {"job_id": str(job.id), "status": str(job.status)}
 
@@ -1551,7 +1540,7 @@ def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed)
     if (job is None and reason is not Reason.WAITING) or reason is Reason.FOREIGN_STATUS:
         raise JobFailed("There is no such job.")
     if job and reason is Reason.TERMINAL:
-        return answer_ended(runtime, job)
+        return answer_ended(runtime, job, is_copy="is_copy" in carried_data(task.request.args))
     if job and reason is Reason.EXHAUSTED:
         raise fail_unowned(task, job_id, partial(runtime.store.fail_seen, job, sentences.GAVE_UP), sentences.GAVE_UP)
     if reason is Reason.HELD:

@@ -161,7 +161,8 @@ def deliver(runtime: Runtime, *args: object, timelimit: object = None, **kwargs:
         args = (str(args[0]), {"job_id": str(args[0])})
     task: Any = worker.process_job
     route = {"exchange": "", "routing_key": runtime.settings.celery_queue_name}
-    task.push_request(id=uuid(), called_directly=False, timelimit=timelimit, delivery_info=route, retries=0)
+    request = {"id": uuid(), "called_directly": False, "timelimit": timelimit, "delivery_info": route, "retries": 0}
+    task.push_request(**request, args=args, kwargs=kwargs)
     try:
         return task.run(*args, **kwargs)
     finally:

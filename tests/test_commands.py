@@ -311,6 +311,13 @@ def test_recover_says_what_it_did(runtime: Runtime, command_here: Command) -> No
     assert len(queued(runtime)) == 1
 
 
+def test_recover_fails_while_the_broker_is_away(runtime: Runtime, command_here: Command) -> None:
+    change(runtime, claim(runtime).id, worker__lease_until=ago(1))
+    code, output = command_here("recover", CELERY_BROKER_URL=f"redis://{NOWHERE}")
+    assert code == 1
+    assert "can't be reached" in output
+
+
 def test_recover_deletes_files_that_no_job_names(light_runtime: Runtime) -> None:
     job = claim(light_runtime)
     light_runtime.store.fail(job, "No.")

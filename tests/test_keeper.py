@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 from celery import Celery
+from redis.exceptions import NoPermissionError
 
 import worker
 from testbed.processes import poll
@@ -37,7 +38,8 @@ from worker import Job, Keeper, Notifier, Result, Runtime
 from workerkit.broker import Broker
 from workerkit.errors import DropJob, StoreUnavailable
 from workerkit.files import FileSweeper
-from workerkit.notes import REVOKED, RevokedTask, SharedNotes
+from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
+from workerkit.sentences import GAVE_UP
 from workerkit.settings import Settings
 from workerkit.turns import Turns
 
@@ -136,6 +138,72 @@ def test_a_rescue_whose_message_cant_be_sent_is_due_soon_again_and_does_not_coun
     left = read(runtime, job.id)["worker"]
     assert left["rescues"] == 0
     assert left["rescue_at"] <= ago(-runtime.settings.sweep_interval).replace(tzinfo=None)
+
+
+@pytest.fixture
+def other_queue(runtime: Runtime) -> Runtime:
+    """A runtime of another queue on the same database."""
+    for name in (runtime.settings.celery_queue_name, "other_queue"):
+        runtime.turns.register(name)
+    other = Runtime(runtime.settings.model_copy(update={"celery_queue_name": "other_queue"}))
+    other.mongo, other.redis = runtime.mongo, runtime.redis
+    return other
+
+
+def test_a_sweep_fails_what_was_revoked_in_another_queue(runtime: Runtime, other_queue: Runtime) -> None:
+    other_queue.notes.note_revoked(RevokedTask(str(insert(runtime)), "task", EXPIRED))
+    assert len(runtime.sweeper.sweep()) == 1
+    assert other_queue.notes.revoked() == []
+
+
+def test_a_sweep_finds_the_result_that_a_worker_of_another_queue_has_kept(
+    runtime: Runtime, other_queue: Runtime
+) -> None:
+    job = claim(other_queue, insert(runtime))
+    other_queue.notes.keep_result(job.kept_name, Result({"generated_text": "paid"}))
+    change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
+    runtime.sweeper.sweep()
+    assert read(runtime, job.id)["status"] == "processing"
+    assert runtime.redis.llen("other_queue") == 1
+    runtime.redis.delete("other_queue")
+
+
+def test_a_kept_result_that_may_not_be_read_costs_no_rescue(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    used_up, lost = claim(runtime), claim(runtime, owner="owner-2")
+    change(runtime, used_up.id, worker__lease_until=ago(1), worker__attempt=4)
+    change(runtime, lost.id, worker__lease_until=ago(1))
+
+    def refuse(_key: str) -> None:
+        raise NoPermissionError
+
+    monkeypatch.setattr(runtime.redis, "get", refuse)
+    assert len(new_sweeper(runtime).sweep()) == 2
+    assert read(runtime, used_up.id)["error_message"] == GAVE_UP
+
+
+def test_a_redis_that_is_away_costs_only_the_jobs_that_may_have_a_kept_result(runtime: Runtime) -> None:
+    used_up, lost = claim(runtime), claim(runtime, owner="owner-2")
+    change(runtime, used_up.id, worker__lease_until=ago(1), worker__attempt=4)
+    change(runtime, lost.id, worker__lease_until=ago(1))
+    sweeper = new_sweeper(runtime, notes=SharedNotes(redis_away()))
+    assert len(sweeper.sweep()) == 1
+    assert sweeper.had_fault
+    assert stale(runtime) == [used_up.id]
+
+
+def test_the_end_of_a_job_whose_owner_is_odd_is_published_once(runtime: Runtime) -> None:
+    odd = {"owner": ["x"], "attempt": 1, "unnotified": ago(100)}
+    insert(runtime, status="failed", error_message="No.", worker=odd)
+    sweeper = new_sweeper(runtime)
+    assert [len(sweeper.sweep()) for _ in range(3)] == [1, 0, 0]
+
+
+def test_a_running_job_whose_status_is_gone_is_lost(runtime: Runtime) -> None:
+    attempt = kept(runtime)
+    runtime.database["jobs"].update_one({"_id": attempt.job.id}, {"$unset": {"status": ""}})
+    runtime.keeper.tick()
+    assert isinstance(attempt.reason, DropJob)
+    assert not runtime.store.fail(attempt.job, "No.")
 
 
 def test_a_revoked_job_is_failed_once(runtime: Runtime) -> None:

@@ -1093,7 +1093,7 @@ class StatusMachine(RuleBasedStateMachine):
     def sweep(self, host: int, weather: Weather) -> None:
         sweeper = self.world.hosts[host]
         with sweeper.acting(), contextlib.suppress(StoreUnavailable), self.world.under(weather):
-            had_time = sweeper.sweeper._after is None  # else it goes on behind the last one
+            had_time = sweeper.sweeper.after is None  # else it goes on behind the last one
             is_whole = weather.is_calm and self.world.is_redis_up and had_time and not sweeper.sweeper.had_fault
             sweeper.sweeper.release_dead_siblings()
             sweeper.sweeper.sweep()

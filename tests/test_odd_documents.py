@@ -18,7 +18,7 @@ from bson.raw_bson import RawBSONDocument
 
 from testbed.api import TERMINAL
 from testbed.processes import poll
-from tests.lab import ago, change, claim, deliver, insert, new_sweeper, queued, read, stale
+from tests.lab import ago, change, claim, deliver, insert, new_sweeper, queued, read, stale, table
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
 from tests.site import an_hour_ago, lease
 from worker import Runtime
@@ -201,6 +201,21 @@ def test_an_odd_pending_job_is_claimed_with_fresh_bookkeeping(runtime: Runtime) 
         job_id = insert(runtime, worker=value)
         assert deliver(runtime, job_id)["status"] == "completed"
         assert read(runtime, job_id)["worker"]["attempt"] == 1
+
+
+@table("status, ends", ("it waits", "pending", "completed"), ("it was left", "processing", "processing"))
+@pytest.mark.parametrize("own", ["~~~~", ["~~~~"]], ids=["text", "a list"])
+def test_bookkeeping_that_is_text_and_not_utf8_is_replaced(
+    runtime: Runtime, status: str, ends: str, own: object
+) -> None:
+    document = {"_id": ObjectId(), "status": status, "job_type": "text_generation", "input_data": {"prompt": "Hello"}}
+    raw = bson.encode({**document, "started_at": an_hour_ago(), "worker": own}).replace(b"~~~~", NOT_UTF8 * 2)
+    runtime.database["jobs"].insert_one(RawBSONDocument(raw))
+    if status == "pending":
+        deliver(runtime, document["_id"])
+    else:
+        assert len(new_sweeper(runtime).sweep()) == 1
+    assert read(runtime, ObjectId(str(document["_id"])))["status"] == ends
 
 
 # ── with real processes ──────────────────────────────────────────────────────────────────────────────────────────

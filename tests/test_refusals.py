@@ -10,7 +10,7 @@ from typing import Any
 import pymongo
 import pytest
 from bson import ObjectId, encode
-from celery.exceptions import Retry
+from celery.exceptions import Ignore, Retry
 
 import worker
 from testbed.provider import Provider
@@ -35,7 +35,7 @@ from tests.lab import (
 )
 from worker import Runtime
 from worker_commands.check import check_mongodb
-from workerkit.errors import JobFailed
+from workerkit.errors import ArtifactsUnavailable, JobFailed, StoreUnavailable
 from workerkit.sentences import CANT_BE_STORED, NOT_SET_UP, TOO_LARGE_TO_RUN
 
 LIMIT_BYTES = 16 * 2**20
@@ -276,7 +276,7 @@ def test_a_file_that_can_never_be_stored_fails_the_job_after_a_few_tries(
     assert len(provider.calls) == 1
     [line] = [record for record in caplog.records if " failed: " in record.getMessage()]
     assert (line.levelno, "File exists" in line.getMessage()) == (logging.ERROR, True)
-    assert not list(runtime.redis.scan_iter("result:*"))
+    assert not list(runtime.redis.scan_iter(f"result:*:{job_id}:*"))
 
 
 def test_a_kept_result_beyond_the_deadline_is_tried_once_more(runtime: Runtime, folder: Path) -> None:
@@ -286,6 +286,25 @@ def test_a_kept_result_beyond_the_deadline_is_tried_once_more(runtime: Runtime, 
     change(runtime, job_id, worker__available_at=ago(3600), worker__attempt=4)
     assert "given up after 5 tries" in failure(runtime, job_id)
     assert read(runtime, job_id)["status"] == "failed"
+
+
+def test_a_completed_job_keeps_its_file_though_a_second_try_to_store_it_failed(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, complete = insert_picture(runtime), runtime.store.complete
+
+    def lose_the_reply(*arguments: Any) -> bool:
+        complete(*arguments)
+        monkeypatch.setattr(runtime.artifacts, "put", fail)
+        raise StoreUnavailable("the reply is lost")
+
+    def fail(*_: object) -> None:
+        raise ArtifactsUnavailable("full")
+
+    monkeypatch.setattr(runtime.store, "complete", lose_the_reply)
+    with pytest.raises(Ignore):
+        deliver(runtime, job_id)
+    assert read(runtime, job_id)["artifact_url"].endswith(next(iter(runtime.artifacts.names())))
 
 
 # ── what `check` says ────────────────────────────────────────────────────────────────────────────────────────────

@@ -248,6 +248,14 @@ def test_the_indexes_are_made_and_made_again_without_harm(runtime: Runtime) -> N
     assert names == {"_id_", "worker_status_id", "worker_node", "worker_unnotified", "worker_cancelled"}
 
 
+def test_an_index_that_is_there_under_another_name_costs_no_other(runtime: Runtime) -> None:
+    runtime.database["jobs"].drop_indexes()
+    runtime.database["jobs"].create_index([("status", 1), ("_id", 1)], name="the_apis")
+    runtime.store.ensure_indexes()
+    assert {"the_apis", "worker_node", "worker_cancelled"} <= set(runtime.database["jobs"].index_information())
+    runtime.database["jobs"].drop_indexes()
+
+
 @table(
     "question, index",
     ("jobs that run", {"status": "processing"}, "worker_status_id"),

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
+from celery.exceptions import Retry
 
 from tests.lab import TEXT, Notices, ago, claim, deliver, insert, queued, table
 from worker import Runtime
+from workerkit.errors import StoreUnavailable
 from workerkit.lost_messages import LostMessages
-from workerkit.messages import COPY
+from workerkit.messages import COPY, carried_data, own_arguments
 from workerkit.turns import Turns
 
 # ── turns ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,6 +208,34 @@ def test_a_damaged_search_begins_anew(runtime: Runtime, find: Search, state: dic
     find()
     find()
     assert find(61) == [job_id]
+
+
+@table("data", ("a marker", {"marker": "ai_jobs:0"}), ("a copy", dict(COPY)))
+def test_a_message_of_the_workers_own_says_the_same_when_it_is_delivered_again(data: dict[str, Any]) -> None:
+    assert carried_data(own_arguments(ObjectId(), **data)) == data
+    assert carried_data((str(ObjectId()), {"job_id": "x", "input_data": {"prompt": "planted"}})) == {}
+
+
+def test_a_marker_waits_for_mongodb_without_becoming_a_job(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    runtime.store_patience_s, runtime.poll_store_s = 0.0, 0.01
+    monkeypatch.setattr(runtime.lost_messages, "receive", refuse)
+    marker = ObjectId()
+    with pytest.raises(Retry) as retried:
+        deliver(runtime, str(marker), {"marker": "ai_jobs:0"})
+    again: Any = retried.value
+    assert again.sig.args == own_arguments(marker, marker="ai_jobs:0")
+
+
+def test_a_copy_that_comes_after_the_original_publishes_nothing_again(runtime: Runtime, notices: Notices) -> None:
+    job_id = insert(runtime)
+    deliver(runtime, str(job_id), {"job_id": str(job_id), "job_type": TEXT})
+    runtime.keeper.tick()
+    deliver(runtime, str(job_id), {"job_id": str(job_id), **COPY})
+    deliver(runtime, insert(runtime))
+    assert [notice["status"] for notice in notices.statuses(4)] == ["processing", "completed"] * 2
 
 
 def test_a_copy_runs_its_job_and_the_late_original_publishes_nothing_again(runtime: Runtime, notices: Notices) -> None:

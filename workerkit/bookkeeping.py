@@ -15,12 +15,19 @@ from bson import ObjectId
 
 from workerkit.errors import Document
 from workerkit.settings import is_duration
-from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_text, as_time
+from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_priority, as_text, as_time
 
 MAX_LEASE_S = 3600.0
 MAX_LIMIT_S = 2 * 86_400.0
 CLOCK_TOLERANCE_S = 60.0  # by which the times of two processes may differ while MongoDB answers slowly
 PAST_LIVES = 5
+# The indexes of the jobs: name, fields, and options. Those of the bookkeeping hold few jobs, and cost little.
+INDEXES: dict[str, tuple[list[str], Document]] = {
+    "worker_status_id": (["status", "_id"], {}),
+    "worker_node": (["worker.node"], {"partialFilterExpression": {"status": "processing"}}),
+    "worker_cancelled": (["worker.lease_until"], {"partialFilterExpression": {"status": "failed"}}),
+    "worker_unnotified": (["worker.unnotified"], {"sparse": True}),
+}
 
 
 def as_life(value: Any) -> Document:
@@ -97,7 +104,8 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
         raw,
         has_owner_field="owner" in raw,
         **{name: as_text(raw.get(name)) for name in ("owner", "node", "queue", "task_id")},  # type: ignore[arg-type]
-        **{name: as_number(raw.get(name)) for name in ("pid", "priority", "rescues")},  # type: ignore[arg-type]
+        **{name: as_number(raw.get(name)) for name in ("pid", "rescues")},  # type: ignore[arg-type]
+        priority=as_priority(raw.get("priority")),
         attempt=as_number(raw.get("attempt")) or 0,
         lease_until=time("lease_until", MAX_LEASE_S),
         deadline=time("deadline", MAX_LIMIT_S),
@@ -109,9 +117,9 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
     )
 
 
-def owner_of(document: Mapping[str, Any]) -> str | None:
-    """The attempt that has a job or ended it, as far as its document says."""
-    return as_text(as_mapping(document.get("worker")).get("owner"))
+def owner_of(document: Mapping[str, Any]) -> Any:
+    """The attempt that has a job or ended it, as its document says."""
+    return as_mapping(document.get("worker")).get("owner")
 
 
 def waiting(available_at: datetime, rescue_s: float) -> Document:
@@ -147,6 +155,14 @@ class Snapshot:
         """Whether a worker that knows no leases took it. It may have left the bookkeeping of a former life in place."""
         own = self.bookkeeping
         return not own.has_owner_field or as_time(self.document.get("started_at")) != own.first_started_at
+
+    def unchanged(self) -> Document:
+        """What finds the job as long as it is what was read. A text or list, which may be decoded with losses, counts
+        by its type.
+        """
+        raw = self.bookkeeping.raw
+        kind = "string" if type(raw) is str else "array" if isinstance(raw, list) else ""
+        return {"_id": self.id, "status": self.status, "worker": {"$type": kind} if kind else {"$eq": raw}}
 
     def is_stale(self, now: datetime, orphan_after_s: float) -> bool:
         """Whether no attempt works on a job that has started, and a message of it may be lost.

@@ -10,7 +10,7 @@ from typing import Any
 from workerkit.errors import Document, JobFailed
 from workerkit.logs import logger
 from workerkit.settings import Limits
-from workerkit.values import as_number, as_text
+from workerkit.values import as_priority, as_text
 
 COPY: Document = {"is_copy": True}  # in the data of a message that a sweeper sends since the API's own was lost
 JOB_ID = re.compile(r"[0-9a-fA-F]{24}")
@@ -52,5 +52,5 @@ class Delivery:
 
 def describe_delivery(request: Any, limits: Limits, job_data: Document) -> Delivery:
     """What a message says besides its job, by Celery's request of its task."""
-    priority = as_number((request.delivery_info or {}).get("priority"))
+    priority = as_priority((request.delivery_info or {}).get("priority"))
     return Delivery(limits, as_text(request.root_id or request.id), priority, is_copy=COPY.items() <= job_data.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ PASSING_CODES = frozenset(
     # A server under pressure, a cursor or a plan that was killed, keys and routes that aren't known yet.
     | {365, 43, 237, 175, 211, 202, 391, 462}
 )
+SAME_INDEX_CODES = (85, 86)  # there is one like it, under another name or with other options
 # What an operator reads about refusals that are met most.
 CAUSES = {
     13: "its user lacks the right, which is readWrite on DATABASE_NAME",
@@ -101,6 +102,17 @@ def unknown_when_unreachable() -> Iterator[None]:
         cause = CAUSES.get(code or 0, "")
         detail = f"MongoDB refuses it: {type(error).__name__} {code or ''}{cause and ': '}{cause}".strip()
         raise StoreRefused(detail, is_too_large=code in TOO_LARGE_CODES) from error
+
+
+def make_indexes(collection: Collection[Document], indexes: Mapping[str, tuple[Sequence[str], Document]]) -> None:
+    """Makes indexes, given by their names. One that is there already under another name is left as it is."""
+    with unknown_when_unreachable():
+        for name, (fields, options) in indexes.items():
+            try:
+                collection.create_index([(field, 1) for field in fields], name=name, **options)
+            except OperationFailure as error:
+                if error.code not in SAME_INDEX_CODES:
+                    raise
 
 
 def iterate(found: Cursor[Any]) -> Iterator[Any]:

@@ -47,11 +47,13 @@ class Turns:
                 except DuplicateKeyError:
                     return False
                 return True
-            until = as_time(seen.get("until"), now + timedelta(seconds=self.MAX_S))
+            latest = now + timedelta(seconds=self.MAX_S)
+            until = as_time(seen.get("until"), latest)
             if until and until > now and seen.get("holder") != self._holder:
                 return False
-            unchanged = {"_id": chore, "holder": seen.get("holder"), "until": seen.get("until")}
-            return self._turns.update_one(unchanged, {"$set": turn}).matched_count == 1
+            damaged = {"$or": [{"until": {"$not": {"$type": "date"}}}, {"until": {"$gt": latest}}]}
+            unchanged = {"until": seen["until"]} if until else damaged
+            return self._turns.update_one({"_id": chore, **unchanged}, {"$set": turn}).matched_count == 1
 
     def give_back(self, chore: str) -> None:
         """Lets another process take the turn at once. Nothing happens if this process doesn't have it."""

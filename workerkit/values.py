@@ -23,6 +23,12 @@ def as_number(value: object) -> int | None:
     return value if is_number and 0 <= value <= MAX_NUMBER else None  # type: ignore[operator, return-value]
 
 
+def as_priority(value: object) -> int | None:
+    """A message's priority, which is one byte on RabbitMQ."""
+    number = as_number(value)
+    return number if number is not None and number < 256 else None
+
+
 def as_time(value: object, latest: datetime | None = None) -> datetime | None:
     """A document's date as aware UTC; None if it is no date, or later than `latest`."""
     if not isinstance(value, datetime):  # pymongo makes a DatetimeMS of a date beyond the year 9999
