@@ -1076,7 +1076,7 @@ class Keeper:
 
     tick_s = 1.0
     PATIENCE_S = 5.0
-    INDEX_PATIENCE_S = 3600.0
+    INDEX_PATIENCE_S, REGISTER_S = 3600.0, 3600.0
 
     def __init__(
         self,
@@ -1097,7 +1097,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._store_log = RepeatedFaultLog("MongoDB can't be reached")
         self._is_prepared, self._forks_seen = False, -1
-        self._renew_at = self._sweep_at = 0.0
+        self._renew_at = self._sweep_at = self._register_at = 0.0
         self._longest_silence_s = max(settings.lease_seconds / 2, 2 * self.tick_s)
         self._answered_at = time.monotonic()
 
@@ -1222,9 +1222,11 @@ class Keeper:
             raise
 
     def _prepare(self, store: JobStore, turns: Turns) -> None:
-        """Once: notes the queue, and makes the indexes."""
-        if not self._is_prepared:
+        """Notes the queue every hour, and makes the indexes once."""
+        if time.monotonic() >= self._register_at:
             turns.register(self._settings.celery_queue_name)
+            self._register_at = time.monotonic() + self.REGISTER_S
+        if not self._is_prepared:
             self._is_prepared = True
             threading.Thread(target=self._ensure_indexes, args=(store,), name="indexes", daemon=True).start()
 

@@ -636,7 +636,7 @@ class World:
         self.jobs = jobs
         for collection in (self.jobs, self.jobs.database["worker_turns"]):
             collection.delete_many({})
-        self.jobs.database["worker_turns"].insert_one({"_id": f"queue:{QUEUE}"})
+        self.jobs.database["worker_turns"].insert_one({"_id": f"queue:{QUEUE}", "seen_at": datetime(8000, 1, 1)})
         self.now = BEGINNING
         self.facts: dict[ObjectId, Facts] = {}
         self.inserted: dict[ObjectId, Document] = {}

@@ -177,6 +177,30 @@ def test_a_marker_that_was_lost_itself_is_waited_for_for_an_hour(runtime: Runtim
     assert set(find(200)) == {lost, waiting}
 
 
+def test_a_job_gets_one_copy_on_a_suspicion_and_another_only_once_it_is_certain(runtime: Runtime, find: Search) -> None:
+    job_id = insert(runtime)
+    enqueue(runtime, job_id)
+    for expected in ([job_id], [], []):
+        find()
+        find(61)
+        assert find(3601) == expected
+    runtime.redis.delete(runtime.settings.celery_queue_name)
+    find()
+    assert find(61) == [job_id]
+
+
+def test_a_queue_that_no_worker_has_taken_jobs_from_for_a_day_is_in_no_searchs_way(
+    runtime: Runtime, find: Search
+) -> None:
+    runtime.turns.register("abandoned")
+    runtime.database["worker_turns"].update_one({"_id": "queue:abandoned"}, {"$set": {"seen_at": ago(90_000)}})
+    runtime.broker.send(ObjectId(), "abandoned")
+    job_id = insert(runtime)
+    find()
+    assert find(61) == [job_id]
+    runtime.redis.delete("abandoned")
+
+
 def test_a_marker_of_a_former_search_proves_nothing(runtime: Runtime, find: Search) -> None:
     job_id = insert(runtime)
     enqueue(runtime, job_id)

@@ -59,16 +59,19 @@ class LostMessages:
         search = self._read(now)
         if search is None:
             if ids := find_pending(None):
-                self._write({"ids": ids, "noted_at": now})
+                self._write({"ids": ids, "noted_at": now, "copied": self._ids("copied")})
         elif now > search.noted_at + timedelta(seconds=self.overdue_s):
-            if not (ids := find_pending(self._ids())):
+            if not (ids := find_pending(self._ids("ids"))):
                 self._end()
                 return [], None
             lists = [each for queue in self._turns.queues() for each in self._broker.lists_in_use(queue)]
-            is_overdue = search.sent_at and now > search.sent_at + timedelta(seconds=self.marker_overdue_s)
-            if search.is_out or not lists or is_overdue:
-                self._end()
-                return ids, max((each.priority for each in lists if each.priority), default=None)
+            is_certain = search.is_out or not lists
+            if is_certain or (search.sent_at and now > search.sent_at + timedelta(seconds=self.marker_overdue_s)):
+                # On a suspicion each job gets one copy, and no other one before it is certain.
+                copied = set() if is_certain else set(self._ids("copied"))
+                self._end([] if is_certain else ids)
+                priority = max((each.priority for each in lists if each.priority), default=None)
+                return [each for each in ids if each not in copied], priority
             if not search.sent_at:
                 self._send_markers(ids, lists, search.noted_at, now)
         return [], None
@@ -82,7 +85,8 @@ class LostMessages:
         self, ids: Sequence[ObjectId], lists: Sequence[QueueList], noted_at: datetime, now: datetime
     ) -> None:
         marker, names = ObjectId(), [each.name for each in lists]
-        self._write({"ids": list(ids), "noted_at": noted_at, "marker": marker, "sent_at": now, "waiting_in": names})
+        state = {"ids": list(ids), "noted_at": noted_at, "copied": self._ids("copied")}
+        self._write({**state, "marker": marker, "sent_at": now, "waiting_in": names})
         try:
             with self._broker.connection() as connection:
                 for each in lists:
@@ -95,20 +99,20 @@ class LostMessages:
     def _read(self, now: datetime) -> Search | None:
         """The search that is under way. A damaged one counts as none."""
         with unknown_when_unreachable():
-            found = self._state.find_one(self.STATE, {"ids": 0}) or {}
+            found = self._state.find_one(self.STATE, {"ids": 0, "copied": 0}) or {}
         latest = now + timedelta(seconds=CLOCK_TOLERANCE_S)
         noted_at, sent_at = (as_time(found.get(name), latest) for name in ("noted_at", "sent_at"))
         return Search(noted_at, sent_at, found.get("waiting_in") == []) if noted_at else None
 
-    def _ids(self) -> list[ObjectId]:
+    def _ids(self, name: str) -> list[ObjectId]:
         with unknown_when_unreachable():
-            found: Any = (self._state.find_one(self.STATE, {"ids": 1}) or {}).get("ids")
+            found: Any = (self._state.find_one(self.STATE, {name: 1}) or {}).get(name)
         return [each for each in found if isinstance(each, ObjectId)] if isinstance(found, list) else []
 
     def _write(self, state: Document) -> None:
         with unknown_when_unreachable():
             self._state.replace_one(self.STATE, state, upsert=True)
 
-    def _end(self) -> None:
-        with unknown_when_unreachable():
-            self._state.delete_one(self.STATE)
+    def _end(self, copied: Sequence[ObjectId] = ()) -> None:
+        """Ends the search, so that the next one begins. It goes on to know which jobs have a copy on a suspicion."""
+        self._write({"copied": list(copied)})

@@ -5,7 +5,6 @@ It is in the collection `worker_turns`.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -61,15 +60,15 @@ class Turns:
             self._turns.update_one({"_id": chore, "holder": self._holder}, {"$set": {"until": self._now()}})
 
     def register(self, queue: str) -> None:
-        """Notes a queue whose workers share this database."""
-        with unknown_when_unreachable(), contextlib.suppress(DuplicateKeyError):
-            if self._turns.find_one({"_id": f"{QUEUE}{queue}"}) is None:
-                self._turns.insert_one({"_id": f"{QUEUE}{queue}"})
+        """Notes a queue from which a worker takes jobs of this database. It is to be repeated every hour or so."""
+        with unknown_when_unreachable():
+            self._turns.update_one({"_id": f"{QUEUE}{queue}"}, {"$set": {"seen_at": self._now()}}, upsert=True)
 
     def queues(self) -> list[str]:
-        """The queues that were ever registered."""
+        """The queues that were registered within the last day."""
+        lately = {"_id": {"$regex": f"^{QUEUE}"}, "seen_at": {"$gt": self._now() - timedelta(days=1)}}
         with unknown_when_unreachable():
-            return [turn["_id"].removeprefix(QUEUE) for turn in self._turns.find({"_id": {"$regex": f"^{QUEUE}"}})]
+            return [turn["_id"].removeprefix(QUEUE) for turn in self._turns.find(lately)]
 
 
 class EveryTurn(Turns):
