@@ -683,8 +683,7 @@ class Call:
     def model(self) -> str:
         """The model that the input names, if the settings allow it, else the default.
 
-        Raises:
-            InvalidInput: the input names another model.
+        Raises InvalidInput: the input names another model.
         """
         wanted = getattr(self.input, "model", None)
         offered = (self.defaults.model, *self.defaults.allowed_models)
@@ -914,8 +913,7 @@ class Sweeper:
 
         `may_go_on` is asked once it has the turn. After a fault it leaves the next turn to other processes.
 
-        Raises:
-            StoreUnavailable: MongoDB can't be reached.
+        Raises StoreUnavailable: MongoDB can't be reached.
         """
         done: list[str] = []
         if self.had_fault or not self._take_turn():
@@ -1142,8 +1140,7 @@ class Keeper:
     def tick(self) -> None:
         """Does everything that is due, the most urgent first.
 
-        Raises:
-            StoreUnavailable: MongoDB can't be reached. The next tick renews leases before anything else.
+        Raises StoreUnavailable: MongoDB can't be reached. The next tick renews leases before anything else.
         """
         self._heartbeat.beat()
         with self._lock:
@@ -1467,8 +1464,7 @@ def fail_unowned(task: JobTask, job_id: ObjectId, fail: Callable[[], Document | 
 def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[ObjectId, Document]:
     """The job's id and data. If the message has a wrong form, the document that it names fails with a sentence.
 
-    Raises:
-        JobFailed: the message doesn't have the contract's form.
+    Raises JobFailed: the message doesn't have the contract's form.
     """
     job_id, arguments = parse_arguments(args, kwargs)
     fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
@@ -1491,8 +1487,7 @@ def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) 
 
     It also claims a job whose process on this node has died, and one beyond its bounds if its result is kept in Redis.
 
-    Raises:
-        JobFailed: MongoDB refuses the claim.
+    Raises JobFailed: MongoDB refuses the claim.
     """
     runtime, owner = task.runtime, secrets.token_hex(8)
     delivery = describe_delivery(task.request, runtime.settings.limits(task.request.timelimit), job_data)
@@ -1607,9 +1602,7 @@ def find_kept(runtime: Runtime, job: Job) -> Result | None:
 def run(runtime: Runtime, attempt: Attempt) -> Outcome:
     """Runs the job's handler on the event loop, within its deadline. Nothing is written here.
 
-    Raises:
-        SystemExit: the process got a signal to end, but no shutdown was announced (a revoke does this). The lease
-            runs out.
+    Raises SystemExit: the process is to end, but no shutdown was announced (a revoke does this). The lease runs out.
     """
     job = attempt.job
     if not attempt.is_lease_fresh():  # the process was suspended, or MongoDB's answer took long
@@ -1680,8 +1673,7 @@ def discard_files(runtime: Runtime, job: Job) -> None:
 def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     """Makes the fenced write that belongs to an outcome. Returns DropJob if the job is no longer this attempt's.
 
-    Raises:
-        StoreUnavailable: the write may have been made; try again. StoreRefused, ArtifactsUnavailable: it wasn't.
+    Raises StoreUnavailable: the write may have been made; try again. StoreRefused, ArtifactsUnavailable: it wasn't.
     """
     store, now = runtime.store, runtime.store.now()
     match outcome:
@@ -1702,10 +1694,8 @@ def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
 def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signals_arrived: Sequence[int]) -> Outcome:
     """Writes the outcome, again and again while MongoDB is away, until the hard limit or the end of the process.
 
-    A result that can't be written is then kept in Redis.
-
-    Raises:
-        StoreRefused, ArtifactsUnavailable: a store has refused it several times.
+    A result that can't be written is then kept in Redis. Raises StoreRefused or ArtifactsUnavailable: a store has
+    refused it several times.
     """
     job, limits, is_kept, try_s, refusals = attempt.job, attempt.job.limits, False, runtime.settle_try_s, 0
     give_up_at = attempt.started_at + max(limits.hard_s - LIMIT_MARGIN_S, limits.soft_s)
@@ -1817,13 +1807,10 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             remove_leftovers(runtime, job)
             return {"job_id": str(job.id), "status": Status.COMPLETED.value}
         case RetryJob():
-            wait_s, which = (
-                outcome.after_s or 0.0,
-                f"{job.attempt + outcome.is_counted} of {runtime.settings.max_attempts}",
-            )
+            wait_s, number = outcome.after_s or 0.0, job.attempt + outcome.is_counted
             log_end(attempt, outcome, f"will be tried again in {wait_s:.1f} s")
-            sentence = f"{outcome.sentence}; trying again in {math.ceil(wait_s)} s ({which})."
-            announce_job(runtime, job, Status.PROCESSING, sentence)
+            next_try = f"trying again in {math.ceil(wait_s)} s ({number} of {runtime.settings.max_attempts})"
+            announce_job(runtime, job, Status.PROCESSING, f"{outcome.sentence}; {next_try}.")
             raise redelivery(task, job.id, wait_s)
         case HandBack():
             log_end(attempt, outcome, "handed back")
