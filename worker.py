@@ -1067,8 +1067,8 @@ class Sweeper:
 class Keeper:
     """One thread in each process that runs jobs. It renews leases, stops cancelled jobs, hands back, and sweeps.
 
-    `connect` returns what it works with, and raises StoreUnavailable as long as there is no MongoDB. Until `rest`, which
-    all processes of the node share, none of them sweeps: the owners of expired leases may be about to renew them.
+    `connect` returns what it works with, and raises StoreUnavailable as long as there is no MongoDB. No process of the
+    node sweeps until `rest`, which they share: the owners of expired leases may be about to renew them.
     """
 
     tick_s = 1.0
