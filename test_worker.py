@@ -644,6 +644,13 @@ def test_a_job_whose_process_was_killed_at_the_hard_limit_took_too_long(runtime:
     assert notices.statuses(1)[0]["message"] == TOOK_TOO_LONG
 
 
+def test_a_result_that_was_kept_before_the_hard_limit_is_not_thrown_away(runtime: Runtime) -> None:
+    job = claim(runtime)
+    runtime.notes.keep_result(job.kept_name, Result({"generated_text": "paid"}))
+    change(runtime, job.id, worker__pid=gone_pid(), worker__deadline=ago(0))
+    assert runtime.sweeper.release_dead_siblings() == [f"job={job.id} its process died: released"]
+
+
 @table(
     "document, sentence",
     ("a failure says why", {"status": "failed", "error_message": "No."}, "No."),

@@ -1053,7 +1053,8 @@ class Sweeper:
 
     def _release_dead(self, job: Snapshot) -> list[str]:
         deadline = job.bookkeeping.deadline
-        if deadline and self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S):
+        is_over = deadline and self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S)
+        if is_over and not self._has_kept_result(job):  # killed before it had a result, or while it tried to write it
             return self._fail(job, sentences.TOOK_TOO_LONG)
         if not (released := self._store.release_stale(job)):
             return []

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
 from bson import ObjectId
@@ -95,6 +98,37 @@ def the_one_that_has_the_turn_is_stopped(place: Place) -> None:
     first.signal(signal.SIGCONT)
 
 
+# Stops its own process in the middle of a sweep, behind the first job that it has put back.
+STOPS_IN_MID_SWEEP = """
+import os, signal, worker
+enqueue = worker.Sweeper._enqueue
+
+def stop_behind(self, *arguments):
+    enqueue(self, *arguments)
+    os.kill(os.getpid(), signal.{signal})
+
+worker.Sweeper._enqueue = stop_behind
+"""
+
+
+def ends_in_mid_sweep(place: Place, signal_name: str) -> None:
+    """The process that has the turn is stopped or killed while it sweeps. Another one goes on within a few sweeps."""
+    place.add_module(STOPS_IN_MID_SWEEP.format(signal=signal_name))
+    first = place.start_worker(WORKER_POOL="solo").wait_ready(PATIENCE_S)
+    poll(lambda: place.api.database["worker_turns"].find_one({"_id": "sweep"}), PATIENCE_S)
+    del place.environment["HANDLER_MODULES"]
+    jobs = [insert_expired(place, f"expired {number}") for number in range(5)]
+    poll(lambda: place.api.jobs.count_documents({"worker.owner": None}), PATIENCE_S)
+    ended_at = time.monotonic()
+    place.start_worker(WORKER_POOL="solo")
+    for job in jobs:
+        assert place.api.wait(job, timeout_s=PATIENCE_S)["status"] == "completed"
+    assert time.monotonic() < ended_at + 45
+    assert {len(place.provider.calls_for(place.prompts[job])) for job in jobs} == {1}
+    with suppress(ProcessLookupError):
+        first.signal(signal.SIGCONT)
+
+
 def mongodb_cant_be_found_at_first(place: Place) -> None:
     """Its name doesn't resolve for some seconds after the worker's start."""
     place.add_module(
@@ -136,6 +170,8 @@ SCENARIOS: dict[str, Scenario] = {
     "two queues": two_queues,
     "priorities": priorities,
     "stopped in its turn": the_one_that_has_the_turn_is_stopped,
+    "stopped in mid-sweep": partial(ends_in_mid_sweep, signal_name="SIGSTOP"),
+    "killed in mid-sweep": partial(ends_in_mid_sweep, signal_name="SIGKILL"),
     "lost message": a_lost_message,
     "MongoDB not found": mongodb_cant_be_found_at_first,
 }
@@ -165,6 +201,11 @@ def test_jobs_of_all_priorities_run_once_in_their_order_and_a_lost_one_behind_th
 
 def test_another_worker_sweeps_when_the_one_that_has_the_turn_is_stopped(outcomes: Outcomes) -> None:
     outcomes["stopped in its turn"].result()
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_another_worker_goes_on_when_the_sweeper_ends_in_the_middle_of_a_sweep(outcomes: Outcomes, how: str) -> None:
+    outcomes[f"{how} in mid-sweep"].result()
 
 
 def test_no_job_begins_before_mongodb_is_found_and_leases_are_kept_from_then_on(outcomes: Outcomes) -> None:
