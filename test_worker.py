@@ -173,7 +173,7 @@ def test_an_attempt_has_the_less_time_the_longer_ago_its_message_was_taken(runti
 
 def test_a_released_job_that_is_due_is_claimed_with_one_more_attempt(runtime: Runtime) -> None:
     job = claim(runtime)
-    runtime.store.release(job, ago(1), counted=True)
+    runtime.store.release(job, ago(5), counted=True)
     assert claim(runtime, job.id, "owner-2").attempt == 2
 
 
@@ -181,7 +181,7 @@ def test_started_at_is_the_first_start(runtime: Runtime) -> None:
     job = claim(runtime)
     change(runtime, job.id, **first_started(60))
     before = read(runtime, job.id)
-    runtime.store.release(job, ago(1), counted=True)
+    runtime.store.release(job, ago(5), counted=True)
     again = claim(runtime, job.id, "owner-2")
     assert read(runtime, job.id)["started_at"] == before["started_at"]
     assert again.first_started_at.replace(tzinfo=None) == before["worker"]["first_started_at"]
@@ -254,7 +254,7 @@ def test_a_document_of_another_status_is_no_job(runtime: Runtime, status: str | 
 @table("fields", ("all attempts are used up", {"worker__attempt": 4}), ("its deadline has passed", first_started(3600)))
 def test_a_job_at_its_bounds_is_not_claimed(runtime: Runtime, fields: dict[str, Any]) -> None:
     job = claim(runtime)
-    runtime.store.release(job, ago(1), counted=True)
+    runtime.store.release(job, ago(5), counted=True)
     change(runtime, job.id, **fields)
     assert why_not(runtime, job.id) is Reason.EXHAUSTED
     assert isinstance(runtime.store.claim(job.id, "owner-2", DELIVERY, bounded=False), Job)
@@ -262,7 +262,7 @@ def test_a_job_at_its_bounds_is_not_claimed(runtime: Runtime, fields: dict[str, 
 
 def test_the_job_deadline_is_never_below_the_attempts_own_limit(runtime: Runtime) -> None:
     job = claim(runtime)
-    runtime.store.release(job, ago(1), counted=True)
+    runtime.store.release(job, ago(5), counted=True)
     change(runtime, job.id, **first_started(700))
     assert isinstance(runtime.store.claim(job.id, "owner-2", Delivery(Limits(900, 1000))), Job)
 
@@ -389,17 +389,17 @@ def test_an_ended_job_stays_in_the_outbox_until_its_notice_is_out(runtime: Runti
     job, running = claim(runtime), claim(runtime, owner="owner-2")
     runtime.store.fail(job, "No.")
     assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [job.id]
-    assert runtime.store.find_unnotified(60) == []
+    assert list(runtime.store.find_unnotified(60)) == []
     runtime.store.mark_notified([(job.id, "a former attempt")])
-    assert len(runtime.store.find_unnotified(0)) == 1
+    assert len(list(runtime.store.find_unnotified(0))) == 1
     runtime.store.mark_notified([(job.id, job.owner), (running.id, running.owner)])
-    assert runtime.store.find_unnotified(0) == []
+    assert list(runtime.store.find_unnotified(0)) == []
 
 
 @table(
     "fields",
-    ("its lease ran out", {"worker__lease_until": ago(1)}),
-    ("released and forgotten", {"worker__owner": None, "worker__rescue_at": ago(1)}),
+    ("its lease ran out", {"worker__lease_until": ago(5)}),
+    ("released and forgotten", {"worker__owner": None, "worker__rescue_at": ago(5)}),
     ("an older worker's, without bookkeeping", {"worker": None, "started_at": ago(3600)}),
 )
 def test_a_stale_job_is_released_and_can_be_claimed(runtime: Runtime, fields: dict[str, Any]) -> None:
@@ -412,7 +412,7 @@ def test_a_stale_job_is_released_and_can_be_claimed(runtime: Runtime, fields: di
 
 def test_a_renewal_in_between_saves_the_job_from_the_sweeper(runtime: Runtime) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     [lost] = runtime.store.find_stale()
     runtime.store.renew_leases([job])
     assert not runtime.store.release_stale(lost)
@@ -595,8 +595,8 @@ def test_no_lease_is_renewed_past_the_hard_limit_and_a_margin(at: list[float]) -
 
 @table(
     "fields, timelimit",
-    ("its lease ran out", {"worker__lease_until": ago(1)}, [120, 90]),
-    ("released, and its message was lost", {"worker__owner": None, "worker__rescue_at": ago(1)}, [120, 90]),
+    ("its lease ran out", {"worker__lease_until": ago(5)}, [120, 90]),
+    ("released, and its message was lost", {"worker__owner": None, "worker__rescue_at": ago(5)}, [120, 90]),
     ("an older worker's", {"worker": None, "started_at": ago(3600)}, [None, None]),
 )
 def test_a_lost_job_goes_back_into_the_queue_with_its_limits_and_no_prompt(
@@ -612,7 +612,7 @@ def test_a_lost_job_goes_back_into_the_queue_with_its_limits_and_no_prompt(
 
 def test_a_lost_job_at_its_bounds_fails_and_the_person_is_notified(runtime: Runtime, notices: Notices) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
+    change(runtime, job.id, worker__lease_until=ago(5), worker__attempt=4)
     assert runtime.sweeper.sweep() == [f"job={job.id} failed: {GAVE_UP}"]
     [notice] = notices.statuses(1)
     assert (notice["status"], notice["message"]) == ("failed", GAVE_UP)
@@ -665,7 +665,7 @@ def test_a_tick_renews_the_leases_of_all_running_jobs(runtime: Runtime) -> None:
     attempts = [kept(runtime, f"owner-{number}") for number in range(2)]
     for attempt in attempts:
         attempt.renewed_at = 0.0
-        change(runtime, attempt.job.id, worker__lease_until=ago(1))
+        change(runtime, attempt.job.id, worker__lease_until=ago(5))
     runtime.keeper.tick()
     assert all(attempt.is_lease_fresh() for attempt in attempts)
     assert stale(runtime) == []
@@ -674,7 +674,7 @@ def test_a_tick_renews_the_leases_of_all_running_jobs(runtime: Runtime) -> None:
 def test_an_attempt_past_its_hard_limit_loses_its_lease(runtime: Runtime) -> None:
     attempt = kept(runtime)
     attempt.started_at -= LIMITS.hard_s + 6
-    change(runtime, attempt.job.id, worker__lease_until=ago(1))
+    change(runtime, attempt.job.id, worker__lease_until=ago(5))
     runtime.keeper.tick()
     assert len(stale(runtime)) == 1
 
@@ -810,7 +810,7 @@ def test_a_message_before_its_time_comes_back_then_without_a_prompt(runtime: Run
 
 def test_a_message_about_a_job_at_its_bounds_fails_it(runtime: Runtime) -> None:
     job = claim(runtime)
-    runtime.store.release(job, ago(1), counted=True)
+    runtime.store.release(job, ago(5), counted=True)
     change(runtime, job.id, worker__attempt=4)
     with pytest.raises(JobFailed):
         deliver(runtime, job.id)
@@ -882,14 +882,14 @@ def test_a_retry_that_is_due_completes_the_job(runtime: Runtime, notices: Notice
     job_id = insert_text(runtime, "[status 503 times=1]")
     with pytest.raises(Retry):
         deliver(runtime, job_id)
-    change(runtime, job_id, worker__available_at=ago(1))
+    change(runtime, job_id, worker__available_at=ago(5))
     assert deliver(runtime, job_id)["status"] == "completed"
     assert "(try 2 of 4)" in notices.statuses(3)[2]["message"]
 
 
 def test_the_last_try_fails_the_job_and_says_how_many_there_were(runtime: Runtime) -> None:
     job = claim(runtime, insert_text(runtime, "[status 503]"))
-    runtime.store.release(job, ago(1), counted=True)
+    runtime.store.release(job, ago(5), counted=True)
     change(runtime, job.id, worker__attempt=3)
     with pytest.raises(JobFailed, match="given up after 4 tries"):
         deliver(runtime, job.id)

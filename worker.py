@@ -91,6 +91,7 @@ from workerkit.mongodb import (
 )
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes, result_name
 from workerkit.once import made_once
+from workerkit.preparation import Preparation
 from workerkit.process import (
     EventLoopThread,
     Heartbeat,
@@ -452,12 +453,13 @@ class JobStore:
         # leaves the owner in place.
         return bool((document.get("status"), document.get("error_message")) == (status, fields["error_message"]))
 
-    def renew_leases(self, jobs: Sequence[Job]) -> bool:
-        """Renews the leases of those jobs that are still owned, and not `updated_at`. False: some are not owned."""
+    def renew_leases(self, jobs: Sequence[Job]) -> list[Job]:
+        """Renews leases, and not `updated_at`. Returns the jobs that were cancelled or taken, or can't be renewed."""
         until = self.now() + timedelta(seconds=self._settings.lease_seconds)
         # A renewal that a frozen MongoDB makes late, after a younger one, must not shorten the lease.
         held = [(job.id, job.owner) for job in jobs]
-        return self._update_owned(held, {"$max": {"worker.lease_until": until}}, running=True) == len(jobs)
+        renewed = self._update_owned(held, {"$max": {"worker.lease_until": until}}, running=True)
+        return [] if renewed == len(jobs) else self.find_lost(jobs, until)
 
     def _update_owned(self, jobs: Sequence[tuple[ObjectId, str | None]], update: Document, *, running: bool) -> int:
         """Updates those of these jobs (id and owner) that still have this owner; one by one where one is refused."""
@@ -473,12 +475,12 @@ class JobStore:
             logger.warning("job=%s its bookkeeping can't be updated: %s", jobs[0][0], refusal)
             return 0
 
-    def find_lost(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those of these jobs that were cancelled or taken: no longer processing, or with another owner."""
+    def find_lost(self, jobs: Sequence[Job], leased_until: datetime | None = None) -> list[Job]:
+        """Those of these jobs that were cancelled or taken, or whose lease ends before a time."""
+        held: Document = {"_id": {"$in": [job.id for job in jobs]}, "status": Status.PROCESSING}
+        held |= {"worker.lease_until": {"$gte": leased_until}} if leased_until else {}
         with unknown_when_unreachable():
-            found = self._jobs.find({"_id": {"$in": [job.id for job in jobs]}}, {"status": 1, "worker.owner": 1})
-            running = (document for document in found if document.get("status") == Status.PROCESSING)
-            owners = {document["_id"]: values.as_mapping(document.get("worker")).get("owner") for document in running}
+            owners = {document["_id"]: owner_of(document) for document in self._jobs.find(held, {"worker.owner": 1})}
         return [job for job in jobs if owners.get(job.id) != job.owner]
 
     def find_cancelled(self) -> list[ObjectId]:
@@ -487,16 +489,18 @@ class JobStore:
         with unknown_when_unreachable():
             return [document["_id"] for document in self._jobs.find(cancelled, {"_id": 1}).limit(self.max_pending)]
 
-    def mark_notified(self, told: Sequence[tuple[ObjectId, str | None]]) -> None:
-        """Takes the last notices of jobs out of the outbox, each with the owner of the attempt that ended the job."""
-        self._update_owned(told, {"$unset": {"worker.unnotified": ""}}, running=False)
+    def mark_notified(self, told: Sequence[tuple[ObjectId, str | None]]) -> int:
+        """Takes the last notices of jobs out of the outbox, each with the owner of the attempt that ended the job.
 
-    def find_unnotified(self, older_than_s: float) -> list[Document]:
+        Returns how many were taken out.
+        """
+        return self._update_owned(told, {"$unset": {"worker.unnotified": ""}}, running=False)
+
+    def find_unnotified(self, older_than_s: float) -> Iterator[Document]:
         """Jobs that ended longer ago, and whose last notice was not confirmed as published."""
         since = self.now() - timedelta(seconds=older_than_s)
         ended = {"status": {"$in": list(TERMINAL_STATUSES)}, "worker.unnotified": {"$lte": since}}
-        with unknown_when_unreachable():
-            return list(self._jobs.find(ended, NOTICE).limit(self.batch))
+        return iterate(self._jobs.find(ended, NOTICE))
 
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> Document | None:
         """Fails a job that no attempt runs: pending, or released. None: it was neither, and nothing was written."""
@@ -539,15 +543,13 @@ class JobStore:
     def _end_by_force(self, same: Document, sentence: str, own: Document) -> Document | None:
         """Fails a job; with less and less in its document, where MongoDB refuses more."""
         ended = self._ended(Status.FAILED, error_message=sentence)
-        unnotified = {"unnotified": ended["completed_at"]}
         attempt = {name: own[name] for name in ("owner", "attempt")}
-        updates: list[Document] = [{"$set": {**ended, "worker": {**each, **unnotified}}} for each in (own, attempt)]
-        updates.append({"$set": ended, "$unset": {"worker": ""}})
-        for update in updates[:-1]:
+        for each in (own, attempt):
             with contextlib.suppress(StoreRefused):
-                return self._update(same, update, NOTICE)
+                with_notice = {**each, "unnotified": ended["completed_at"]}
+                return self._update(same, {"$set": {**ended, "worker": with_notice}}, NOTICE)
         try:
-            return self._update(same, updates[-1], NOTICE)
+            return self._update(same, {"$set": ended, "$unset": {"worker": ""}}, NOTICE)
         except StoreRefused as refusal:
             if not refusal.is_too_large:
                 raise
@@ -618,7 +620,8 @@ class Notifier:
 
     def __init__(self, client: redis.Redis) -> None:
         self._redis = client
-        self._log = RepeatedFaultLog("notifications can't be published")
+        channels = (STATUS_CHANNEL, PROGRESS_CHANNEL)
+        self._logs = {name: RepeatedFaultLog(f"notifications can't be published to {name}") for name in channels}
         self._next_progress_at = 0.0
 
     def publish_status(self, document: Mapping[str, Any], status: Status, sentence: str) -> bool:
@@ -657,9 +660,9 @@ class Notifier:
         try:
             receivers = int(self._redis.publish(channel, json.dumps(message, default=str)))
         except redis.RedisError as error:
-            self._log.fault(type(error).__name__)
+            self._logs[channel].fault(type(error).__name__)
             return None
-        self._log.over()
+        self._logs[channel].over()
         return receivers
 
 
@@ -856,6 +859,10 @@ class Attempt:
                     self._stop()
 
 
+def notice_of(document: Mapping[str, Any]) -> str:
+    return f"{document['_id']} of {owner_of(document)}"
+
+
 class Sweeper:
     """Finds jobs that no attempt works on, and gets them going again or ends them at their bounds.
 
@@ -879,12 +886,14 @@ class Sweeper:
         self._store, self._turns, self._lost_messages = store, turns, lost_messages
         self._notifier, self._notes, self._broker = notifier, notes, broker
         # The keeper renews leases when a sweep is over, so a sweep must not last.
-        self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(5.0, lease_s / 6)
+        self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(4.0, lease_s / 8)  # for each chore
         self.after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
         self._queues: list[str] = []  # in which workers take jobs of this database
-        self._notes_fault: NotesUnavailable | None = None  # of this sweep
-        self.had_fault = False
-        self._turn_until = self._publish_again_at = 0.0
+        # Faults of this sweep: of Redis, and of queues to which nothing can be sent.
+        self._notes_fault: NotesUnavailable | None = None
+        self._queue_faults: dict[str | None, BaseException] = {}
+        self._unmarkable: set[str] = set()  # notices that were published, and that MongoDB leaves in the outbox
+        self.had_fault, self._turn_until, self._publish_again_at = False, 0.0, 0.0
         self._refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
         self._chores = Chores(
             {
@@ -919,7 +928,7 @@ class Sweeper:
         if self.had_fault or not self._take_turn():
             self.had_fault = False
             return done
-        self._queues, self._notes_fault = self._turns.queues(), None
+        self._queues, self._notes_fault, self._queue_faults = self._turns.queues(), None, {}
         may_go_on_now = may_go_on()
         self.had_fault = may_go_on_now and not self._chores.do(done)
         if self.had_fault or not may_go_on_now:
@@ -938,13 +947,9 @@ class Sweeper:
             if time.monotonic() > give_up_at or not self._take_turn():
                 return
         self.after = None
-        if self._notes_fault:  # which has cost only the jobs that may have a kept result
-            raise self._notes_fault
-
-    @property
-    def _passing(self) -> tuple[type[BaseException], ...]:
-        """The errors that are no fault of the job at hand."""
-        return (StoreUnavailable, *self._broker.errors)
+        for fault in (*self._queue_faults.values(), self._notes_fault):  # each has cost only the jobs that it concerns
+            if fault:
+                raise fault
 
     def _on_its_own(self, job: Snapshot, action: Callable[[Snapshot], list[str]]) -> list[str]:
         """Does something with a job. A job with which it can't be done is ended."""
@@ -953,9 +958,9 @@ class Sweeper:
         except StoreRefused as refusal:
             logger.error("job=%s can't go on: %s", job.id, refusal)
             sentence = sentences.TOO_LARGE_TO_RUN if refusal.is_too_large else sentences.NOT_SET_UP
-        except self._passing:
-            raise
         except Exception as error:
+            if isinstance(error, (StoreUnavailable, *self._broker.errors)):  # which is no fault of this job
+                raise
             logger.error("job=%s can't go on: %s at %s", job.id, type(error).__name__, place_of(error))
             sentence = sentences.GAVE_UP
         try:
@@ -967,9 +972,14 @@ class Sweeper:
     def _rescue(self, job: Snapshot, connection: Any) -> list[str]:
         if self._store.is_past_bounds(job) and (has_result := self._has_kept_result(job)) is not True:
             return self._fail(job, sentences.GAVE_UP) if has_result is False else []
-        if not (released := self._store.release_stale(job)):
+        queue = self._queue_of(job)
+        if queue in self._queue_faults or not (released := self._store.release_stale(job)):
             return []
-        self._enqueue(job, released, connection)
+        try:
+            self._enqueue(job, released, connection)
+        except self._broker.errors as error:
+            self._queue_faults[queue] = error
+            return []
         return [f"job={job.id} no attempt worked on it: put back into the queue"]
 
     def _has_kept_result(self, job: Snapshot) -> bool | None:
@@ -995,9 +1005,14 @@ class Sweeper:
             return False
         sent = self._notifier.publish_status(document, Status(document["status"]), sentences.final_sentence(document))
         self._publish_again_at = 0.0 if sent else time.monotonic() + self.notice_overdue_s
-        if sent:
-            self._store.mark_notified([(document["_id"], owner_of(document))])
+        if sent and not self._store.mark_notified([(document["_id"], owner_of(document))]):
+            self._unmarkable.add(notice_of(document))
         return sent
+
+    def _queue_of(self, job: Snapshot) -> str | None:
+        """The queue from which the job came; this worker's own (None) if no worker takes jobs from that one."""
+        queue = job.bookkeeping.queue
+        return queue if queue in self._queues else None
 
     def _enqueue(self, job: Snapshot, released: Document, connection: Any = None) -> None:
         """Sends a message for a released job. Raises the broker's errors, and makes the rescue due soon again then."""
@@ -1009,9 +1024,8 @@ class Sweeper:
             "priority": own.priority,
             "root_id": own.task_id,
         }
-        queue = own.queue if own.queue in self._queues else None  # a queue that no worker takes jobs from is no use
         try:
-            self._broker.send(job.id, queue, connection, **options)
+            self._broker.send(job.id, self._queue_of(job), connection, **options)
         except self._broker.errors:
             self._store.undo_rescue(job.id, released)
             raise
@@ -1028,6 +1042,7 @@ class Sweeper:
                     break
 
     def _fail_revoked(self, done: list[str]) -> None:
+        give_up_at = time.monotonic() + self.budget_s
         for queue, task in [(name, task) for name in self._queues or [""] for task in self._notes.revoked(name)]:
             try:
                 failed = self._store.fail_revoked(task, sentences.REVOKED_SENTENCES[task.why])
@@ -1038,12 +1053,19 @@ class Sweeper:
             if failed:
                 done.append(f"job={task.job_id} failed: its task was {task.why}")
                 self._publish(failed)
+            if time.monotonic() > give_up_at:
+                break
 
     def _publish_ends(self, done: list[str]) -> None:
+        give_up_at = time.monotonic() + self.budget_s
         for document in self._store.find_unnotified(self.notice_overdue_s):
+            if notice_of(document) in self._unmarkable:
+                continue
             if not self._publish(document):
                 raise NotesUnavailable("Redis can't be reached")
             done.append(f"job={document['_id']} its last notification was published again")
+            if time.monotonic() > give_up_at:
+                break
 
     def release_dead_siblings(self) -> list[str]:
         """Releases the jobs of this node's dead processes; fails those that were killed at their hard limit."""
@@ -1074,11 +1096,10 @@ class Keeper:
 
     tick_s = 1.0
     PATIENCE_S = 5.0
-    INDEX_PATIENCE_S, REGISTER_S = 3600.0, 3600.0
 
     def __init__(
         self,
-        connect: Callable[[], tuple[JobStore, Sweeper, FileSweeper, Turns]],
+        connect: Callable[[], tuple[JobStore, Sweeper, FileSweeper, Preparation]],
         shutdown: Shutdown,
         cancelled: Callable[[], set[str] | None],
         rest: SharedTime,
@@ -1093,9 +1114,10 @@ class Keeper:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
-        self._store_log = RepeatedFaultLog("MongoDB can't be reached")
-        self._is_prepared, self._forks_seen = False, -1
-        self._renew_at = self._sweep_at = self._register_at = 0.0
+        self._store_log = RepeatedFaultLog("leases and sweeps wait for MongoDB")
+        self._error_log = RepeatedFaultLog("the keeper goes on after an error", logging.ERROR)
+        self._forks_seen = -1
+        self._renew_at = self._sweep_at = 0.0
         self._longest_silence_s = max(settings.lease_seconds / 2, 2 * self.tick_s)
         self._answered_at = time.monotonic()
 
@@ -1131,8 +1153,8 @@ class Keeper:
                 self._store_log.fault(error)
                 self._renew_at = 0.0
                 self._rest_one_lease()
-            except Exception:  # nothing may end this thread, since no lease would be renewed any more
-                logger.exception("the keeper goes on after an error")
+            except Exception as error:  # nothing may end this thread, since no lease would be renewed any more
+                self._error_log.fault(f"{type(error).__name__} at {place_of(error)}")
             if stopping:
                 return
             stopping = self._stopping.wait(self.tick_s)
@@ -1149,19 +1171,20 @@ class Keeper:
             for attempt in attempts:
                 attempt.cancel(HandBack("the grace of the shutdown is over"))
         with pymongo.timeout(self.PATIENCE_S):
-            store, sweeper, files, turns = self._connect()
+            store, sweeper, files, preparation = self._connect()
             self._renew(store, attempts)
-            self._stop_cancelled(store, sweeper, attempts)
+            if sweeper.has_turn and preparation.has_indexes:  # else each look would read every job that has failed
+                sweeper.watch()
+            self._stop_cancelled(store, attempts)
             self._empty_outbox(store)
-            self._prepare(store, turns)
             self._release_dead_siblings(sweeper)
+            preparation.do_if_due()
         if self._may_sweep():
             self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
             self._sweep(store, sweeper)
             if sweeper.after:
                 self._sweep_at = 0.0
-            if files.is_due():
-                threading.Thread(target=self._sweep_files, args=(files,), name="files", daemon=True).start()
+            files.sweep_if_due()
         self._answered_at = time.monotonic()
         self._store_log.over()
 
@@ -1177,8 +1200,8 @@ class Keeper:
             return
         at, is_new = time.monotonic(), bool(attempts) and self._meets_new_primary(store)
         renewed = [attempt for attempt in attempts if attempt.may_renew()]
-        if renewed and not store.renew_leases([attempt.job for attempt in renewed]):
-            self._cancel_lost(store, attempts)
+        if renewed:
+            self._cancel(renewed, store.renew_leases([attempt.job for attempt in renewed]))
         for attempt in renewed:
             attempt.renewed_at = at
         silent_s = time.monotonic() - self._answered_at  # MongoDB hung, or this process was suspended
@@ -1192,20 +1215,18 @@ class Keeper:
         store.clock.refresh()
         return before is not None and before != store.clock.primary
 
-    def _stop_cancelled(self, store: JobStore, sweeper: Sweeper, attempts: list[Attempt]) -> None:
+    def _stop_cancelled(self, store: JobStore, attempts: list[Attempt]) -> None:
         """Stops what the API has cancelled. One process watches for that; where none does, each looks for itself."""
-        if sweeper.has_turn:
-            sweeper.watch()
         if attempts:
             cancelled = self._cancelled()
             if cancelled is None or any(str(attempt.job.id) in cancelled for attempt in attempts):
-                self._cancel_lost(store, attempts)
+                self._cancel(attempts, store.find_lost([attempt.job for attempt in attempts]))
 
-    def _cancel_lost(self, store: JobStore, attempts: list[Attempt]) -> None:
-        lost = {job.owner for job in store.find_lost([attempt.job for attempt in attempts])}
+    def _cancel(self, attempts: list[Attempt], lost: list[Job]) -> None:
+        owners = {job.owner for job in lost}
         for attempt in attempts:
-            if attempt.job.owner in lost:
-                attempt.cancel(DropJob("cancelled, or taken by another worker"))
+            if attempt.job.owner in owners:
+                attempt.cancel(DropJob("cancelled, taken by another worker, or its lease can't be renewed"))
 
     def _empty_outbox(self, store: JobStore) -> None:
         with self._lock:
@@ -1218,29 +1239,12 @@ class Keeper:
                 self._published += batch
             raise
 
-    def _prepare(self, store: JobStore, turns: Turns) -> None:
-        """Notes the queue every hour, and makes the indexes once."""
-        if time.monotonic() >= self._register_at:
-            turns.register(self._settings.celery_queue_name)
-            self._register_at = time.monotonic() + self.REGISTER_S
-        if not self._is_prepared:
-            self._is_prepared = True
-            threading.Thread(target=self._ensure_indexes, args=(store,), name="indexes", daemon=True).start()
-
     def _release_dead_siblings(self, sweeper: Sweeper) -> None:
         """At first, and whenever a process of this node was replaced, which may have died with its jobs."""
         if (forks := self._forks.value) != self._forks_seen:
             for line in sweeper.release_dead_siblings():
                 logger.warning(line)
             self._forks_seen = forks
-
-    def _ensure_indexes(self, store: JobStore) -> None:
-        """In a thread of its own: on a large collection this takes longer than leases can wait."""
-        try:
-            with pymongo.timeout(self.INDEX_PATIENCE_S):
-                store.ensure_indexes()
-        except StoreUnavailable as error:
-            logger.warning("indexes could not be made (%s): the worker runs without them, more slowly", error)
 
     def _sweep(self, store: JobStore, sweeper: Sweeper) -> None:
         def is_calm() -> bool:
@@ -1251,14 +1255,6 @@ class Keeper:
         with pymongo.timeout(2 * self.PATIENCE_S):
             for line in sweeper.sweep(is_calm):
                 logger.warning(line)
-
-    def _sweep_files(self, files: FileSweeper) -> None:
-        """In a thread of its own: a slow artifact store must not cost leases."""
-        try:
-            for line in files.sweep():
-                logger.info(line)
-        except (StoreUnavailable, FailJob) as error:
-            logger.warning("the next search for files of lost attempts is in an hour: %s", error)
 
 
 # ── runtime ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1352,13 +1348,17 @@ class Runtime:
         return FileSweeper(lambda: self.artifacts, store.find_unreferenced, self.turns, store.now, days)
 
     @made_once
+    def preparation(self) -> Preparation:
+        return Preparation(self.turns, self.settings.celery_queue_name, self.store.ensure_indexes)
+
+    @made_once
     def heartbeat(self) -> Heartbeat:
         return Heartbeat()
 
     @made_once
     def keeper(self) -> Keeper:
-        def connect() -> tuple[JobStore, Sweeper, FileSweeper, Turns]:
-            return self.store, self.sweeper, self.files, self.turns
+        def connect() -> tuple[JobStore, Sweeper, FileSweeper, Preparation]:
+            return self.store, self.sweeper, self.files, self.preparation
 
         times = self.shutdown, self.notes.cancelled, self.rest, self.forks
         return Keeper(connect, *times, self.heartbeat, self.settings)

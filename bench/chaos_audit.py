@@ -17,6 +17,7 @@ from bench.figures import Document
 from testbed.answers import SOUNDS, Plan, parse_directives, picture, words_for
 from testbed.api import TERMINAL
 from testbed.processes import SOURCE
+from workerkit.values import as_mapping
 
 PLANTED_KEY: Final = "sk-chaos-planted-key"
 MAX_ATTEMPTS: Final = 4
@@ -70,7 +71,7 @@ def ends_once(_evidence: Evidence, history: History) -> Iterator[str]:
         after = list(itertools.dropwhile(lambda step: step.kind not in ENDS, life))[1:]
         allowed = () if ends and ends[0].kind == CANCELLED else ("noticed",)
         yield from (f"written to after its end: {step}" for step in after if step.kind not in allowed)
-    if (history.document.get("worker") or {}).get("unnotified"):
+    if as_mapping(history.document.get("worker")).get("unnotified"):
         yield "its last notice was never published"
 
 

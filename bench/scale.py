@@ -146,7 +146,7 @@ def simulated_worker(number: int, settings: Settings, heartbeat: Beats, sharing:
     runtime.store.clock.read()
     runtime.notes.revoked()  # this opens the connection to Redis
     keeper, now = runtime.keeper, time.monotonic()
-    keeper._is_prepared, runtime.rest.at = True, None
+    runtime.preparation.has_indexes, runtime.rest.at = True, None
     keeper._renew_at = now + random.uniform(0, settings.lease_seconds / 3)
     keeper._sweep_at = now + random.uniform(0, settings.sweep_interval)
     runtime.files._next_at = now + runtime.files.EVERY_S

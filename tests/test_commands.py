@@ -209,7 +209,7 @@ def test_a_terminal_that_knows_ascii_alone_gets_plain_characters(
 def test_the_overview_counts_what_an_operator_asks_for(light_runtime: Runtime) -> None:
     insert(light_runtime, created_at=datetime(2020, 1, 1))
     expired, failed = claim(light_runtime), claim(light_runtime, owner="owner-2")
-    change(light_runtime, expired.id, worker__lease_until=ago(1))
+    change(light_runtime, expired.id, worker__lease_until=ago(5))
     light_runtime.store.fail(failed, "No.")
     seen = overview(light_runtime)
     assert seen["counts"] == {"pending": 1, "processing": 1, "completed": 0, "failed": 1}
@@ -306,13 +306,13 @@ def test_health_refuses_a_folder_that_is_a_link(
 def test_recover_says_what_it_did(runtime: Runtime, command_here: Command) -> None:
     assert command_here("recover") == (0, "nothing to recover\n")
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     assert command_here("recover") == (0, f"job={job.id} no attempt worked on it: put back into the queue\n")
     assert len(queued(runtime)) == 1
 
 
 def test_recover_fails_while_the_broker_is_away(runtime: Runtime, command_here: Command) -> None:
-    change(runtime, claim(runtime).id, worker__lease_until=ago(1))
+    change(runtime, claim(runtime).id, worker__lease_until=ago(5))
     code, output = command_here("recover", CELERY_BROKER_URL=f"redis://{NOWHERE}")
     assert code == 1
     assert "can't be reached" in output

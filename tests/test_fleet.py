@@ -148,7 +148,7 @@ worker.pymongo.MongoClient = find
     place.start_worker().wait_ready(PATIENCE_S)
     job = place.submit("early", QUICK)
     assert place.health() == 0
-    place.wait_log("MongoDB can't be reached: ConfigurationError")
+    place.wait_log("leases and sweeps wait for MongoDB: ConfigurationError")
     assert place.calls("early") == []
     assert place.api.wait(job, timeout_s=PATIENCE_S)["status"] == "completed"
     expired = insert_expired(place, "expired")

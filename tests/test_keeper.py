@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 from celery import Celery
+from kombu.exceptions import OperationalError
 from redis.exceptions import NoPermissionError
 
 import worker
@@ -36,7 +38,7 @@ from tests.lab import (
 )
 from worker import Job, Keeper, Notifier, Result, Runtime
 from workerkit.broker import Broker
-from workerkit.errors import DropJob, StoreUnavailable
+from workerkit.errors import DropJob, StoreRefused, StoreUnavailable
 from workerkit.files import FileSweeper
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
 from workerkit.sentences import GAVE_UP
@@ -49,7 +51,7 @@ from workerkit.turns import Turns
 def test_each_rescue_has_a_task_id_of_its_own(runtime: Runtime) -> None:
     job = claim(runtime)
     for _ in range(2):
-        change(runtime, job.id, worker__owner=None, worker__rescue_at=ago(1))
+        change(runtime, job.id, worker__owner=None, worker__rescue_at=ago(5))
         runtime.sweeper.sweep()
     assert len({message["id"] for message in queued(runtime)}) == 2
 
@@ -62,7 +64,7 @@ def test_a_sweep_that_finds_nothing_does_nothing(runtime: Runtime) -> None:
 
 def test_a_lost_job_at_its_bounds_with_a_kept_result_is_brought_to_its_end(runtime: Runtime) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
+    change(runtime, job.id, worker__lease_until=ago(5), worker__attempt=4)
     runtime.notes.keep_result(job.kept_name, Result({"generated_text": "kept"}))
     runtime.sweeper.sweep()
     assert len(queued(runtime)) == 1
@@ -76,7 +78,7 @@ def test_a_notice_that_is_on_its_way_is_not_sent_twice(runtime: Runtime) -> None
 
 def test_a_notice_stays_in_the_outbox_while_redis_is_away(runtime: Runtime) -> None:
     failed, overdue = claim(runtime), claim(runtime, owner="owner-2")
-    change(runtime, failed.id, worker__lease_until=ago(1), worker__attempt=4)
+    change(runtime, failed.id, worker__lease_until=ago(5), worker__attempt=4)
     runtime.store.complete(overdue, {}, None)
     change(runtime, overdue.id, worker__unnotified=ago(31))
     new_sweeper(runtime, notifier=Notifier(redis_away()), notes=SharedNotes(redis_away())).sweep()
@@ -98,7 +100,7 @@ def test_a_sweep_tries_a_hung_redis_once_only(runtime: Runtime, monkeypatch: pyt
 
 def test_a_rescue_without_broker_is_made_up_for_by_a_later_sweep(runtime: Runtime) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     away = Celery("away", broker=f"redis://{NOWHERE}", set_as_current=False)
     assert new_sweeper(runtime, broker=Broker(away, "queue", worker.TASK_NAME, patience_s=0.1)).sweep() == []
     assert len(new_sweeper(runtime).sweep()) == 1
@@ -112,7 +114,7 @@ def test_only_the_notices_that_redis_took_leave_the_outbox(runtime: Runtime, mon
         runtime.store.complete(job, {}, None)
         change(runtime, job.id, worker__unnotified=ago(31))
     assert len(new_sweeper(runtime, notifier=notifier).sweep()) == 1
-    assert len(runtime.store.find_unnotified(0)) == 1
+    assert len(list(runtime.store.find_unnotified(0))) == 1
 
 
 @pytest.fixture
@@ -132,7 +134,7 @@ def test_a_rescue_whose_message_cant_be_sent_is_due_soon_again_and_does_not_coun
     runtime: Runtime, tried: list[object]
 ) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     new_sweeper(runtime).sweep()
     assert len(tried) == 1
     left = read(runtime, job.id)["worker"]
@@ -161,17 +163,37 @@ def test_a_sweep_finds_the_result_that_a_worker_of_another_queue_has_kept(
 ) -> None:
     job = claim(other_queue, insert(runtime))
     other_queue.notes.keep_result(job.kept_name, Result({"generated_text": "paid"}))
-    change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4)
+    change(runtime, job.id, worker__lease_until=ago(5), worker__attempt=4)
     runtime.sweeper.sweep()
     assert read(runtime, job.id)["status"] == "processing"
     assert runtime.redis.llen("other_queue") == 1
     runtime.redis.delete("other_queue")
 
 
+def test_a_queue_to_which_nothing_can_be_sent_costs_only_its_own_jobs(
+    runtime: Runtime, other_queue: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others, own = claim(other_queue, insert(runtime)), claim(runtime, owner="owner-2")
+    for job in (others, own):
+        change(runtime, job.id, worker__lease_until=ago(5))
+    send = runtime.broker.send
+
+    def refuse(job_id: ObjectId, queue: str | None, *args: Any, **options: Any) -> None:
+        if queue == "other_queue":
+            raise OperationalError("NOPERM")
+        send(job_id, queue, *args, **options)
+
+    monkeypatch.setattr(runtime.broker, "send", refuse)
+    assert len(runtime.sweeper.sweep()) == 1
+    assert runtime.sweeper.had_fault
+    assert len(queued(runtime)) == 1
+    assert read(runtime, others.id)["worker"]["rescues"] == 0
+
+
 def test_a_kept_result_that_may_not_be_read_costs_no_rescue(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     used_up, lost = claim(runtime), claim(runtime, owner="owner-2")
-    change(runtime, used_up.id, worker__lease_until=ago(1), worker__attempt=4)
-    change(runtime, lost.id, worker__lease_until=ago(1))
+    change(runtime, used_up.id, worker__lease_until=ago(5), worker__attempt=4)
+    change(runtime, lost.id, worker__lease_until=ago(5))
 
     def refuse(_key: str) -> None:
         raise NoPermissionError
@@ -183,8 +205,8 @@ def test_a_kept_result_that_may_not_be_read_costs_no_rescue(runtime: Runtime, mo
 
 def test_a_redis_that_is_away_costs_only_the_jobs_that_may_have_a_kept_result(runtime: Runtime) -> None:
     used_up, lost = claim(runtime), claim(runtime, owner="owner-2")
-    change(runtime, used_up.id, worker__lease_until=ago(1), worker__attempt=4)
-    change(runtime, lost.id, worker__lease_until=ago(1))
+    change(runtime, used_up.id, worker__lease_until=ago(5), worker__attempt=4)
+    change(runtime, lost.id, worker__lease_until=ago(5))
     sweeper = new_sweeper(runtime, notes=SharedNotes(redis_away()))
     assert len(sweeper.sweep()) == 1
     assert sweeper.had_fault
@@ -259,12 +281,31 @@ def test_a_keeper_asks_mongodb_what_was_cancelled_only_where_it_has_to(
 def test_the_process_that_has_the_turn_tells_the_others_what_was_cancelled(runtime: Runtime) -> None:
     runtime.rest.at = None
     runtime.keeper.tick()
+    poll(lambda: runtime.preparation.has_indexes, 10)
     cancelled = kept(runtime)
     change(runtime, cancelled.job.id, status="failed")
     runtime.keeper.tick()
     assert runtime.notes.cancelled() == {str(cancelled.job.id)}
     assert isinstance(cancelled.reason, DropJob)
     runtime.redis.delete(f"cancelled:{runtime.settings.celery_queue_name}:{runtime.settings.database_name}")
+
+
+def test_no_process_watches_for_cancels_until_there_is_an_index_for_it(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look would read every job that has ever failed. So each process looks for its own jobs alone."""
+
+    def refuse() -> None:
+        raise StoreRefused("OperationFailure 13")
+
+    monkeypatch.setattr(runtime.store, "ensure_indexes", refuse)
+    runtime.rest.at = None
+    runtime.keeper.tick()
+    cancelled = kept(runtime)
+    change(runtime, cancelled.job.id, status="failed")
+    runtime.keeper.tick()
+    assert runtime.notes.cancelled() is None
+    assert isinstance(cancelled.reason, DropJob)
 
 
 def test_what_a_process_of_the_node_held_is_released_once_it_was_replaced(runtime: Runtime) -> None:
@@ -280,7 +321,7 @@ def test_what_a_process_of_the_node_held_is_released_once_it_was_replaced(runtim
 
 def test_the_lease_of_an_ended_attempt_is_not_renewed(runtime: Runtime) -> None:
     attempt = kept(runtime)
-    change(runtime, attempt.job.id, worker__lease_until=ago(1))
+    change(runtime, attempt.job.id, worker__lease_until=ago(5))
     runtime.keeper.unregister(attempt)
     runtime.keeper.tick()
     assert len(stale(runtime)) == 1
@@ -304,7 +345,7 @@ def tick_for_a_lease(keeper: Keeper, at: list[float], settings: Settings) -> Non
 def test_a_node_that_just_began_rests_one_lease_before_it_sweeps(runtime: Runtime, at: list[float]) -> None:
     runtime.rest.at, keeper = at[0] + runtime.settings.lease_seconds, runtime.keeper
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     keeper.tick()
     assert queued(runtime) == []
     tick_for_a_lease(keeper, at, runtime.settings)
@@ -317,7 +358,7 @@ def test_after_a_change_of_the_primary_the_keeper_rests_one_lease_before_it_swee
     runtime.rest.at = None
     runtime.keeper.tick()
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     runtime.keeper._sweep_at = runtime.keeper._renew_at = 0.0
     runtime.store.clock.primary, runtime.store.clock.address = ObjectId(), "elsewhere"  # as if it had been another
     runtime.keeper.tick()
@@ -331,7 +372,7 @@ def test_a_keeper_that_was_frozen_rests_one_lease_before_it_sweeps(runtime: Runt
     runtime.keeper.tick()
     runtime.keeper._sweep_at = 0.0
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     at[0] += runtime.settings.lease_seconds
     runtime.keeper.tick()
     assert queued(runtime) == []
@@ -347,10 +388,11 @@ def test_after_a_renewal_that_took_longer_than_a_lease_the_keeper_rests_before_i
     runtime.keeper.tick()
     attempt, renew = kept(runtime), runtime.store.renew_leases
 
-    def renew_slowly(jobs: list[Job]) -> None:
+    def renew_slowly(jobs: list[Job]) -> list[Job]:
         renew(jobs)
         at[0] += runtime.settings.lease_seconds
-        change(runtime, attempt.job.id, worker__lease_until=ago(1))
+        change(runtime, attempt.job.id, worker__lease_until=ago(5))
+        return []
 
     monkeypatch.setattr(runtime.store, "renew_leases", renew_slowly)
     runtime.keeper._sweep_at = runtime.keeper._renew_at = 0.0
@@ -360,7 +402,7 @@ def test_after_a_renewal_that_took_longer_than_a_lease_the_keeper_rests_before_i
 
 def test_a_worker_that_shuts_down_sweeps_no_more(runtime: Runtime) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     runtime.shutdown.announce(3600)
     runtime.rest.at = None
     runtime.keeper.tick()
@@ -396,7 +438,7 @@ class Troubled:
 
 @table(
     "error, line",
-    ("MongoDB is away", StoreUnavailable("AutoReconnect"), "MongoDB can't be reached: AutoReconnect"),
+    ("MongoDB is away", StoreUnavailable("AutoReconnect"), "leases and sweeps wait for MongoDB: AutoReconnect"),
     ("a defect of our own", ValueError("planted"), "the keeper goes on after"),
 )
 def test_the_keepers_thread_survives_an_error(
@@ -417,7 +459,7 @@ def test_after_an_outage_the_keeper_renews_first_and_rests_one_lease_before_it_s
     runtime.keeper.tick_s = 0.01
     attempt, lost = kept(runtime), claim(runtime, owner="owner-2")
     for job in (attempt.job, lost):
-        change(runtime, job.id, worker__lease_until=ago(1))
+        change(runtime, job.id, worker__lease_until=ago(5))
     runtime.rest.at, runtime.keeper._renew_at = None, time.monotonic() + 3600
     ticks = Troubled(runtime.keeper, StoreUnavailable("away"), times=1)
     monkeypatch.setattr(runtime.keeper, "tick", ticks)
@@ -434,7 +476,7 @@ def test_the_last_tick_of_a_keeper_that_stops_writes_down_what_was_published(run
     poll(lambda: list(tmp_path.glob("heartbeat/*")), 10)
     runtime.keeper.note_published(job.id, job.owner)
     runtime.keeper.stop()
-    assert runtime.store.find_unnotified(0) == []
+    assert list(runtime.store.find_unnotified(0)) == []
     assert list(tmp_path.glob("heartbeat/*")) == []
 
 
@@ -452,7 +494,7 @@ def test_what_was_published_stays_in_the_batch_while_mongodb_is_away(
         with pytest.raises(StoreUnavailable):
             runtime.keeper.tick()
     runtime.keeper.tick()
-    assert runtime.store.find_unnotified(0) == []
+    assert list(runtime.store.find_unnotified(0)) == []
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -512,8 +554,14 @@ def test_a_file_is_kept_as_long_as_the_setting_says(runtime: Runtime, days: floa
     assert len(files(runtime)) == left
 
 
-def test_one_process_of_all_looks_for_files_in_an_hour(runtime: Runtime) -> None:
-    assert [new_file_sweeper(runtime).is_due() for _ in range(3)] == [True, False, False]
+def test_one_process_of_all_looks_for_files_in_an_hour(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[FileSweeper] = []
+    sweepers = [new_file_sweeper(runtime) for _ in range(3)]
+    for sweeper in sweepers:
+        monkeypatch.setattr(sweeper, "sweep_and_log", partial(swept.append, sweeper))
+        sweeper.sweep_if_due()
+        sweeper.sweep_if_due()
+    poll(lambda: swept == sweepers[:1], 10)
 
 
 def test_the_keeper_deletes_files_without_holding_leases_up(runtime: Runtime) -> None:
@@ -532,5 +580,5 @@ def test_an_artifact_store_that_cant_be_reached_leaves_a_line(
         raise StoreUnavailable("artifact store: OSError")
 
     monkeypatch.setattr(runtime.files, "sweep", refuse)
-    runtime.keeper._sweep_files(runtime.files)
+    runtime.files.sweep_and_log()
     assert "the next search for files of lost attempts is in an hour: artifact store: OSError" in caplog.text

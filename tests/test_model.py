@@ -1123,7 +1123,7 @@ class StatusMachine(RuleBasedStateMachine):
         since = now - timedelta(seconds=30)
         ended = {key: facts for key, facts in everything.items() if not facts.is_active}
         overdue = {key for key, facts in ended.items() if facts.unnotified and facts.unnotified <= since}
-        assert ids(sweeper.store.find_unnotified(30)) == overdue
+        assert ids(list(sweeper.store.find_unnotified(30))) == overdue
         held = {key for key, facts in everything.items() if facts.status == "processing" and facts.read("owner", now)}
         mine = {key for key in held if everything[key].read("node", now) == sweeper.node}
         assert {job.id for job in sweeper.store.find_siblings()} == mine

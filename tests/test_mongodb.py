@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pymongo
 import pytest
@@ -28,7 +28,7 @@ from pymongo.write_concern import WriteConcern
 import workerkit.mongodb
 from tests.lab import NOWHERE, SECRET, table
 from workerkit.errors import StoreRefused, StoreUnavailable
-from workerkit.mongodb import Clock, open_database, unknown_when_unreachable
+from workerkit.mongodb import Clock, ServerClock, open_database, unknown_when_unreachable
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -101,12 +101,67 @@ def test_reads_see_what_a_majority_has_whatever_the_url_says(lax_client: pymongo
 # ── the database's time ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_clock_adds_what_passed_since_the_servers_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    passed = iter([100.0, 100.0, 107.5])
-    monkeypatch.setattr(workerkit.mongodb, "time", SimpleNamespace(monotonic=lambda: next(passed)))
+class Host:
+    """The two clocks of a host, and a server whose answers take `answer_s`."""
+
+    client = SimpleNamespace(primary=("a", 27017))
+
+    def __init__(self) -> None:
+        self.passed_s, self.slept_s, self.answer_s, self.asked = 100.0, 0.0, 0.0, 0
+
+    def monotonic(self) -> float:
+        return self.passed_s
+
+    def time(self) -> float:
+        return self.passed_s + self.slept_s
+
+    def command(self, _: str) -> dict[str, Any]:
+        self.asked += 1
+        self.passed_s += self.answer_s
+        return {"localTime": datetime(2031, 1, 1) + timedelta(seconds=self.time())}
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host()
+    monkeypatch.setattr(workerkit.mongodb, "time", host)
+    return host
+
+
+def test_the_clock_adds_what_passed_since_the_servers_answer(host: Host) -> None:
     clock = Clock()
     clock.synchronise(datetime(2031, 1, 1, tzinfo=UTC))
+    host.passed_s += 7.5
     assert clock.now() == datetime(2031, 1, 1, 0, 0, 7, 500_000, tzinfo=UTC)
+
+
+@table(
+    "change, asks",
+    ("for a minute it isn't asked again", {"passed_s": 159.0}, False),
+    ("a minute has passed", {"passed_s": 161.0}, True),
+    ("the host has slept, and its monotonic clock stood still", {"slept_s": 3600.0}, True),
+    ("another server is the primary", {"client": SimpleNamespace(primary=("b", 27017))}, True),
+)
+def test_the_servers_time_is_read_again_when_it_may_have_changed(
+    host: Host, change: dict[str, Any], asks: bool
+) -> None:
+    clock = ServerClock(cast(Any, host))
+    clock.read()
+    for name, value in change.items():
+        setattr(host, name, value)
+    clock.refresh()
+    assert host.asked == 1 + asks
+
+
+def test_after_a_slow_answer_the_servers_time_is_read_again(host: Host) -> None:
+    """It is known only as exactly as its answer was quick: the middle of the wait counts."""
+    clock, host.answer_s = ServerClock(cast(Any, host)), 4.0
+    clock.read()
+    assert (datetime(2031, 1, 1, tzinfo=UTC) + timedelta(seconds=host.time()) - clock.now()).total_seconds() == -2.0
+    host.answer_s = 0.0
+    clock.refresh()
+    clock.refresh()
+    assert host.asked == 2
 
 
 def test_the_clock_keeps_whole_milliseconds_as_documents_do() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from bson import ObjectId
+from redis.exceptions import NoPermissionError
 
 from tests.lab import redis_away, some_job, table
-from worker import Notifier, Result, Runtime, Status
+from worker import PROGRESS_CHANNEL, Notifier, Result, Runtime, Status
 from workerkit.errors import NotesUnavailable
 from workerkit.notes import REVOKED, RevokedTask, SharedNotes
 from workerkit.progress import Progress
@@ -33,6 +35,24 @@ def test_while_redis_is_away_writing_returns_false_and_reading_raises(caplog: py
     notes.note_revoked(REVOKED_TASK)
     notes.forget_revoked(REVOKED_TASK)
     assert "can't be published" in caplog.text
+
+
+def test_a_channel_that_is_refused_is_logged_once_while_the_other_one_works(
+    light_runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier, publish = light_runtime.notifier, light_runtime.redis.publish
+
+    def refuse(channel: str, message: str) -> Any:
+        if channel == PROGRESS_CHANNEL:
+            raise NoPermissionError
+        return publish(channel, message)
+
+    monkeypatch.setattr(light_runtime.redis, "publish", refuse)
+    for _ in range(3):
+        notifier.publish_progress(some_job(), 0, "x")
+        notifier.publish_status({"_id": ObjectId()}, Status.COMPLETED, "x")
+    assert caplog.text.count("can't be published to job_progress: NoPermissionError") == 1
+    assert ": over" not in caplog.text
 
 
 def test_a_kept_result_is_gone_after_an_hour(light_runtime: Runtime) -> None:

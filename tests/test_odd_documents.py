@@ -60,7 +60,7 @@ def expired(**fields: Any) -> dict[str, Any]:
 
 
 def released(**fields: Any) -> dict[str, Any]:
-    return expired(**{"owner": None, "available_at": ago(5), "rescue_at": ago(1), **fields})
+    return expired(**{"owner": None, "available_at": ago(5), "rescue_at": ago(5), **fields})
 
 
 def insert_odd(place: Place, status: str, own: Any, **fields: Any) -> ObjectId:
@@ -149,7 +149,7 @@ def test_a_sweep_reads_neither_inputs_nor_outputs(runtime: Runtime) -> None:
             change(runtime, job.id, worker__lease_until=ago(-30))
         ended = insert(runtime, status="failed", **large)
         change(runtime, ended, worker={"owner": "x", "attempt": 1, "unnotified": ago(60)})
-        change(runtime, claim(runtime, insert(runtime, **large)).id, worker__lease_until=ago(1))
+        change(runtime, claim(runtime, insert(runtime, **large)).id, worker__lease_until=ago(5))
     before = bytes_out(runtime)
     assert len(new_sweeper(runtime).sweep()) == 8
     runtime.sweeper.release_dead_siblings()
@@ -170,7 +170,7 @@ def test_a_job_that_is_no_object_id_ends_at_its_deadline(runtime: Runtime) -> No
     document = jobs.find_one({"_id": "text"})
     assert document
     at = document["worker"]["first_started_at"]
-    jobs.update_one({"_id": "text"}, {"$set": {"started_at": at, "worker.rescue_at": ago(1)}})
+    jobs.update_one({"_id": "text"}, {"$set": {"started_at": at, "worker.rescue_at": ago(5)}})
     assert len(new_sweeper(runtime).sweep()) == 1
     assert (jobs.find_one({"_id": "text"}) or {})["status"] == "failed"
 

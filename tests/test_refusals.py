@@ -26,6 +26,7 @@ from tests.lab import (
     deliver,
     insert,
     insert_text,
+    kept,
     new_sweeper,
     queued,
     raising,
@@ -35,7 +36,7 @@ from tests.lab import (
 )
 from worker import Runtime
 from worker_commands.check import check_mongodb
-from workerkit.errors import ArtifactsUnavailable, JobFailed, StoreUnavailable
+from workerkit.errors import ArtifactsUnavailable, DropJob, JobFailed, StoreUnavailable
 from workerkit.sentences import CANT_BE_STORED, NOT_SET_UP, TOO_LARGE_TO_RUN
 
 LIMIT_BYTES = 16 * 2**20
@@ -136,7 +137,7 @@ def test_where_no_end_can_be_written_the_message_is_acknowledged_and_the_operato
 def test_a_sweep_ends_what_it_cant_release_and_rescues_the_others(runtime: Runtime, refuse: Refuse) -> None:
     jobs = [claim(runtime, owner=f"owner-{number}") for number in range(5)]
     for number, job in enumerate(jobs):
-        change(runtime, job.id, worker__lease_until=ago(1), user_id="odd" if number == 2 else "user-1")
+        change(runtime, job.id, worker__lease_until=ago(5), user_id="odd" if number == 2 else "user-1")
     refuse({"user_id": "odd", "worker.rescues": {"$exists": True}})
     assert len(new_sweeper(runtime).sweep()) == 5
     assert [read(runtime, job.id)["status"] for job in jobs] == ["processing"] * 2 + ["failed"] + ["processing"] * 2
@@ -148,7 +149,7 @@ def test_a_sweep_leaves_what_it_can_neither_release_nor_end_and_rescues_the_othe
 ) -> None:
     jobs = [claim(runtime, owner=f"owner-{number}") for number in range(3)]
     for job in jobs:
-        change(runtime, job.id, worker__lease_until=ago(1))
+        change(runtime, job.id, worker__lease_until=ago(5))
     refuse({"_id": jobs[0].id, "$or": [{"worker.rescues": {"$exists": True}}, {"status": {"$in": ENDS}}]})
     sweeper = new_sweeper(runtime)
     assert [len(sweeper.sweep()) for _ in range(3)] == [2, 0, 0]
@@ -159,10 +160,19 @@ def test_a_sweep_leaves_what_it_can_neither_release_nor_end_and_rescues_the_othe
 def test_the_lease_of_one_job_that_cant_be_renewed_costs_no_other_its_lease(runtime: Runtime, refuse: Refuse) -> None:
     jobs = [claim(runtime, owner=f"owner-{number}") for number in range(4)]
     for job in jobs:
-        change(runtime, job.id, worker__lease_until=ago(1))
+        change(runtime, job.id, worker__lease_until=ago(5))
     refuse({"_id": jobs[1].id})
-    runtime.store.renew_leases(jobs)
+    assert runtime.store.renew_leases(jobs) == [jobs[1]]
     assert stale(runtime) == [jobs[1].id]
+
+
+def test_an_attempt_whose_lease_cant_be_renewed_stops_and_writes_nothing(runtime: Runtime, refuse: Refuse) -> None:
+    runtime.preparation.has_indexes = True  # while one is made, a validator can't be set
+    attempt = kept(runtime)
+    change(runtime, attempt.job.id, worker__lease_until=ago(5))
+    refuse({"_id": attempt.job.id})
+    runtime.keeper.tick()
+    assert isinstance(attempt.reason, DropJob)
 
 
 def test_a_notice_that_cant_be_marked_costs_no_other_its_mark(runtime: Runtime, refuse: Refuse) -> None:
@@ -172,6 +182,17 @@ def test_a_notice_that_cant_be_marked_costs_no_other_its_mark(runtime: Runtime, 
     refuse({"_id": jobs[0].id})
     runtime.store.mark_notified([(job.id, job.owner) for job in jobs])
     assert [document["_id"] for document in runtime.store.find_unnotified(0)] == [jobs[0].id]
+
+
+def test_an_end_whose_mark_is_refused_is_published_again_once_and_holds_up_no_other(
+    runtime: Runtime, refuse: Refuse
+) -> None:
+    jobs = [claim(runtime, owner=f"owner-{number}") for number in range(2)]
+    for job in jobs:
+        runtime.store.fail(job, "No.")
+        change(runtime, job.id, worker__unnotified=ago(60))
+    refuse({"_id": jobs[0].id})
+    assert [len(runtime.sweeper.sweep()) for _ in range(2)] == [2, 0]
 
 
 @pytest.mark.servers
@@ -212,7 +233,7 @@ def test_a_pending_document_without_room_ends_with_a_sentence(runtime: Runtime, 
 def test_a_document_without_room_that_no_attempt_runs_is_ended_by_a_sweep(runtime: Runtime) -> None:
     large = insert_large(runtime, 10, status="processing", started_at=ago(3600))
     other = claim(runtime)
-    change(runtime, other.id, worker__lease_until=ago(1))
+    change(runtime, other.id, worker__lease_until=ago(5))
     assert len(new_sweeper(runtime).sweep()) == 2
     document = read(runtime, large)
     assert (document["status"], document["error_message"]) == ("failed", TOO_LARGE_TO_RUN)
@@ -244,7 +265,7 @@ def insert_picture(runtime: Runtime) -> ObjectId:
 
 
 def release_now(runtime: Runtime, job_id: ObjectId) -> None:
-    change(runtime, job_id, worker__available_at=ago(1))
+    change(runtime, job_id, worker__available_at=ago(5))
 
 
 def test_a_file_that_cant_be_stored_waits_without_a_slot_and_without_another_generation(

@@ -105,7 +105,7 @@ def test_a_notice_that_was_told_of_a_former_end_doesnt_take_the_next_one_out_of_
     runtime.store.fail(claim(runtime, job_id), "Again no.")
     runtime.keeper.note_published(job_id, former.owner)
     runtime.keeper.tick()
-    assert len(runtime.store.find_unnotified(0)) == 1
+    assert len(list(runtime.store.find_unnotified(0))) == 1
 
 
 def stored_picture(runtime: Runtime, job: Job) -> str:
@@ -183,7 +183,7 @@ def test_a_running_job_ends_by_a_revoke_of_its_task_and_not_by_an_expiry(
 def test_a_rescued_job_can_still_be_revoked_by_the_apis_task_id(runtime: Runtime) -> None:
     job_id = insert(runtime)
     runtime.store.claim(job_id, "owner-1", replace(DELIVERY, task_id="the API's"))
-    change(runtime, job_id, worker__lease_until=ago(1))
+    change(runtime, job_id, worker__lease_until=ago(5))
     new_sweeper(runtime).sweep()
     assert read(runtime, job_id)["worker"]["task_id"] == "the API's"
     [message] = queued(runtime)

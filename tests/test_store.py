@@ -58,7 +58,7 @@ def test_of_fifty_claims_at_once_exactly_one_wins(runtime: Runtime) -> None:
 
 def test_of_two_sweepers_one_releases(runtime: Runtime) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     [lost] = runtime.store.find_stale()
     assert [bool(runtime.store.release_stale(lost)) for _ in range(2)] == [True, False]
 
@@ -73,7 +73,7 @@ def test_an_orphan_that_got_a_claim_in_between_is_left_alone(runtime: Runtime) -
 def test_of_eight_sweepers_at_once_one_rescues_each_job(runtime: Runtime, notices: Notices) -> None:
     lost, done_for = ([claim(runtime) for _ in range(5)] for _ in range(2))
     for job in lost + done_for:
-        change(runtime, job.id, worker__lease_until=ago(1), worker__attempt=4 if job in done_for else 1)
+        change(runtime, job.id, worker__lease_until=ago(5), worker__attempt=4 if job in done_for else 1)
     with ThreadPoolExecutor(8) as threads:
         rounds = list(threads.map(lambda _: new_sweeper(runtime).sweep(), range(8)))
     assert len([line for lines in rounds for line in lines]) == 10
@@ -138,8 +138,8 @@ def test_a_job_that_the_api_cancels_while_it_runs_is_found_among_those_that_ende
     runtime.store.complete(completed, {}, None)
     change(runtime, cancelled.id, status="failed", error_message="Cancelled.")
     assert runtime.store.find_cancelled() == [cancelled.id]
-    assert runtime.store.renew_leases([running])
-    assert not runtime.store.renew_leases([running, cancelled])
+    assert runtime.store.renew_leases([running]) == []
+    assert runtime.store.renew_leases([running, cancelled]) == [cancelled]
 
 
 # ── lost jobs ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,8 +147,8 @@ def test_a_job_that_the_api_cancels_while_it_runs_is_found_among_those_that_ende
 
 @table(
     "fields",
-    ("its lease ran out", {"worker__lease_until": ago(1)}),
-    ("released, and its message was lost", {"worker__owner": None, "worker__rescue_at": ago(1)}),
+    ("its lease ran out", {"worker__lease_until": ago(5)}),
+    ("released, and its message was lost", {"worker__owner": None, "worker__rescue_at": ago(5)}),
     ("an older worker's", {"worker": None, "started_at": ago(3600)}),
     ("an older worker's without start", {"worker": None, "started_at": None, "updated_at": ago(3600)}),
     ("an older worker's without any time", {"worker": None, "started_at": None, "updated_at": 1, "created_at": None}),
@@ -163,9 +163,9 @@ def test_a_job_that_no_attempt_works_on_is_stale(runtime: Runtime, fields: dict[
     "fields",
     ("its lease is live", {}),
     ("released a moment ago", {"worker__owner": None, "worker__rescue_at": ago(-600)}),
-    ("its end needs no lease", {"status": "completed", "worker__lease_until": ago(1)}),
+    ("its end needs no lease", {"status": "completed", "worker__lease_until": ago(5)}),
     ("an older worker may still work on it", {"worker": None, "started_at": ago(-1800)}),
-    ("the same, rescued while it was pending", {"worker": {"rescue_at": ago(1)}, "started_at": ago(-1800)}),
+    ("the same, rescued while it was pending", {"worker": {"rescue_at": ago(5)}, "started_at": ago(-1800)}),
     ("pending is another matter", {"status": "pending", "worker": None, "created_at": ago(3600)}),
 )
 def test_a_job_that_an_attempt_works_on_is_not_stale(runtime: Runtime, fields: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def test_orphan_after_is_a_setting(runtime: Runtime) -> None:
 
 def test_a_failed_stale_job_keeps_the_sentence(runtime: Runtime) -> None:
     job = claim(runtime)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     [lost] = runtime.store.find_stale()
     assert runtime.store.fail_seen(lost, "Given up.")
     assert read(runtime, job.id)["error_message"] == "Given up."
@@ -313,7 +313,7 @@ def fill_with_old_and_live_jobs(runtime: Runtime) -> None:
     ("jobs of this node", lambda store: store.find_siblings(), LIVE_JOBS),
     ("pending jobs, by their ids alone", lambda store: store.pending_ids(), 0),
     ("those of some jobs that are pending", lambda store: store.pending_ids([ObjectId()]), 0),
-    ("the outbox", lambda store: store.find_unnotified(30), 0),
+    ("the outbox", lambda store: list(store.find_unnotified(30)), 0),
     ("cancelled jobs", lambda store: store.find_cancelled(), 0),
 )
 def test_a_sweep_examines_only_jobs_that_run_or_wait(
@@ -375,7 +375,7 @@ EVERY_VERB: list[Callable[[JobStore], object]] = [
     lambda store: store.find_lost([some_job()]),
     lambda store: store.find_cancelled(),
     lambda store: store.mark_notified([(ObjectId(), "owner-1")]),
-    lambda store: store.find_unnotified(0),
+    lambda store: list(store.find_unnotified(0)),
     lambda store: store.find_siblings(),
     lambda store: store.look(ObjectId()),
     lambda store: list(store.find_stale()),

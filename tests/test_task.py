@@ -228,7 +228,7 @@ def test_a_result_that_cant_be_written_is_kept_and_the_next_attempt_uses_it(
     job = claim(runtime, insert_text(runtime, "Hello"))
     outcome = worker.settle(severed, late(job), Result({"generated_text": "kept"}))
     assert isinstance(outcome, LeaveJob)
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     runtime.sweeper.sweep()
     assert deliver(runtime, job.id)["status"] == "completed"
     assert read(runtime, job.id)["output_data"] == {"generated_text": "kept"}
@@ -239,7 +239,7 @@ def test_a_result_that_cant_be_written_is_kept_and_the_next_attempt_uses_it(
 def test_a_picture_that_cant_be_written_is_kept_whole(runtime: Runtime, severed: Runtime) -> None:
     job = claim(runtime, insert(runtime, job_type=IMAGE, input_data={"prompt": "A city"}))
     worker.settle(severed, late(job), Result({}, Media(PNG, "png", "image_url")))
-    change(runtime, job.id, worker__lease_until=ago(1))
+    change(runtime, job.id, worker__lease_until=ago(5))
     runtime.sweeper.sweep()
     deliver(runtime, job.id)
     assert stored(runtime, read(runtime, job.id)["artifact_url"]) == PNG
@@ -257,7 +257,7 @@ def test_the_winner_deletes_what_an_earlier_attempt_stored(runtime: Runtime) -> 
     job_id = insert(runtime, job_type=IMAGE, input_data={"prompt": "A city", "size": "64x48"})
     earlier = claim(runtime, job_id)
     runtime.artifacts.publish(worker.file_name(earlier, "png"), PNG)
-    runtime.store.release(earlier, ago(1), counted=True)
+    runtime.store.release(earlier, ago(5), counted=True)
     deliver(runtime, job_id)
     [name] = runtime.artifacts.names(str(job_id))
     assert read(runtime, job_id)["artifact_url"].endswith(name)

@@ -26,7 +26,7 @@ class Chores:
             StoreUnavailable: MongoDB can't be reached.
         """
         is_well = True
-        for log, chore in self._chores:
+        for log, chore in list(self._chores):
             began_at = time.monotonic()
             if (fault := fault_of(chore, done)) is None:
                 log.over()
@@ -34,6 +34,8 @@ class Chores:
             log.fault(fault)
             is_well = False
             if time.monotonic() > began_at + self.hang_s:  # there are more urgent things to do than to wait
+                self._chores.remove((log, chore))
+                self._chores.append((log, chore))  # so that it can't keep the others from their turn for ever
                 break
         return is_well
 

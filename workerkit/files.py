@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -11,6 +12,8 @@ from datetime import datetime, timedelta
 from bson import ObjectId
 
 from workerkit.artifacts import Artifacts
+from workerkit.errors import FailJob, StoreUnavailable
+from workerkit.logs import logger
 from workerkit.turns import Turns
 
 
@@ -37,12 +40,23 @@ class FileSweeper:
         self._now, self._retention_days = now, retention_days
         self._next_at = 0.0
 
-    def is_due(self) -> bool:
-        """Whether it is time, and this process's turn among all that share the database."""
+    def sweep_if_due(self) -> None:
+        """Sweeps every hour, if it is this process's turn among all that share the database.
+
+        It does so in a thread of its own: a slow artifact store must not cost leases. Raises StoreUnavailable.
+        """
         if time.monotonic() < self._next_at:
-            return False
+            return
         self._next_at = time.monotonic() + self.EVERY_S
-        return self._turns.take(self.TURN, self.EVERY_S)
+        if self._turns.take(self.TURN, self.EVERY_S):
+            threading.Thread(target=self.sweep_and_log, name="files", daemon=True).start()
+
+    def sweep_and_log(self) -> None:
+        try:
+            for line in self.sweep():
+                logger.info(line)
+        except (StoreUnavailable, FailJob) as error:
+            logger.warning("the next search for files of lost attempts is in an hour: %s", error)
 
     def sweep(self, *, all_files: bool = False) -> list[str]:
         """One search; returns a line that says how many files were deleted.

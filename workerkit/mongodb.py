@@ -34,6 +34,7 @@ PASSING_CODES = frozenset(
     # A server under pressure, a cursor or a plan that was killed, keys and routes that aren't known yet.
     | {365, 43, 237, 175, 211, 202, 391, 462}
 )
+SUSPENDED_S = 1.0  # by which the host's two clocks move apart only where it slept, or its time was set
 SAME_INDEX_CODES = (85, 86)  # there is one like it, under another name or with other options
 # What an operator reads about refusals that are met most.
 CAUSES = {
@@ -137,12 +138,18 @@ class Clock:
 
     def synchronise(self, server_time: datetime) -> None:
         self._pair = (server_time, time.monotonic())
+        self._host_offset_s = time.time() - time.monotonic()
         self.is_synchronised = True
 
     @property
     def age_s(self) -> float:
         """Seconds since the server's last answer."""
         return time.monotonic() - self._pair[1]
+
+    @property
+    def was_suspended(self) -> bool:
+        """Whether the host has slept since: its monotonic clock stood still then, and the other one was set later."""
+        return abs(time.time() - time.monotonic() - self._host_offset_s) > SUSPENDED_S
 
     def now(self) -> datetime:
         """Aware UTC, in whole milliseconds as BSON keeps them."""
@@ -157,28 +164,32 @@ class ServerClock(Clock):
     `primary` is the server process that answered last (None behind a mongos). All methods raise StoreUnavailable.
     """
 
-    MAX_AGE_S = 60.0
+    MAX_AGE_S, MAX_ROUND_TRIP_S = 60.0, 1.0
 
     def __init__(self, database: Database[Document]) -> None:
         super().__init__()
         self._database = database
         self.primary: ObjectId | None = None
         self.address: object = None
+        self._round_trip_s = 0.0
 
     def read(self) -> None:
         """Reads the database's time, and which server process is the primary."""
+        asked_at = time.monotonic()
         with unknown_when_unreachable():
             try:
                 hello = self._database.command("hello")
             except NotImplementedError:  # mongomock has no `hello`, so the host's clock serves
                 hello = {"localTime": datetime.now(UTC)}
         self.primary = None if hello.get("msg") == "isdbgrid" else hello.get("topologyVersion", {}).get("processId")
-        self.synchronise(hello["localTime"].replace(tzinfo=UTC))
+        self._round_trip_s = time.monotonic() - asked_at
+        self.synchronise(hello["localTime"].replace(tzinfo=UTC) + timedelta(seconds=self._round_trip_s / 2))
         self.address = self._known_primary()
 
     def refresh(self) -> None:
-        """Reads the time again after a minute, or if another server is the primary now, whose time may be another."""
-        if self.age_s > self.MAX_AGE_S or self._known_primary() != self.address:
+        """Reads the time again after a minute, a slow answer or a sleep, or if another server is the primary now."""
+        is_doubtful = self.was_suspended or self._round_trip_s > self.MAX_ROUND_TRIP_S
+        if is_doubtful or self.age_s > self.MAX_AGE_S or self._known_primary() != self.address:
             self.read()
 
     def _known_primary(self) -> object:
