@@ -396,20 +396,6 @@ def test_an_ended_job_stays_in_the_outbox_until_its_notice_is_out(runtime: Runti
     assert list(runtime.store.find_unnotified(0)) == []
 
 
-@table(
-    "fields",
-    ("its lease ran out", {"worker__lease_until": ago(5)}),
-    ("released and forgotten", {"worker__owner": None, "worker__rescue_at": ago(5)}),
-    ("an older worker's, without bookkeeping", {"worker": None, "started_at": ago(3600)}),
-)
-def test_a_stale_job_is_released_and_can_be_claimed(runtime: Runtime, fields: dict[str, Any]) -> None:
-    job = claim(runtime)
-    change(runtime, job.id, **fields)
-    [lost] = runtime.store.find_stale()
-    assert runtime.store.release_stale(lost)
-    assert claim(runtime, job.id, "owner-2").owner == "owner-2"
-
-
 def test_a_renewal_in_between_saves_the_job_from_the_sweeper(runtime: Runtime) -> None:
     job = claim(runtime)
     change(runtime, job.id, worker__lease_until=ago(5))
@@ -642,13 +628,6 @@ def test_a_job_whose_process_was_killed_at_the_hard_limit_took_too_long(runtime:
     runtime.sweeper.release_dead_siblings()
     assert read(runtime, job.id)["error_message"] == TOOK_TOO_LONG
     assert notices.statuses(1)[0]["message"] == TOOK_TOO_LONG
-
-
-def test_a_result_that_was_kept_before_the_hard_limit_is_not_thrown_away(runtime: Runtime) -> None:
-    job = claim(runtime)
-    runtime.notes.keep_result(job.kept_name, Result({"generated_text": "paid"}))
-    change(runtime, job.id, worker__pid=gone_pid(), worker__deadline=ago(0))
-    assert runtime.sweeper.release_dead_siblings() == [f"job={job.id} its process died: released"]
 
 
 @table(

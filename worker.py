@@ -126,7 +126,6 @@ class Status(StrEnum):
     FAILED = "failed"
 
 
-ACTIVE_STATUSES = frozenset({Status.PENDING, Status.PROCESSING})
 TERMINAL_STATUSES = frozenset({Status.COMPLETED, Status.FAILED})
 
 
@@ -366,10 +365,10 @@ class JobStore:
             return Reason.UNKNOWN
         if job.status in TERMINAL_STATUSES:
             return Reason.TERMINAL
-        if job.status not in ACTIVE_STATUSES:
-            return Reason.FOREIGN_STATUS
         if job.status == Status.PENDING:
             return None
+        if job.status != Status.PROCESSING:
+            return Reason.FOREIGN_STATUS
         own = job.bookkeeping
         if not own.is_released or job.is_of_older_worker:
             return Reason.HELD

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import mimetypes
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -309,6 +311,16 @@ def test_a_store_that_cant_be_reached_raises_store_unavailable(s3: str, values: 
         artifacts = open_store(lambda: client["away"], **{**s3_settings(s3, ""), **values})
         with pytest.raises(StoreUnavailable):
             artifacts.publish("a.png", PNG)
+
+
+def test_half_a_file_is_removed_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ArtifactsUnavailable, match="No space left on device"):
+        open_store(artifact_url=f"file://{tmp_path}").publish("a.png", PNG)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_reason_is_named_and_no_path(tmp_path: Path) -> None:

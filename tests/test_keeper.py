@@ -319,6 +319,13 @@ def test_what_a_process_of_the_node_held_is_released_once_it_was_replaced(runtim
     assert read(runtime, job.id)["worker"]["owner"] is None
 
 
+def test_a_result_that_was_kept_before_the_hard_limit_is_not_thrown_away(runtime: Runtime) -> None:
+    job = claim(runtime)
+    runtime.notes.keep_result(job.kept_name, Result({"generated_text": "paid"}))
+    change(runtime, job.id, worker__pid=gone_pid(), worker__deadline=ago(0))
+    assert runtime.sweeper.release_dead_siblings() == [f"job={job.id} its process died: released"]
+
+
 def test_the_lease_of_an_ended_attempt_is_not_renewed(runtime: Runtime) -> None:
     attempt = kept(runtime)
     change(runtime, attempt.job.id, worker__lease_until=ago(5))

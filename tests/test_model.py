@@ -2,9 +2,10 @@
 
 Hypothesis drives the real JobStore and Sweeper of three processes over one database: submits, claims, renewals, ends,
 hand-backs, sweeps, cancels, revokes, duplicates, lost and late requests, lost replies, dead processes, clocks that
-are off. `Model` says, from a job's facts alone, what each verb may do to it. Every single write is compared with that:
-what the model forbids must not happen, and what it allows must happen in calm weather. At the end of each example the
-world calms down, one worker is left, and every job has to end, and its end to be published, within a bounded time.
+are off, bookkeeping that somebody spoils, documents that are put back, and a validator that refuses writes for good.
+`Model` says, from a job's facts alone, what each verb may do to it. Every single write is compared with that: what the
+model forbids must not happen, and what it allows must happen in calm weather. At the end of each example the world
+calms down, one worker is left, and every job has to end, and its end to be published, within a bounded time.
 
 The same examples run each time, and three times as many in CI. For thousands of new ones, other ones each time:
 
@@ -57,9 +58,9 @@ from workerkit.lost_messages import LostMessages
 from workerkit.messages import COPY, Delivery
 from workerkit.mongodb import ServerClock
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, result_name
-from workerkit.sentences import DAMAGED, GAVE_UP, STOPPED
+from workerkit.sentences import DAMAGED, GAVE_UP, NOT_SET_UP, STOPPED
 from workerkit.settings import Limits
-from workerkit.turns import EveryTurn
+from workerkit.turns import EveryTurn, Turns
 
 QUEUE = "ai_jobs"
 LEASE_S, ORPHAN_S, DEADLINE_S, MAX_ATTEMPTS, RETRY_S = 10.0, 60.0, 300.0, 2, 1.0
@@ -196,6 +197,29 @@ class Facts:
         """What a failure by somebody other than its attempt makes of it."""
         own = {**self.kept(now), "owner": self.read("owner", now), "attempt": self.number("attempt", now)}
         return self.ended("failed", now, own, error_message=sentence)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a validator refuses of a job: any write that leaves its document like this."""
+
+    condition: Document
+    applies: Callable[[Facts], bool]
+
+
+def has(name: str) -> Callable[[Facts], bool]:
+    return lambda facts: isinstance(facts.own, dict) and name in facts.own
+
+
+NO_FAILURE = Refusal({"status": "failed"}, lambda facts: facts.status == "failed")
+REFUSALS = [
+    Refusal({"status": "processing"}, lambda facts: facts.status == "processing"),
+    Refusal({"status": "completed"}, lambda facts: facts.status == "completed"),
+    Refusal({"worker.lease_until": {"$exists": True}}, has("lease_until")),
+    Refusal({"worker.rescue_at": {"$exists": True}}, has("rescue_at")),
+    Refusal({"worker.unnotified": {"$exists": True}}, has("unnotified")),
+    NO_FAILURE,
+]
 
 
 @dataclass
@@ -345,7 +369,13 @@ class Model:
         is_free = facts.is_stale(call.host.world.now) or facts.is_released(now)
         is_over = facts.is_exhausted(now) or facts.is_past_bounds(SETTINGS.celery_time_limit, now)
         is_given_up = is_free and is_over and not Model.is_kept(call, facts, seen.id)
-        if not (is_killed or is_given_up) or facts.status != "processing" or not Model.is_unchanged(facts, seen):
+        is_lost = is_free or Model.is_dead(call, facts)
+        is_stuck = is_lost and call["sentence"] == NOT_SET_UP and seen.id in call.host.world.ever_refused
+        if (
+            not (is_killed or is_given_up or is_stuck)
+            or facts.status != "processing"
+            or not Model.is_unchanged(facts, seen)
+        ):
             return None
         return facts.failed_as_seen(now, call["sentence"])
 
@@ -372,17 +402,29 @@ class Model:
 
     @staticmethod
     def mark_notified(call: Call, facts: Facts, told: tuple[ObjectId, str | None]) -> Facts | None:
-        if not isinstance(facts.own, dict) or facts.owner != told[1]:
+        if not isinstance(facts.own, dict) or facts.owner != normal(told[1]):
             return None
         return replace(facts, own={name: value for name, value in facts.own.items() if name != "unnotified"})
 
     @staticmethod
+    def possible(call: Call, job_id: ObjectId, facts: Facts) -> list[Facts]:
+        """What the call may make of the job, the best first. A failure is written with less where more is refused."""
+        verb, target = getattr(Model, call.verb, None), call.targets.get(job_id)
+        best = verb(call, facts, target) if verb and target else None
+        if best is None:
+            return []
+        if call.verb not in ("fail", "fail_seen", "fail_revoked", "fail_unowned"):
+            return [best]
+        attempt = target.attempt if isinstance(target, Job) else best.own["attempt"]
+        less = {"owner": best.own["owner"], "attempt": attempt, "unnotified": best.own["unnotified"]}
+        return [best, replace(best, own=less), replace(best, own=None)]
+
+    @staticmethod
     def after(call: Call, job_id: ObjectId, facts: Facts) -> Facts:
-        """What the job is like after this call has done all that it may."""
-        verb = getattr(Model, call.verb, None)
-        if verb is None or job_id not in call.targets:
-            return facts
-        return verb(call, facts, call.targets[job_id]) or facts
+        """What the job is like after this call has done all that it may, and that MongoDB takes."""
+        world = call.host.world
+        taken = (each for each in Model.possible(call, job_id, facts) if not world.refuses(job_id, each))
+        return next(taken, facts)
 
     @staticmethod
     def reason(facts: Facts | None, limits: Limits, now: datetime, bounded: bool) -> Reason:
@@ -492,7 +534,7 @@ class Host:
     """A machine with one worker process. A new process has a new pid, and a clock that isn't set yet."""
 
     def __init__(self, world: World, number: int) -> None:
-        self.world, self.node = world, f"node-{number}"
+        self.world, self.node, self.is_rival = world, f"node-{number}", number == HOSTS - 1
         self.behind_s = 0.0
         self.start_process(wall_offset_s=0)
 
@@ -505,7 +547,8 @@ class Host:
             self.clock.is_synchronised = False
         self.store = WatchedStore(self, self.clock)
         redis, network = cast(Any, Redis(self.world)), cast(Any, Network(self))
-        turns = EveryTurn(network, self.store.now)
+        # The last host's sweeper takes no notice of turns, as `recover` does.
+        turns = (EveryTurn if self.is_rival else Turns)(network, self.store.now)
         lost_messages = LostMessages(network, turns, redis)
         lost_messages.marker_overdue_s = MARKER_OVERDUE_S
         self.lost_messages = lost_messages
@@ -639,6 +682,8 @@ class World:
         self.jobs.database["worker_turns"].insert_one({"_id": f"queue:{QUEUE}", "seen_at": datetime(8000, 1, 1)})
         self.now = BEGINNING
         self.facts: dict[ObjectId, Facts] = {}
+        self.refusals: dict[ObjectId, Refusal] = {}
+        self.ever_refused: set[ObjectId] = set()
         self.inserted: dict[ObjectId, Document] = {}
         # What each end of an attempt made of its job, by owner and verb.
         self.settled: dict[tuple[str, str], Facts] = {}
@@ -714,18 +759,25 @@ class World:
 
     def watch(self, call: Call, operation: Callable[[], Any]) -> Any:
         """Does one operation of a verb, and holds what it wrote against the model."""
-        answer = operation()
+        try:
+            return operation()
+        finally:
+            self.check(call)
+
+    def check(self, call: Call) -> None:
         for job_id, facts in self.read().items():
             before = self.facts[job_id]
             if facts == before:
                 continue
-            assert facts == Model.after(call, job_id, before), f"{call.verb} may not do this to {before}"
+            # A late request may come when the validator is another one.
+            possible = [Model.after(call, job_id, before)]
+            possible += Model.possible(call, job_id, before) if job_id in self.ever_refused else []
+            assert facts in possible, f"{call.verb} may not do this to {before}"
             assert not facts.is_active or before.is_active, "an ended job ran again"
             self.facts[job_id] = facts
             if call.verb != "renew_leases" and isinstance(job := call.targets[job_id], Job):
                 assert job.owner not in self.refused, "it had got the answer that the job is no longer its own"
                 self.settled[job.owner, call.verb] = facts
-        return answer
 
     def do_late_requests(self) -> None:
         late, self.late = self.late, []
@@ -738,8 +790,17 @@ class World:
 
     def write(self, job_id: ObjectId, **fields: Any) -> None:
         """A write of others, which no verb of ours makes: what it does are new facts."""
-        self.jobs.update_one({"_id": job_id}, {"$set": fields})
+        self.jobs.update_one({"_id": job_id}, {"$set": fields}, bypass_document_validation=bool(self.ever_refused))
         self.facts.update(self.read())
+
+    def refuses(self, job_id: ObjectId, facts: Facts) -> bool:
+        return job_id in self.refusals and self.refusals[job_id].applies(facts)
+
+    def set_validator(self, refusals: Mapping[ObjectId, Refusal]) -> None:
+        self.refusals = dict(refusals)
+        self.ever_refused |= set(refusals)
+        refused = [{"_id": job_id, **refusal.condition} for job_id, refusal in refusals.items()]
+        self.jobs.database.command("collMod", self.jobs.name, validator={"$nor": refused} if refused else {})
 
 
 # ── what happens in it ───────────────────────────────────────────────────────────────────────────────────────────
@@ -812,6 +873,8 @@ class StatusMachine(RuleBasedStateMachine):
         self.world = World(stage, jobs)
         self.world.interrupt = self.interrupt
         self.shapes, self.is_spoilt = shapes, shapes is not SHAPES_OF_OURS
+        if self.is_spoilt:
+            self.world.set_validator({})
         self.tries: list[Try] = []
         self.stale: list[Snapshot] = []
         self.last_owner = 0
@@ -881,6 +944,14 @@ class StatusMachine(RuleBasedStateMachine):
         world, job_id = self.world, self.pick_job(job)
         if self.is_spoilt and isinstance(world.facts[job_id].own, dict):
             world.write(job_id, **{f"worker.{field}": ODD_VALUES[value % len(ODD_VALUES)]})
+
+    @rule(job=PICK, refusal=st.sampled_from([None, *REFUSALS]))
+    def validator_is_changed(self, job: int, refusal: Refusal | None) -> None:
+        """Only MongoDB itself has validators."""
+        if self.is_spoilt:
+            job_id = self.pick_job(job)
+            others = {key: each for key, each in self.world.refusals.items() if key != job_id}
+            self.world.set_validator({**others, job_id: refusal} if refusal else others)
 
     def is_running_elsewhere(self, facts: Facts) -> bool:
         return facts.status == "processing" and facts.is_older_workers(self.world.now)
@@ -972,7 +1043,13 @@ class StatusMachine(RuleBasedStateMachine):
         """As the task does: the same owner until there is an answer."""
         claim = partial(attempt.host.store.claim, attempt.job_id, attempt.owner, attempt.delivery, waited_s=1)
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
-            answer = self.ask(is_patient, lambda: claim(bounded=attempt.bounded))
+            try:
+                answer = self.ask(is_patient, lambda: claim(bounded=attempt.bounded))
+            except StoreRefused:  # as the task does
+                self.tries.remove(attempt)
+                if attempt.host.store.fail_unowned(attempt.job_id, NOT_SET_UP):
+                    self.publish_end(attempt)
+                return
             facts = self.world.facts.get(attempt.job_id)
             if isinstance(answer, Job):
                 assert facts
@@ -1021,8 +1098,11 @@ class StatusMachine(RuleBasedStateMachine):
             try:
                 is_written = self.ask(is_patient, lambda: self.write_outcome(attempt))
             except StoreRefused:  # as the task does
+                if attempt.outcome == "fail":  # its slot is free, and its lease runs out
+                    self.tries.remove(attempt)
+                    return
                 attempt.outcome = "fail"
-                is_written = self.ask(is_patient, lambda: self.write_outcome(attempt))
+                return self.end(attempt, outcome, weather, is_patient)
             self.tries.remove(attempt)
             self.check_answer(attempt, is_written)
             if is_written and attempt.outcome in ("complete", "fail"):
@@ -1051,8 +1131,11 @@ class StatusMachine(RuleBasedStateMachine):
                 "the answer is that its job is lost, but it is not"
             )
             # Before the reply to a release is asked for again, the next attempt may have begun.
-            assert self.world.settled.get((owner, verb)) != facts, "its own write is not known"
-            assert verb == "release" or (owner, verb) not in self.world.settled, "its own write is not known"
+            # An end without bookkeeping, where MongoDB refuses more, can't be known again.
+            is_known = attempt.job_id not in self.world.ever_refused
+            assert not is_known or self.world.settled.get((owner, verb)) != facts, "its own write is not known"
+            is_known &= verb != "release"
+            assert not is_known or (owner, verb) not in self.world.settled, "its own write is not known"
             self.world.refused.add(owner)
         if is_written and verb == "release":
             assert (facts.status, facts.owner) == ("processing", None)
@@ -1097,8 +1180,9 @@ class StatusMachine(RuleBasedStateMachine):
             is_whole = weather.is_calm and self.world.is_redis_up and had_time and not sweeper.sweeper.had_fault
             sweeper.sweeper.release_dead_siblings()
             sweeper.sweeper.sweep()
-            if is_whole:
-                assert self.stale_ids(sweeper.now()) == set(), "a stale job was left"
+            if is_whole and sweeper.sweeper.has_turn:
+                endless = {job_id for job_id, refusal in self.world.refusals.items() if refusal is NO_FAILURE}
+                assert self.stale_ids(sweeper.now()) <= endless, "a stale job was left"
                 assert not self.world.revoked, "a revoked job was left"
 
     def stale_ids(self, now: datetime) -> set[ObjectId]:
@@ -1110,10 +1194,11 @@ class StatusMachine(RuleBasedStateMachine):
         sweeper, store = self.world.hosts[host], self.world.hosts[host].store
         with contextlib.suppress(StoreUnavailable), self.world.under(weather):
             for job in self.stale:
-                if not store.is_past_bounds(job):
-                    store.release_stale(job)
-                elif not self.has_kept_result(job):
-                    store.fail_seen(job, GAVE_UP)
+                with contextlib.suppress(StoreRefused):
+                    if not store.is_past_bounds(job):
+                        store.release_stale(job)
+                    elif not self.has_kept_result(job):
+                        store.fail_seen(job, GAVE_UP)
         self.stale = list(store.find_stale())
         self.check_what_is_found(sweeper)
 
@@ -1129,6 +1214,9 @@ class StatusMachine(RuleBasedStateMachine):
         assert {job.id for job in sweeper.store.find_siblings()} == mine
         pending = {key for key, facts in everything.items() if facts.status == "pending"}
         assert set(sweeper.store.pending_ids()) == pending
+        leases = {key: facts.own.get("lease_until") for key, facts in ended.items() if isinstance(facts.own, dict)}
+        cancelled = {key for key, until in leases.items() if isinstance(until, datetime) and until > now}
+        assert set(sweeper.store.find_cancelled()) == {key for key in cancelled if everything[key].status == "failed"}
 
     # what others do between two requests of a verb
 
@@ -1180,6 +1268,9 @@ class StatusMachine(RuleBasedStateMachine):
         if not self.world.facts:
             return
         self.world.is_redis_up = True
+        if self.is_spoilt:  # a job whose failure is refused as well ends once the operator has changed that
+            refusals = self.world.refusals.items()
+            self.world.set_validator({job_id: each for job_id, each in refusals if each is not NO_FAILURE})
         self.world.do_late_requests()
         for host in self.world.hosts:
             self.kill_process(host, wall_offset_s=0)
@@ -1187,7 +1278,8 @@ class StatusMachine(RuleBasedStateMachine):
             self.healthy_round()
             left = [facts for facts in self.world.facts.values() if facts.is_active or facts.unnotified]
             if not left:
-                ended = {job_id: facts.status for job_id, facts in self.world.facts.items() if facts.is_ended_by_us}
+                with_outbox = {job_id: facts for job_id, facts in self.world.facts.items() if facts.own is not None}
+                ended = {job_id: facts.status for job_id, facts in with_outbox.items() if facts.is_ended_by_us}
                 assert ended.items() <= self.world.published.items()
                 return
         raise AssertionError(f"after {ROUNDS * ROUND_S:g} s a job has not ended, or its end is not published: {left}")
@@ -1225,6 +1317,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Gives worker.py the world's time, processes and broker instead of this machine's."""
     stage = SimpleNamespace(world=None)
     clock = {**vars(time), "monotonic": lambda: stage.world.actor.monotonic_s}
+    clock["time"] = lambda: stage.world.now.timestamp()
     processes = {**vars(os), "getpid": lambda: stage.world.actor.pid}
     for module in (worker, workerkit.mongodb):
         monkeypatch.setattr(module, "time", SimpleNamespace(**clock))
@@ -1263,5 +1356,6 @@ def test_the_store_keeps_to_the_model_on_mongomock(stage: SimpleNamespace) -> No
 @pytest.mark.timeout(600)
 def test_the_store_keeps_to_the_model_on_mongodb(stage: SimpleNamespace, mongo_server: MongoServer) -> None:
     with pymongo.MongoClient[Document](mongo_server.url) as client:
+        client["test_model"].create_collection("jobs")
         run(stage, client["test_model"]["jobs"], SHAPES_OF_OURS + SPOILT_SHAPES, examples=30, in_ci=80)
         client.drop_database("test_model")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.processes import poll
+from testbed.processes import SOURCE, poll
 from tests.lab import gone_pid
 from workerkit.process import (
     EventLoopThread,
@@ -124,6 +124,27 @@ def test_a_parent_ends_by_force_once_its_children_hold_no_job() -> None:
     code, written = in_child(run)
     assert code == 7
     assert written.startswith(b"written, ")
+
+
+SLOW_END = """
+import time
+from workerkit.process import Shutdown
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.3)
+
+Shutdown.ORDERLY_END_S, Shutdown.LOOK_AGAIN_S = 0.0, 0.1
+shutdown, slow = Shutdown(), Slow()
+shutdown.bound(lambda: [])
+shutdown.announce(0)
+"""
+
+
+def test_a_process_that_is_at_its_end_is_not_ended_by_force() -> None:
+    """Python has no handlers of signals any more by then, so the timer's signal would kill it."""
+    ended = subprocess.run([sys.executable, "-c", SLOW_END], cwd=SOURCE, timeout=30, check=False)
+    assert ended.returncode == 0
 
 
 def test_sigterm_to_a_child_waits_for_its_task_once_a_shutdown_is_announced() -> None:

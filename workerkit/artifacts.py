@@ -113,12 +113,16 @@ class FolderArtifacts(Artifacts):
         part = self._folder / f"{name}.part"
         with unavailable_when_files_fail():
             self._folder.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # after a power cut the document that names the file is still there
-            part.chmod(0o644)  # the web server in front runs as another user
-            part.replace(self._folder / name)
+            try:
+                with part.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())  # after a power cut the document that names the file is still there
+                part.chmod(0o644)  # the web server in front runs as another user
+                part.replace(self._folder / name)
+            except OSError:
+                part.unlink(missing_ok=True)  # half a file would fill a full disk even more
+                raise
         return None
 
     def names(self, prefix: str = "") -> Iterator[str]:
@@ -131,35 +135,43 @@ class FolderArtifacts(Artifacts):
 
 
 class FsspecArtifacts(Artifacts):
-    """Files in any other file system that fsspec knows by a URL, such as `s3://bucket/folder`."""
+    """Files in any other file system that fsspec knows by a URL, such as `s3://bucket/folder`.
+
+    A server that hangs is given up after `patience_s`, as an attempt that waits for it holds its slot.
+    """
+
+    patience_s = 30.0
 
     def __init__(self, url: str, base_url: str, options: Mapping[str, Any]) -> None:
         super().__init__(base_url)
         self._url, self._options = url.rstrip("/"), dict(options)
         self._is_s3 = url.startswith("s3://")
 
-    def _open(self) -> tuple[AbstractFileSystem, str]:
+    def _open(self) -> tuple[AbstractFileSystem, str, Document]:
+        """The file system, the folder in it, and the options of each call."""
         import fsspec
 
-        return fsspec.core.url_to_fs(self._url, **self._options)  # type: ignore[no-any-return]
+        files, folder = fsspec.core.url_to_fs(self._url, **self._options)
+        return files, folder, {"timeout": self.patience_s} if files.async_impl else {}
 
     def put(self, name: str, data: bytes, content_type: str) -> str | None:
         with unavailable_when_files_fail():
-            files, folder = self._open()
-            files.pipe_file(f"{folder}/{name}", data, **({"ContentType": content_type} if self._is_s3 else {}))
+            files, folder, options = self._open()
+            options |= {"ContentType": content_type} if self._is_s3 else {}
+            files.pipe_file(f"{folder}/{name}", data, **options)
         return None
 
     def names(self, prefix: str = "") -> Iterator[str]:
         with unavailable_when_files_fail():
-            files, folder = self._open()
-            for path in files.glob(f"{folder}/{prefix}*"):
+            files, folder, options = self._open()
+            for path in files.glob(f"{folder}/{prefix}*", **options):
                 yield path.rsplit("/", 1)[-1]
 
     def delete(self, name: str) -> None:
         with unavailable_when_files_fail():
-            files, folder = self._open()
+            files, folder, options = self._open()
             with contextlib.suppress(FileNotFoundError):
-                files.rm_file(f"{folder}/{name}")
+                files.rm_file(f"{folder}/{name}", **options)
 
 
 class InlineArtifacts(Artifacts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import math
 import mmap
@@ -153,6 +154,7 @@ class Shutdown(ShutdownTime):
         if self._children:
             self._exit_code = exit_code
             signal.signal(signal.SIGALRM, self._end_by_force)
+            atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # Python's own end takes its handler away
             in_s = max(self.LOOK_AGAIN_S, self.overdue_at - time.monotonic())
             signal.setitimer(signal.ITIMER_REAL, in_s, self.LOOK_AGAIN_S)
 
