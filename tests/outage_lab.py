@@ -80,6 +80,8 @@ often = {"interval_start": 0.5, "interval_step": 0.0, "interval_max": 0.5}
 JobConnection.ensure_connection = partialmethod(JobConnection.ensure_connection, **often)
 JobConnection._ensure_connection = partialmethod(JobConnection._ensure_connection, **often)
 """
+# What a sweeper logs that has a message to send, and can't.
+SWEEP_FAULTS = ("lost jobs can't be put back into the queue", "lost messages can't be looked for")
 LASTS_S = 3.0  # so that a retry comes due, sweeps fail, and lines would be repeated
 
 STEPS = {
@@ -105,6 +107,7 @@ class Meanwhile:
     are_retries_released: bool
     is_lease_renewed: bool
     are_queued_completed: bool
+    has_sweep_failed: bool
     is_keeper_alive: bool
 
 
@@ -165,6 +168,7 @@ def look(place: Place, since: datetime, works_off_its_queue: bool) -> Meanwhile:
     released = comes_true(lambda: is_released("retried") and is_released("retried, too"))
     renewed = comes_true(is_renewed)
     worked_off = works_off_its_queue and comes_true(lambda: statuses(*QUEUED) == {"completed"})
+    swept = works_off_its_queue and comes_true(lambda: any(line in place.log() for line in SWEEP_FAULTS))
     alive = comes_true(lambda: min(beats()) > since.timestamp() + LASTS_S)
     return Meanwhile(
         is_ended=ended,
@@ -173,6 +177,7 @@ def look(place: Place, since: datetime, works_off_its_queue: bool) -> Meanwhile:
         are_retries_released=released,
         is_lease_renewed=renewed,
         are_queued_completed=worked_off,
+        has_sweep_failed=swept,
         is_keeper_alive=alive,
     )
 

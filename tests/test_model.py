@@ -166,10 +166,6 @@ class Facts:
         is_free = self.status == "processing" and isinstance(self.own, dict) and self.owner is None
         return is_free and not self.is_older_workers(now)
 
-    @property
-    def is_ended_by_us(self) -> bool:
-        return not self.is_active and self.completed_at is not None
-
     def is_past_bounds(self, hard_s: float, now: datetime) -> bool:
         first_started_at = self.read("first_started_at", now)
         is_too_old = first_started_at and first_started_at <= now - timedelta(seconds=max(DEADLINE_S, hard_s))
@@ -687,6 +683,7 @@ class World:
         self.inserted: dict[ObjectId, Document] = {}
         # What each end of an attempt made of its job, by owner and verb.
         self.settled: dict[tuple[str, str], Facts] = {}
+        self.ended_by_us: set[ObjectId] = set()
         self.refused: set[str] = set()  # owners that got the answer that the job is no longer theirs
         self.calls: list[Call] = []
         self.late: list[Callable[[], Any]] = []
@@ -774,6 +771,8 @@ class World:
             possible += Model.possible(call, job_id, before) if job_id in self.ever_refused else []
             assert facts in possible, f"{call.verb} may not do this to {before}"
             assert not facts.is_active or before.is_active, "an ended job ran again"
+            if not facts.is_active:
+                self.ended_by_us.add(job_id)
             self.facts[job_id] = facts
             if call.verb != "renew_leases" and isinstance(job := call.targets[job_id], Job):
                 assert job.owner not in self.refused, "it had got the answer that the job is no longer its own"
@@ -930,6 +929,7 @@ class StatusMachine(RuleBasedStateMachine):
             case Meddling.IT_IS_PUT_BACK if not facts.is_active:
                 world.write(job_id, status="pending")
                 world.published.pop(job_id, None)
+                world.ended_by_us.discard(job_id)
                 self.enqueue(job_id, is_message_lost=bool(host))
             case Meddling.DAMAGED_MESSAGE:
                 self.fail_unowned(world.hosts[host].store, job_id, weather)
@@ -1279,7 +1279,7 @@ class StatusMachine(RuleBasedStateMachine):
             left = [facts for facts in self.world.facts.values() if facts.is_active or facts.unnotified]
             if not left:
                 with_outbox = {job_id: facts for job_id, facts in self.world.facts.items() if facts.own is not None}
-                ended = {job_id: facts.status for job_id, facts in with_outbox.items() if facts.is_ended_by_us}
+                ended = {key: facts.status for key, facts in with_outbox.items() if key in self.world.ended_by_us}
                 assert ended.items() <= self.world.published.items()
                 return
         raise AssertionError(f"after {ROUNDS * ROUND_S:g} s a job has not ended, or its end is not published: {left}")
