@@ -51,9 +51,9 @@ from celery.exceptions import Ignore, Reject
 from kombu import Exchange
 from pydantic import BaseModel
 
-from workerkit import __version__, logs, sentences, values
+from workerkit import __version__, logs, mongodb, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.bookkeeping import INDEXES, Snapshot, first_attempt, owner_of, parse_bookkeeping, waiting
+from workerkit.bookkeeping import Snapshot, ensure_indexes, first_attempt, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
 from workerkit.errors import (
@@ -80,15 +80,7 @@ from workerkit.logs import RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
 from workerkit.messages import COPY, Delivery, carried_data, describe_delivery, own_arguments, parse_arguments
-from workerkit.mongodb import (
-    ServerClock,
-    iterate,
-    largest_field,
-    make_indexes,
-    open_database,
-    read_raw,
-    unknown_when_unreachable,
-)
+from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes, result_name
 from workerkit.once import made_once
 from workerkit.preparation import Preparation
@@ -260,7 +252,6 @@ class JobStore:
     """
 
     rescue_first_s, rescue_max_s = 30.0, 600.0  # from one rescue of a job to the next, doubled each time
-    batch = 100  # jobs that are handled together
     max_pending = 10_000  # ids of pending jobs that are looked at together
     CLAIM_TRIES = 5  # others may change a job between the read and the write of a claim
 
@@ -275,11 +266,11 @@ class JobStore:
         return self.clock.now()
 
     def ensure_indexes(self) -> None:
-        make_indexes(self._jobs, INDEXES)
+        ensure_indexes(self._jobs)
 
-    def read(self, job_id: ObjectId) -> Document | None:
+    def read(self, job_id: ObjectId, **same: Any) -> Document | None:
         with unknown_when_unreachable():
-            return self._jobs.find_one({"_id": job_id})
+            return self._jobs.find_one({"_id": job_id, **same})
 
     def look(self, job_id: ObjectId) -> Snapshot | None:
         """The job without its input and output; None if there is no document."""
@@ -330,7 +321,7 @@ class JobStore:
                 break
             job = self.look(job_id)
             if job and job.status == Status.PROCESSING and job.bookkeeping.owner == owner:
-                document = self.read(job_id)
+                document = self.read(job_id, **{"status": Status.PROCESSING, "worker.owner": owner})
             elif reason := self._why_not(job, delivery.limits, now, bounded=bounded):
                 return NotClaimed(reason, job)
             elif job and job.status == Status.PENDING:
@@ -347,13 +338,12 @@ class JobStore:
         return {"$set": {"status": Status.PROCESSING, **times, "error_message": None, "worker": own}}
 
     def _lease(self, now: datetime, owner: str, delivery: Delivery, waited_s: float) -> Document:
-        message = {"task_id": delivery.task_id, "priority": delivery.priority}
         return {
             "owner": owner,
             "node": self._node,
             "pid": os.getpid(),
             "queue": self._settings.celery_queue_name,
-            **{name: value for name, value in message.items() if value is not None},
+            **delivery.origin,
             "lease_until": now + timedelta(seconds=self._settings.lease_seconds),
             "deadline": now + timedelta(seconds=delivery.limits.hard_s - waited_s),
             "limits": [delivery.limits.hard_s, delivery.limits.soft_s],
@@ -503,7 +493,7 @@ class JobStore:
 
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> Document | None:
         """Fails a job that no attempt runs: pending, or released. None: it was neither, and nothing was written."""
-        return self._fail_if(job_id, sentence, lambda job: job.status == Status.PENDING or self._is_released(job))
+        return self._fail_if(job_id, sentence, lambda job: job.is_unowned)
 
     def fail_revoked(self, task: RevokedTask, sentence: str) -> Document | None:
         """Fails the job of a task that was revoked or has expired. None: the job isn't that task's any more.
@@ -519,9 +509,6 @@ class JobStore:
 
         return self._fail_if(ObjectId(task.job_id), sentence, is_its_job)
 
-    def _is_released(self, job: Snapshot) -> bool:
-        return job.status == Status.PROCESSING and job.bookkeeping.is_released and not job.is_of_older_worker
-
     def _fail_if(self, job_id: ObjectId, sentence: str, applies: Callable[[Snapshot], bool]) -> Document | None:
         for _ in range(self.CLAIM_TRIES):
             job = self.look(job_id)
@@ -536,8 +523,7 @@ class JobStore:
 
         Raises StoreRefused: MongoDB takes this end in no form.
         """
-        own = {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner}
-        return self._end_by_force(job.unchanged(), sentence, own)
+        return self._end_by_force(job.unchanged(), sentence, {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner})
 
     def _end_by_force(self, same: Document, sentence: str, own: Document) -> Document | None:
         """Fails a job; with less and less in its document, where MongoDB refuses more."""
@@ -575,11 +561,23 @@ class JobStore:
 
         Each time the next rescue is twice as far away, so that a long queue isn't flooded with copies.
         """
+        rescued: Document = {"$set": job.rescued(self.now(), self.rescue_first_s, self.rescue_max_s)}
+        return rescued["$set"]["worker"] if self._update(job.unchanged(), rescued, {"_id": 1}) else None
+
+    def release_together(self, jobs: Sequence[Snapshot]) -> dict[ObjectId, Document]:
+        """Does for several jobs at once what `release_stale` does, twenty times as fast.
+
+        Returns the bookkeeping of those that were released. The others have changed, or MongoDB refuses the change.
+        """
         now = self.now()
-        released = job.released(now, self.rescue_first_s, self.rescue_max_s)
-        started = {"started_at": now} if job.is_of_older_worker else {}
-        update = {"$set": {"updated_at": now, **started, "worker": released}}
-        return released if self._update(job.unchanged(), update, {"_id": 1}) else None
+        rescued = {job.id: job.rescued(now, self.rescue_first_s, self.rescue_max_s) for job in jobs}
+        released = {job_id: fields["worker"] for job_id, fields in rescued.items()}
+        updates = [(job.unchanged(), {"$set": rescued[job.id]}) for job in jobs]
+        found = {"_id": {"$in": list(released)}, "worker": {"$in": list(released.values())}}
+        with contextlib.suppress(StoreRefused), unknown_when_unreachable():
+            mongodb.update_each(self._jobs, updates)
+        with unknown_when_unreachable():
+            return {job["_id"]: released[job["_id"]] for job in self._jobs.find(found, {"_id": 1})}
 
     def undo_rescue(self, job_id: ObjectId, released: Document) -> None:
         """Makes a rescue due soon again after its message couldn't be sent, so that it doesn't wait twice as long."""
@@ -600,9 +598,8 @@ class JobStore:
         ids = [ObjectId(name[:OBJECT_ID_DIGITS]) for name in names]
         ended = {"_id": {"$in": ids}, "status": {"$in": list(TERMINAL_STATUSES)}}
         with unknown_when_unreachable():
-            urls = {
-                str(job["_id"]): str(job.get("artifact_url")) for job in self._jobs.find(ended, {"artifact_url": 1})
-            }
+            found = self._jobs.find(ended, {"artifact_url": 1})
+            urls = {str(job["_id"]): str(job.get("artifact_url")) for job in found}
         return [name for name in names if name not in urls.get(name[:OBJECT_ID_DIGITS], name)]
 
 
@@ -871,6 +868,7 @@ class Sweeper:
 
     TURN = "sweep"
     notice_overdue_s = 30.0  # until a notice that wasn't confirmed is published again
+    batch = 20  # jobs that are released together; if the process dies then, their messages wait for the next rescue
 
     def __init__(
         self,
@@ -938,17 +936,26 @@ class Sweeper:
     def _rescue_stale(self, done: list[str]) -> None:
         give_up_at = time.monotonic() + self.budget_s
         stale = self._store.find_stale(self.after)
-        while batch := list(itertools.islice(stale, self._store.batch)):
-            with self._broker.connection() as connection:
+        connection = None
+        with contextlib.ExitStack() as stack:
+            while batch := list(itertools.islice(stale, self.batch)):
+                connection = connection or stack.enter_context(self._broker.connection())
+                released = self._release(batch)
                 for job in batch:
-                    done += self._on_its_own(job, lambda job: self._rescue(job, connection))
-            self.after = batch[-1].id
-            if time.monotonic() > give_up_at or not self._take_turn():
-                return
+                    done += self._on_its_own(job, partial(self._rescue, released.get(job.id), connection))
+                self.after = batch[-1].id
+                if time.monotonic() > give_up_at or not self._take_turn():
+                    return
         self.after = None
         for fault in (*self._queue_faults.values(), self._notes_fault):  # each has cost only the jobs that it concerns
             if fault:
                 raise fault
+
+    def _release(self, batch: Sequence[Snapshot]) -> dict[ObjectId, Document]:
+        """Releases those jobs of a batch that are to go on, as far as that is possible together."""
+        going_on = [job for job in batch if not self._store.is_past_bounds(job)]
+        sendable = [job for job in going_on if self._queue_of(job) not in self._queue_faults]
+        return self._store.release_together(sendable) if len(sendable) > 1 else {}
 
     def _on_its_own(self, job: Snapshot, action: Callable[[Snapshot], list[str]]) -> list[str]:
         """Does something with a job. A job with which it can't be done is ended."""
@@ -968,11 +975,14 @@ class Sweeper:
             self._refused_log.fault(f"job={job.id} {refusal}")
             return []
 
-    def _rescue(self, job: Snapshot, connection: Any) -> list[str]:
+    def _rescue(self, released: Document | None, connection: Any, job: Snapshot) -> list[str]:
+        """Sends a message for a job, which is released first if it isn't yet; ends the job at its bounds."""
         if self._store.is_past_bounds(job) and (has_result := self._has_kept_result(job)) is not True:
             return self._fail(job, sentences.GAVE_UP) if has_result is False else []
         queue = self._queue_of(job)
-        if queue in self._queue_faults or not (released := self._store.release_stale(job)):
+        if queue in self._queue_faults and released:
+            self._store.undo_rescue(job.id, released)
+        if queue in self._queue_faults or not (released := released or self._store.release_stale(job)):
             return []
         try:
             self._enqueue(job, released, connection)
@@ -1015,16 +1025,8 @@ class Sweeper:
 
     def _enqueue(self, job: Snapshot, released: Document, connection: Any = None) -> None:
         """Sends a message for a released job. Raises the broker's errors, and makes the rescue due soon again then."""
-        own = job.bookkeeping
-        hard_s, soft_s = own.limits or (None, None)
-        options: Document = {
-            "time_limit": hard_s,
-            "soft_time_limit": soft_s,
-            "priority": own.priority,
-            "root_id": own.task_id,
-        }
         try:
-            self._broker.send(job.id, self._queue_of(job), connection, **options)
+            self._broker.send(job.id, self._queue_of(job), connection, **job.bookkeeping.message_options())
         except self._broker.errors:
             self._store.undo_rescue(job.id, released)
             raise
@@ -1679,8 +1681,7 @@ def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
         case Result():
             done = complete(runtime, job, outcome)
         case RetryJob():
-            available_at = now + timedelta(seconds=outcome.after_s or 0)
-            done = store.release(job, available_at, counted=outcome.is_counted)
+            done = store.release(job, now + timedelta(seconds=outcome.after_s or 0), counted=outcome.is_counted)
         case HandBack():
             done = store.release(job, now, counted=False)
         case FailJob():
@@ -1781,8 +1782,7 @@ def repeat_final_status(runtime: Runtime, job: Job) -> None:
 def log_end(attempt: Attempt, outcome: Outcome, event: str) -> None:
     """Logs the end of an attempt in one line: waiting and running time, model and provider, tokens, and the reason."""
     job, where = attempt.job, attempt.provider
-    made = outcome.output if isinstance(outcome, Result) else {}
-    output = made if isinstance(made, dict) else {}  # a handler of the operator's own may return anything
+    output = values.as_mapping(outcome.output if isinstance(outcome, Result) else None)  # a handler returns anything
     model = output.get("model_used", where.model if where else None)
     figures = [f"waited {job.waited_s:.1f} s"] if job.waited_s is not None else []
     figures += [f"ran {time.monotonic() - attempt.started_at:.1f} s"]

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from bench.contestants import OURS, Bench
-from bench.figures import Document, Figure
+from bench.figures import Document, Figure, Goal
 from bench.measurements import FIRST_SWEEP_S, make_api_indexes
 from testbed.api import new_document
 from testbed.processes import poll
@@ -22,6 +22,8 @@ from workerkit.sentences import GAVE_UP
 JOBS: Final = 10_000
 WORKERS_LEFT: Final = 10
 GIVE_UP_S: Final = 600.0
+WITHIN_TWO_MINUTES: Final = Goal("ours", 120.0)
+NONE: Final = Goal("ours", 0.5)
 DEAD: Final = "dead node"
 QUEUE: Final = "bench_dead_pool"
 
@@ -57,5 +59,5 @@ def dead_pool(bench: Bench) -> list[Figure]:
         took_s = time.monotonic() - died_at
         untried = jobs.count_documents({"status": "failed", "error_message": GAVE_UP})
     name, note = f"{JOBS:,} jobs of a node pool that died", f"by {WORKERS_LEFT} workers, after the leases ran out"
-    back = Figure(f"{name}: all are put back", "s", [took_s], note=note)
-    return [back, Figure(f"{name}: failed untried", "", [untried])]
+    back = Figure(f"{name}: all are put back", "s", [took_s], goal=WITHIN_TWO_MINUTES, note=note)
+    return [back, Figure(f"{name}: failed untried", "", [untried], goal=NONE)]

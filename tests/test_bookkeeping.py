@@ -125,15 +125,16 @@ def test_only_what_says_that_somebody_has_the_job_is_believed(job: Snapshot, is_
 
 
 def test_a_rescue_keeps_attempts_limits_queue_and_task() -> None:
-    released = snapshot(lease_until=NOW).released(NOW, 30, 600)
+    rescued = snapshot(lease_until=NOW).rescued(NOW, 30, 600)
     kept = {name: LIVE[name] for name in ("queue", "priority", "task_id", "attempt", "first_started_at", "past")}
     waits = {"owner": None, "available_at": NOW, "rescue_at": NOW + timedelta(seconds=120)}
-    assert released == {**kept, **waits, "limits": [120, 90], "rescues": 3}
+    assert rescued == {"updated_at": NOW, "worker": {**kept, **waits, "limits": [120, 90], "rescues": 3}}
 
 
 def test_the_life_of_an_older_workers_job_begins_with_its_rescue() -> None:
-    released = snapshot(NOW - timedelta(hours=1), owner=...).released(NOW, 30, 600)
-    assert (released["attempt"], released["first_started_at"]) == (0, NOW)
+    rescued = snapshot(NOW - timedelta(hours=1), owner=...).rescued(NOW, 30, 600)
+    assert (rescued["worker"]["attempt"], rescued["worker"]["first_started_at"]) == (0, NOW)
+    assert rescued["started_at"] == NOW
 
 
 def test_the_next_attempt_counts_and_takes_the_new_lease() -> None:

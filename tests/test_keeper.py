@@ -173,8 +173,8 @@ def test_a_sweep_finds_the_result_that_a_worker_of_another_queue_has_kept(
 def test_a_queue_to_which_nothing_can_be_sent_costs_only_its_own_jobs(
     runtime: Runtime, other_queue: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others, own = claim(other_queue, insert(runtime)), claim(runtime, owner="owner-2")
-    for job in (others, own):
+    others = [claim(other_queue, insert(runtime), owner=f"owner-{number}") for number in range(3)]
+    for job in (*others, claim(runtime, owner="own")):
         change(runtime, job.id, worker__lease_until=ago(5))
     send = runtime.broker.send
 
@@ -187,7 +187,7 @@ def test_a_queue_to_which_nothing_can_be_sent_costs_only_its_own_jobs(
     assert len(runtime.sweeper.sweep()) == 1
     assert runtime.sweeper.had_fault
     assert len(queued(runtime)) == 1
-    assert read(runtime, others.id)["worker"]["rescues"] == 0
+    assert [read(runtime, job.id)["worker"]["rescues"] for job in others] == [0, 0, 0], "they wait no longer for it"
 
 
 def test_a_kept_result_that_may_not_be_read_costs_no_rescue(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,19 @@ def test_of_two_sweepers_one_releases(runtime: Runtime) -> None:
     assert [bool(runtime.store.release_stale(lost)) for _ in range(2)] == [True, False]
 
 
+def test_of_several_jobs_those_are_released_that_have_not_changed(runtime: Runtime) -> None:
+    jobs = [claim(runtime, owner=f"owner-{number}") for number in range(4)]
+    for job in jobs:
+        change(runtime, job.id, worker__lease_until=ago(5))
+    stale = list(runtime.store.find_stale())
+    runtime.store.renew_leases([jobs[0]])
+    assert runtime.store.complete(jobs[1], {}, None)
+    released = runtime.store.release_together(stale)
+    assert set(released) == {jobs[2].id, jobs[3].id}
+    assert [read(runtime, job.id)["worker"]["rescues"] for job in jobs[2:]] == [1, 1]
+    assert runtime.store.release_together(stale) == {}
+
+
 def test_an_orphan_that_got_a_claim_in_between_is_left_alone(runtime: Runtime) -> None:
     job_id = insert(runtime, status="processing", started_at=ago(3600))
     [lost] = runtime.store.find_stale()
@@ -380,6 +393,7 @@ EVERY_VERB: list[Callable[[JobStore], object]] = [
     lambda store: store.look(ObjectId()),
     lambda store: list(store.find_stale()),
     lambda store: store.release_stale(NOBODY),
+    lambda store: store.release_together([NOBODY]),
     lambda store: store.fail_seen(NOBODY, "No."),
     lambda store: store.fail_revoked(RevokedTask(str(ObjectId()), "task", REVOKED), "No."),
     lambda store: store.undo_rescue(ObjectId(), {}),

@@ -31,6 +31,9 @@ def recover(runtime: Runtime) -> list[str]:
 
 @click.command("recover", short_help="Search once for lost jobs and forgotten files.")
 def command() -> None:
-    """Search once for lost jobs and for files that no job names (from cron, where no worker runs all day)."""
+    """Search once for lost jobs and for files that no job names (from cron, where no worker runs all day).
+
+    Of a pending job it is certain that its message is lost only at a second search, a minute or more after the first.
+    """
     with contextlib.closing(configure(load_settings())) as runtime:
         print(*recover(runtime) or ["nothing to recover"], sep="\n")

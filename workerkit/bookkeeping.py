@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from bson import ObjectId
 
 from workerkit.errors import Document
+from workerkit.mongodb import make_indexes
 from workerkit.settings import is_duration
 from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_priority, as_text, as_time
+
+if TYPE_CHECKING:
+    from pymongo.collection import Collection
 
 MAX_LEASE_S = 3600.0
 MAX_LIMIT_S = 2 * 86_400.0
@@ -28,6 +32,10 @@ INDEXES: dict[str, tuple[list[str], Document]] = {
     "worker_cancelled": (["worker.lease_until"], {"partialFilterExpression": {"status": "failed"}}),
     "worker_unnotified": (["worker.unnotified"], {"sparse": True}),
 }
+
+
+def ensure_indexes(jobs: Collection[Document]) -> None:
+    make_indexes(jobs, INDEXES)
 
 
 def as_life(value: Any) -> Document:
@@ -82,6 +90,11 @@ class Bookkeeping:
         """The bookkeeping of the attempt that has this lease. It keeps when the job became available, for the log."""
         since = {"available_at": self.available_at} if self.available_at else {}
         return {**self.kept(), **since, **lease, "attempt": self.attempt + 1}
+
+    def message_options(self) -> Document:
+        """With what Celery sends another message for the job: its task's limits, priority and origin."""
+        hard_s, soft_s = self.limits or (None, None)
+        return {"time_limit": hard_s, "soft_time_limit": soft_s, "priority": self.priority, "root_id": self.task_id}
 
     def kept(self) -> Document:
         """What stays of it from one attempt to the next, and when the job ends."""
@@ -177,8 +190,14 @@ class Snapshot:
             return False
         return not self.is_of_older_worker or self.age(now) > timedelta(seconds=orphan_after_s)
 
-    def released(self, now: datetime, rescue_first_s: float, rescue_max_s: float) -> Document:
-        """The bookkeeping after a rescue. Each time the next one is twice as far away.
+    @property
+    def is_unowned(self) -> bool:
+        """Whether no attempt has begun, or the last one has released the job."""
+        is_released = self.bookkeeping.is_released and not self.is_of_older_worker
+        return self.status == "pending" or (self.status == "processing" and is_released)
+
+    def rescued(self, now: datetime, rescue_first_s: float, rescue_max_s: float) -> Document:
+        """The fields that a rescue sets, and to what. Each time the next one is twice as far away.
 
         The life of an older worker's job begins here, with all its attempts and its time.
         """
@@ -186,7 +205,8 @@ class Snapshot:
         rescues = own.rescues or 0
         rescue_s = min(rescue_first_s * 2 ** min(rescues, 10), rescue_max_s)
         begins = {"attempt": 0, "first_started_at": now} if self.is_of_older_worker else {}
-        return {**own.kept(), **waiting(now, rescue_s), "rescues": rescues + 1, **begins}
+        released = {**own.kept(), **waiting(now, rescue_s), "rescues": rescues + 1, **begins}
+        return {"updated_at": now, "worker": released, **({"started_at": now} if begins else {})}
 
     def life(self) -> Document:
         """What is kept of the life that has ended."""

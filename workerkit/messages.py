@@ -49,6 +49,12 @@ class Delivery:
     priority: int | None = None
     is_copy: bool = False
 
+    @property
+    def origin(self) -> Document:
+        """What a lease notes of the message, so that a message of the sweeper's own can have it, too."""
+        noted = {"task_id": self.task_id, "priority": self.priority}
+        return {name: value for name, value in noted.items() if value is not None}
+
 
 def describe_delivery(request: Any, limits: Limits, job_data: Document) -> Delivery:
     """What a message says besides its job, by Celery's request of its task."""
