@@ -56,7 +56,7 @@ from workerkit.errors import Document, NotesUnavailable, StoreRefused, StoreUnav
 from workerkit.logs import logger
 from workerkit.lost_messages import LostMessages
 from workerkit.messages import COPY, Delivery
-from workerkit.mongodb import ServerClock
+from workerkit.mongodb import Clock, ServerClock
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, result_name
 from workerkit.sentences import DAMAGED, GAVE_UP, NOT_SET_UP, STOPPED
 from workerkit.settings import Limits
@@ -228,7 +228,7 @@ class Call:
     arguments: Document
     is_calm: bool
     kept: frozenset[str]  # names of the results that are kept in Redis
-    now: datetime = datetime(9000, 1, 1, tzinfo=UTC)
+    now: datetime
     is_first: bool = True
     is_interrupted: bool = False  # by others, between two of its requests
     times: list[datetime] = field(default_factory=list)  # at which the verb has looked at the clock
@@ -566,6 +566,11 @@ class Host:
         with self.acting():
             return self.clock.now()
 
+    def shown_time(self) -> datetime:
+        """What its clock shows, or will show once it has asked the database."""
+        with self.acting():
+            return Clock.now(self.clock) if self.clock.is_synchronised else self.world.now
+
     @contextlib.contextmanager
     def acting(self) -> Iterator[None]:
         before, self.world.acting = self.world.acting, self
@@ -739,7 +744,7 @@ class World:
     @contextlib.contextmanager
     def calling(self, verb: str, host: Host, arguments: Document) -> Iterator[None]:
         """A verb from its call to its answer. In calm weather it has to do all that it may, and to answer."""
-        call = Call(verb, host, host.pid, arguments, self.weather.is_calm, frozenset(self.kept))
+        call = Call(verb, host, host.pid, arguments, self.weather.is_calm, frozenset(self.kept), host.shown_time())
         before = dict(self.facts)
         self.calls.append(call)
         try:
