@@ -27,7 +27,7 @@ from pymongo.collection import Collection
 from pymongo.write_concern import WriteConcern
 
 from bench.contestants import OURS, Bench, Contestant
-from bench.figures import Document, Figure
+from bench.figures import Document, Figure, Goal
 from bench.measurements import FIRST_SWEEP_S, OUTBOX_S, SETTLE_S, make_api_indexes
 from testbed.servers import DATABASE
 from worker import Attempt, Job, JobStore, Keeper, Runtime, Sweeper, configure
@@ -50,6 +50,7 @@ STATES: Final = (IDLE, RUNNING, WAITING)
 SCALE_QUEUE: Final = "bench_scale"
 MAX_CLIENTS: Final = 10_000  # Redis' own default
 FULL: Final = 100.0  # percent of a core
+UPKEEP_GOALS: Final = {1000: Goal("ours", 25.0), 10_000: Goal("ours", 200.0)}  # by workers that have one job each
 
 
 # ── what the servers do ──────────────────────────────────────────────────────────────────────────────────────────
@@ -294,14 +295,20 @@ class Fleet:
     job_bytes: float
 
 
+def data_bytes(bench: Bench) -> float:
+    """Return the memory of Redis without the buffers of its connections, some of which are opened by the first jobs."""
+    info = bench.redis.info("memory")
+    return float(info["used_memory"] - info["mem_clients_normal"])
+
+
 def per_job_load(bench: Bench, contestant: Contestant, idle: Load) -> tuple[Load, float]:
     """Return what a job costs from the API's insert to its last notice, without upkeep; and Redis' memory in bytes."""
-    before, bytes_before, began_at = counters(bench), bench.redis.info()["used_memory"], time.monotonic()
+    before, bytes_before, began_at = counters(bench), data_bytes(bench), time.monotonic()
     jobs = bench.submit(contestant, REAL_JOBS)
     bench.wait_for(jobs, "completed", timeout_s=120)
     time.sleep(OUTBOX_S)
     used = counters(bench) - before - idle * (time.monotonic() - began_at)
-    return used * (1 / REAL_JOBS), (bench.redis.info()["used_memory"] - bytes_before) / REAL_JOBS
+    return used * (1 / REAL_JOBS), (data_bytes(bench) - bytes_before) / REAL_JOBS
 
 
 def real_fleet(bench: Bench, alone: Load) -> Fleet:
@@ -350,7 +357,8 @@ def fleet_figures(loads: Mapping[int, Mapping[str, Load]], real: Fleet) -> list[
         for state, cost in states.items():
             name, note = f"{count:,} workers, {state}", f"{cost.examined:,.0f} documents examined a second{pace}"
             figures.append(Figure(f"{name}: MongoDB operations", "/s", [cost.operations], note=note))
-            figures.append(Figure(f"{name}: mongod", "% of a core", [cost.mongod_percent]))
+            goal = UPKEEP_GOALS.get(count) if state == RUNNING else None
+            figures.append(Figure(f"{name}: mongod", "% of a core", [cost.mongod_percent], goal=goal))
         figures += [
             Figure(f"{count:,} workers: MongoDB connections", "", [real.busy.mongod_connections * count]),
             Figure(f"{count:,} workers: Redis commands", "/s", [real.idle.commands * count]),
