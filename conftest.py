@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Iterator
@@ -50,6 +51,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("servers")
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mongomock_with_bulk_writes() -> Iterator[None]:
+    """mongomock (4.3) doesn't know an argument of today's pymongo, and would keep the caller's own values."""
+    builder: Any = mongomock.collection.BulkOperationBuilder
+    add_update = builder.add_update
+
+    def add(self: Any, selector: Any, doc: Any, *args: Any, sort: Any = None, **options: Any) -> None:
+        add_update(self, selector, copy.deepcopy(doc), *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "add_update", add)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

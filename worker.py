@@ -51,7 +51,7 @@ from celery.exceptions import Ignore, Reject
 from kombu import Exchange
 from pydantic import BaseModel
 
-from workerkit import __version__, logs, mongodb, sentences, values
+from workerkit import __version__, logs, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
 from workerkit.bookkeeping import Snapshot, ensure_indexes, first_attempt, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
@@ -451,7 +451,7 @@ class JobStore:
         return [] if renewed == len(jobs) else self.find_lost(jobs, until)
 
     def _update_owned(self, jobs: Sequence[tuple[ObjectId, str | None]], update: Document, *, running: bool) -> int:
-        """Updates those of these jobs (id and owner) that still have this owner; one by one where one is refused."""
+        """Updates those of these jobs (id and owner) that still have this owner; in halves where one is refused."""
         held: Document = {"_id": {"$in": [job_id for job_id, _ in jobs]}}
         held |= {"worker.owner": {"$in": [owner for _, owner in jobs]}}
         held |= {"status": Status.PROCESSING} if running else {}
@@ -460,7 +460,7 @@ class JobStore:
                 return self._jobs.update_many(held, update).matched_count
         except StoreRefused as refusal:
             if len(jobs) > 1:
-                return sum(self._update_owned([job], update, running=running) for job in jobs)
+                return sum(self._update_owned(half, update, running=running) for half in (jobs[::2], jobs[1::2]))
             logger.warning("job=%s its bookkeeping can't be updated: %s", jobs[0][0], refusal)
             return 0
 
@@ -478,12 +478,12 @@ class JobStore:
         with unknown_when_unreachable():
             return [document["_id"] for document in self._jobs.find(cancelled, {"_id": 1}).limit(self.max_pending)]
 
-    def mark_notified(self, told: Sequence[tuple[ObjectId, str | None]]) -> int:
+    def mark_notified(self, published: Sequence[tuple[ObjectId, str | None]]) -> int:
         """Takes the last notices of jobs out of the outbox, each with the owner of the attempt that ended the job.
 
         Returns how many were taken out.
         """
-        return self._update_owned(told, {"$unset": {"worker.unnotified": ""}}, running=False)
+        return self._update_owned(published, {"$unset": {"worker.unnotified": ""}}, running=False)
 
     def find_unnotified(self, older_than_s: float) -> Iterator[Document]:
         """Jobs that ended longer ago, and whose last notice was not confirmed as published."""
@@ -572,10 +572,10 @@ class JobStore:
         now = self.now()
         rescued = {job.id: job.rescued(now, self.rescue_first_s, self.rescue_max_s) for job in jobs}
         released = {job_id: fields["worker"] for job_id, fields in rescued.items()}
-        updates = [(job.unchanged(), {"$set": rescued[job.id]}) for job in jobs]
+        updates = [pymongo.UpdateOne(job.unchanged(), {"$set": rescued[job.id]}) for job in jobs]
         found = {"_id": {"$in": list(released)}, "worker": {"$in": list(released.values())}}
         with contextlib.suppress(StoreRefused), unknown_when_unreachable():
-            mongodb.update_each(self._jobs, updates)
+            self._jobs.bulk_write(updates, ordered=False)
         with unknown_when_unreachable():
             return {job["_id"]: released[job["_id"]] for job in self._jobs.find(found, {"_id": 1})}
 
@@ -935,25 +935,25 @@ class Sweeper:
 
     def _rescue_stale(self, done: list[str]) -> None:
         give_up_at = time.monotonic() + self.budget_s
-        stale = self._store.find_stale(self.after)
-        connection = None
+        stale, connection = self._store.find_stale(self.after), None
         with contextlib.ExitStack() as stack:
             while batch := list(itertools.islice(stale, self.batch)):
                 connection = connection or stack.enter_context(self._broker.connection())
                 released = self._release(batch)
                 for job in batch:
-                    done += self._on_its_own(job, partial(self._rescue, released.get(job.id), connection))
+                    done += self._on_its_own(job, partial(self._rescue, released, connection))
                 self.after = batch[-1].id
                 if time.monotonic() > give_up_at or not self._take_turn():
-                    return
-        self.after = None
+                    break
+            else:
+                self.after = None
         for fault in (*self._queue_faults.values(), self._notes_fault):  # each has cost only the jobs that it concerns
             if fault:
                 raise fault
 
     def _release(self, batch: Sequence[Snapshot]) -> dict[ObjectId, Document]:
         """Releases those jobs of a batch that are to go on, as far as that is possible together."""
-        going_on = [job for job in batch if not self._store.is_past_bounds(job)]
+        going_on = [job for job in batch if isinstance(job.id, ObjectId) and not self._store.is_past_bounds(job)]
         sendable = [job for job in going_on if self._queue_of(job) not in self._queue_faults]
         return self._store.release_together(sendable) if len(sendable) > 1 else {}
 
@@ -975,9 +975,10 @@ class Sweeper:
             self._refused_log.fault(f"job={job.id} {refusal}")
             return []
 
-    def _rescue(self, released: Document | None, connection: Any, job: Snapshot) -> list[str]:
+    def _rescue(self, together: dict[ObjectId, Document], connection: Any, job: Snapshot) -> list[str]:
         """Sends a message for a job, which is released first if it isn't yet; ends the job at its bounds."""
-        if self._store.is_past_bounds(job) and (has_result := self._has_kept_result(job)) is not True:
+        released = together.get(job.id) if isinstance(job.id, ObjectId) else None
+        if not released and self._store.is_past_bounds(job) and (has_result := self._has_kept_result(job)) is not True:
             return self._fail(job, sentences.GAVE_UP) if has_result is False else []
         queue = self._queue_of(job)
         if queue in self._queue_faults and released:
@@ -1033,7 +1034,7 @@ class Sweeper:
 
     def _rescue_pending(self, done: list[str]) -> None:
         """Sends messages for pending jobs that have none: behind those that wait, since their priority isn't known."""
-        give_up_at = time.monotonic() + self.budget_s
+        give_up_at = time.monotonic() + self.budget_s / 3
         lost, priority = self._lost_messages.find(self._store.now(), self._store.pending_ids)
         with self._broker.connection() if lost else contextlib.nullcontext() as connection:
             for job_id in lost:
@@ -1043,7 +1044,7 @@ class Sweeper:
                     break
 
     def _fail_revoked(self, done: list[str]) -> None:
-        give_up_at = time.monotonic() + self.budget_s
+        give_up_at = time.monotonic() + self.budget_s / 3
         for queue, task in [(name, task) for name in self._queues or [""] for task in self._notes.revoked(name)]:
             try:
                 failed = self._store.fail_revoked(task, sentences.REVOKED_SENTENCES[task.why])
@@ -1058,7 +1059,7 @@ class Sweeper:
                 break
 
     def _publish_ends(self, done: list[str]) -> None:
-        give_up_at = time.monotonic() + self.budget_s
+        give_up_at = time.monotonic() + self.budget_s / 3
         for document in self._store.find_unnotified(self.notice_overdue_s):
             if notice_of(document) in self._unmarkable:
                 continue
@@ -1070,15 +1071,15 @@ class Sweeper:
 
     def release_dead_siblings(self) -> list[str]:
         """Releases the jobs of this node's dead processes; fails those that were killed at their hard limit."""
-        siblings = self._store.find_siblings()
+        siblings, self._notes_fault = self._store.find_siblings(), None
         dead = [job for job in siblings if job.bookkeeping.pid and not is_process_alive(job.bookkeeping.pid)]
         return [line for job in dead for line in self._on_its_own(job, self._release_dead)]
 
     def _release_dead(self, job: Snapshot) -> list[str]:
         deadline = job.bookkeeping.deadline
         is_over = deadline and self._store.now() >= deadline - timedelta(seconds=DEADLINE_TOLERANCE_S)
-        if is_over and not self._has_kept_result(job):  # killed before it had a result, or while it tried to write it
-            return self._fail(job, sentences.TOOK_TOO_LONG)
+        if is_over and (has_result := self._has_kept_result(job)) is not True:  # else it was killed while it wrote
+            return self._fail(job, sentences.TOOK_TOO_LONG) if has_result is False else []
         if not (released := self._store.release_stale(job)):
             return []
         # Celery delivers its own message again, but another worker may have dropped that while the lease was alive. If
@@ -1178,8 +1179,8 @@ class Keeper:
                 sweeper.watch()
             self._stop_cancelled(store, attempts)
             self._empty_outbox(store)
-            self._release_dead_siblings(sweeper)
             preparation.do_if_due()
+            self._release_dead_siblings(sweeper)
         if self._may_sweep():
             self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
             self._sweep(store, sweeper)
@@ -1190,8 +1191,7 @@ class Keeper:
         self._store_log.over()
 
     def _may_sweep(self) -> bool:
-        is_due = time.monotonic() >= max(self._sweep_at, self._rest.at or 0.0)
-        return is_due and not self._shutdown.is_announced
+        return not self._shutdown.is_announced and time.monotonic() >= max(self._sweep_at, self._rest.at or 0.0)
 
     def _rest_one_lease(self) -> None:
         self._rest.at = max(self._rest.at or 0.0, time.monotonic() + self._settings.lease_seconds)

@@ -31,6 +31,7 @@ from worker_commands.status import overview, status
 from worker_commands.submit import NO_WORKER, SubmitView, read_request, submit
 from worker_commands.terminal import print_rows, printable
 from workerkit.errors import JobFailed
+from workerkit.lost_messages import LostMessages
 from workerkit.process import Heartbeat
 from workerkit.settings import Settings
 
@@ -309,6 +310,15 @@ def test_recover_says_what_it_did(runtime: Runtime, command_here: Command) -> No
     change(runtime, job.id, worker__lease_until=ago(5))
     assert command_here("recover") == (0, f"job={job.id} no attempt worked on it: put back into the queue\n")
     assert len(queued(runtime)) == 1
+
+
+def test_recover_sends_no_copy_of_a_message_that_waits_though_no_worker_has_run_for_a_day(
+    runtime: Runtime, command_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LostMessages, "overdue_s", 0.0)
+    runtime.broker.send(insert(runtime), data={"job_type": "text_generation"})
+    for _ in range(3):
+        assert command_here("recover") == (0, "nothing to recover\n")
 
 
 def test_recover_fails_while_the_broker_is_away(runtime: Runtime, command_here: Command) -> None:

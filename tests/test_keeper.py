@@ -41,6 +41,7 @@ from workerkit.broker import Broker
 from workerkit.errors import DropJob, StoreRefused, StoreUnavailable
 from workerkit.files import FileSweeper
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes
+from workerkit.preparation import Preparation
 from workerkit.sentences import GAVE_UP
 from workerkit.settings import Settings
 from workerkit.turns import Turns
@@ -190,6 +191,32 @@ def test_a_queue_to_which_nothing_can_be_sent_costs_only_its_own_jobs(
     assert [read(runtime, job.id)["worker"]["rescues"] for job in others] == [0, 0, 0], "they wait no longer for it"
 
 
+def test_a_fault_gives_the_turn_to_others_though_the_time_is_over_as_well(
+    runtime: Runtime, tried: list[object]
+) -> None:
+    change(runtime, claim(runtime).id, worker__lease_until=ago(5))
+    sweeper = new_sweeper(runtime)
+    sweeper.budget_s = 0.0
+    sweeper.sweep()
+    assert len(tried) == 1
+    assert (sweeper.had_fault, sweeper.has_turn) == (True, False)
+
+
+def test_revoked_tasks_of_a_queue_that_may_not_be_read_keep_no_others_back(
+    runtime: Runtime, other_queue: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.notes.note_revoked(RevokedTask(str(insert(runtime)), "task", EXPIRED))
+    members = runtime.redis.smembers
+
+    def refuse(key: str) -> object:
+        if "other_queue" in key:
+            raise NoPermissionError
+        return members(key)
+
+    monkeypatch.setattr(runtime.redis, "smembers", refuse)
+    assert len(runtime.sweeper.sweep()) == 1
+
+
 def test_a_kept_result_that_may_not_be_read_costs_no_rescue(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     used_up, lost = claim(runtime), claim(runtime, owner="owner-2")
     change(runtime, used_up.id, worker__lease_until=ago(5), worker__attempt=4)
@@ -324,6 +351,41 @@ def test_a_result_that_was_kept_before_the_hard_limit_is_not_thrown_away(runtime
     runtime.notes.keep_result(job.kept_name, Result({"generated_text": "paid"}))
     change(runtime, job.id, worker__pid=gone_pid(), worker__deadline=ago(0))
     assert runtime.sweeper.release_dead_siblings() == [f"job={job.id} its process died: released"]
+
+
+def test_a_result_that_may_be_kept_is_not_thrown_away_while_redis_cant_be_asked(runtime: Runtime) -> None:
+    job = claim(runtime)
+    change(runtime, job.id, worker__pid=gone_pid(), worker__deadline=ago(0))
+    assert new_sweeper(runtime, notes=SharedNotes(redis_away())).release_dead_siblings() == []
+    assert read(runtime, job.id)["status"] == "processing"
+
+
+def test_the_queue_is_registered_and_the_indexes_are_made_in_spite_of_a_refusal(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_queue: str) -> None:
+        raise StoreRefused("OperationFailure 121")
+
+    monkeypatch.setattr(runtime.turns, "register", refuse)
+    runtime.keeper.tick()
+    poll(lambda: runtime.preparation.has_indexes, 10)
+
+
+def test_indexes_that_could_not_be_made_are_tried_again_soon(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def fail() -> None:
+        tries.append(1)
+        raise StoreUnavailable("AutoReconnect")
+
+    preparation = Preparation(runtime.turns, runtime.settings.celery_queue_name, fail)
+    monkeypatch.setattr(preparation, "AGAIN_S", 0.0)
+
+    def is_tried_again() -> bool:
+        preparation.do_if_due()
+        return len(tries) > 1
+
+    poll(is_tried_again, 10)
 
 
 def test_the_lease_of_an_ended_attempt_is_not_renewed(runtime: Runtime) -> None:

@@ -162,17 +162,38 @@ def bytes_out(runtime: Runtime) -> int:
         return int(client.admin.command("serverStatus")["network"]["bytesOut"])
 
 
-def test_a_job_that_is_no_object_id_ends_at_its_deadline(runtime: Runtime) -> None:
+@table("odd_id", ("text", "text"), ("a document", {"a": 1}))
+def test_a_job_whose_id_is_odd_ends_at_its_deadline_and_others_are_rescued(runtime: Runtime, odd_id: object) -> None:
     jobs = runtime.database["jobs"]
-    jobs.insert_one({"_id": "text", "status": "processing", "started_at": an_hour_ago()})
+    jobs.insert_one({"_id": odd_id, "status": "processing", "started_at": an_hour_ago()})
+    others = [insert(runtime, status="processing", started_at=an_hour_ago()) for _ in range(2)]
+    assert len(new_sweeper(runtime).sweep()) == 3
+    assert [read(runtime, job_id)["worker"]["rescues"] for job_id in others] == [1, 1]
+    times = {"started_at": an_hour_ago(), "worker.first_started_at": an_hour_ago(), "worker.rescue_at": ago(5)}
+    jobs.update_one({"_id": odd_id}, {"$set": {**times, "started_at": times["worker.first_started_at"]}})
     assert len(new_sweeper(runtime).sweep()) == 1
-    jobs.update_one({"_id": "text"}, {"$set": {"started_at": ago(3600), "worker.first_started_at": ago(3600)}})
-    document = jobs.find_one({"_id": "text"})
-    assert document
-    at = document["worker"]["first_started_at"]
-    jobs.update_one({"_id": "text"}, {"$set": {"started_at": at, "worker.rescue_at": ago(5)}})
-    assert len(new_sweeper(runtime).sweep()) == 1
-    assert (jobs.find_one({"_id": "text"}) or {})["status"] == "failed"
+    assert (jobs.find_one({"_id": odd_id}) or {})["status"] == "failed"
+
+
+@table("status", ("it waits", "pending"), ("it was left", "processing"))
+def test_bookkeeping_that_cant_be_decoded_is_replaced_and_others_are_rescued(runtime: Runtime, status: str) -> None:
+    """MongoDB stores binary data of an old kind whose length is wrong. pymongo raises an error when it reads that."""
+    right, wrong = (b"\x05x\x00\x08\x00\x00\x00\x02" + size + b"\x00\x00\x00abcd" for size in (b"\x04", b"\x63"))
+    document: dict[str, Any] = {
+        "_id": ObjectId(),
+        "status": status,
+        "job_type": "text_generation",
+        "input_data": {"prompt": "Hello"},
+    }
+    raw = bson.encode({**document, "started_at": an_hour_ago(), "worker": {"x": bson.Binary(b"abcd", 2)}})
+    assert right in raw
+    runtime.database["jobs"].insert_one(RawBSONDocument(raw.replace(right, wrong)))
+    others = [insert(runtime, status="processing", started_at=an_hour_ago()) for _ in range(2)]
+    assert len(new_sweeper(runtime).sweep()) == (2 if status == "pending" else 3)
+    assert [read(runtime, job_id)["worker"]["rescues"] for job_id in others] == [1, 1]
+    if status == "pending":
+        deliver(runtime, document["_id"])
+    assert set(read(runtime, document["_id"])["worker"]) >= {"attempt", "first_started_at"}
 
 
 # ── one after the other ──────────────────────────────────────────────────────────────────────────────────────────
@@ -192,7 +213,7 @@ def test_a_sweep_whose_time_is_over_goes_on_behind_the_last_job_it_saw(runtime: 
     jobs = [{"status": "processing", "started_at": an_hour_ago(), "user_id": "u"} for _ in range(250)]
     runtime.database["jobs"].insert_many(jobs)
     sweeper = new_sweeper(runtime)
-    sweeper.budget_s = 0.0
+    sweeper.budget_s, sweeper.batch = 0.0, 100
     assert [len(sweeper.sweep()) for _ in range(3)] == [100, 100, 50]
 
 

@@ -125,6 +125,12 @@ def test_a_job_that_is_pending_for_a_minute_while_nothing_is_queued_has_no_messa
     assert (find(), find(59), find(2)) == ([], [], [job_id])
 
 
+def test_no_message_is_lost_as_long_as_no_queue_is_known(runtime: Runtime) -> None:
+    insert(runtime)
+    find = Search(runtime)
+    assert (find(), find(61), find(61)) == ([], [], [])
+
+
 def test_a_job_that_has_started_meanwhile_is_not_lost(runtime: Runtime, find: Search) -> None:
     job_id = insert(runtime)
     find()

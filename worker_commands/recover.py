@@ -18,6 +18,7 @@ def recover(runtime: Runtime) -> list[str]:
     where = "MongoDB"
     try:
         runtime.turns = EveryTurn(runtime.database, runtime.store.now)  # it need not wait for a worker's turn
+        runtime.turns.register(runtime.settings.celery_queue_name)  # there may have been no worker for a day
         runtime.sweeper.budget_s = math.inf
         lines = runtime.sweeper.sweep()
         if runtime.sweeper.had_fault:
@@ -33,7 +34,7 @@ def recover(runtime: Runtime) -> list[str]:
 def command() -> None:
     """Search once for lost jobs and for files that no job names (from cron, where no worker runs all day).
 
-    Of a pending job it is certain that its message is lost only at a second search, a minute or more after the first.
+    That the message of a pending job is lost shows only at a later search, a minute or more after the first.
     """
     with contextlib.closing(configure(load_settings())) as runtime:
         print(*recover(runtime) or ["nothing to recover"], sep="\n")

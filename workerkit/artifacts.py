@@ -140,7 +140,7 @@ class FsspecArtifacts(Artifacts):
     A server that hangs is given up after `patience_s`, as an attempt that waits for it holds its slot.
     """
 
-    patience_s = 30.0
+    patience_s = 25.0
 
     def __init__(self, url: str, base_url: str, options: Mapping[str, Any]) -> None:
         super().__init__(base_url)

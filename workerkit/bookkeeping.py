@@ -84,7 +84,7 @@ class Bookkeeping:
     @property
     def has_past(self) -> bool:
         """Whether the job has been worked on, or ended, before."""
-        return isinstance(self.raw, Mapping) and any(name in self.raw for name in ("attempt", "owner", "unnotified"))
+        return bool({"attempt", "owner", "unnotified"} & set(as_mapping(self.raw)))
 
     def next_attempt(self, lease: Document) -> Document:
         """The bookkeeping of the attempt that has this lease. It keeps when the job became available, for the log."""
@@ -100,13 +100,13 @@ class Bookkeeping:
         """What stays of it from one attempt to the next, and when the job ends."""
         names = ("queue", "priority", "task_id", "rescues", "attempt", "first_started_at", "limits", "past")
         values = {name: getattr(self, name) for name in names}
-        told = {name: value for name, value in values.items() if value not in (None, ())}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+        present = {name: value for name, value in values.items() if value not in (None, ())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in present.items()}
 
 
 def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkeeping:
     """Reads the sub-document. `longest_wait_s` is the longest time from now until a rescue can be due."""
-    if not isinstance(raw, Mapping):
+    if not as_mapping(raw):
         return Bookkeeping(raw)
 
     def time(name: str, ahead_s: float) -> datetime | None:
@@ -136,7 +136,7 @@ def owner_of(document: Mapping[str, Any]) -> Any:
 
 
 def waiting(available_at: datetime, rescue_s: float) -> Document:
-    """What a release notes: nobody has the job, from when on it may be claimed, and when it is to be rescued."""
+    """What a release notes: that the job has no owner, from when on it may be claimed, and when it is to be rescued."""
     return {"owner": None, "available_at": available_at, "rescue_at": available_at + timedelta(seconds=rescue_s)}
 
 

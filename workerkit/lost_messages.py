@@ -1,6 +1,6 @@
 """The search for jobs whose message the broker has lost.
 
-Nobody can ask a broker whether it still has the message of a job. But what waits in a list comes out in its order. So
+A broker can't be asked whether it still has the message of a job. But what waits in a list comes out in its order. So
 the search notes which jobs are pending, and a minute later sees which of them still are. Where no list of a queue holds
 a message by then, theirs are lost. Else a marker goes into each list, behind all that waits there: jobs that are
 pending even when the last marker has come out have no message. No clock of an API's host matters for this, and a
@@ -64,7 +64,9 @@ class LostMessages:
             if not (ids := find_pending(self._ids("ids"))):
                 self._end()
                 return [], None
-            lists = [each for queue in self._turns.queues() for each in self._broker.lists_in_use(queue)]
+            if not (queues := self._turns.queues()):  # then it is unknown where messages may wait
+                return [], None
+            lists = [each for queue in queues for each in self._broker.lists_in_use(queue)]
             is_certain = search.is_out or not lists
             if is_certain or (search.sent_at and now > search.sent_at + timedelta(seconds=self.marker_overdue_s)):
                 # On a suspicion each job gets one copy, and no other one before it is certain.
@@ -77,7 +79,7 @@ class LostMessages:
         return [], None
 
     def receive(self, marker: ObjectId, list_name: str) -> None:
-        """Notes that the marker has come out of a list. Nothing happens if it is none of this search."""
+        """Notes that the marker has come out of a list. Nothing happens if it belongs to another search."""
         with unknown_when_unreachable():
             self._state.update_one({**self.STATE, "marker": marker}, {"$pull": {"waiting_in": list_name}})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -104,15 +103,6 @@ def unknown_when_unreachable() -> Iterator[None]:
         cause = CAUSES.get(code or 0, "")
         detail = f"MongoDB refuses it: {type(error).__name__} {code or ''}{cause and ': '}{cause}".strip()
         raise StoreRefused(detail, is_too_large=code in TOO_LARGE_CODES) from error
-
-
-def update_each(collection: Collection[Document], updates: Sequence[tuple[Document, Document]]) -> None:
-    """Makes several updates (what to find, and the update) in one request. A refusal of one leaves the others alone."""
-    try:
-        collection.bulk_write([pymongo.UpdateOne(*each) for each in updates], ordered=False)
-    except TypeError:  # mongomock (4.3) refuses an argument of today's pymongo, before it writes anything
-        for each in updates:
-            collection.update_one(*copy.deepcopy(each))  # it would keep the caller's own values
 
 
 def make_indexes(collection: Collection[Document], indexes: Mapping[str, tuple[Sequence[str], Document]]) -> None:

@@ -134,13 +134,17 @@ class SharedNotes:
             logger.warning("job=%s its task was %s, but this can't be noted in Redis: %s", *what)
 
     def revoked(self, queue: str | None = None) -> list[RevokedTask]:
-        """The revoked tasks of a queue, by default this one. A note that can't be read is deleted.
+        """The revoked tasks of a queue, by default this one; none of another one's that may not be read.
 
-        Raises NotesUnavailable: Redis can't be asked.
+        A note without sense is deleted. Raises NotesUnavailable: Redis can't be asked.
         """
-        key = self._key("revoked", queue)
-        members: Any = asking(lambda: self._redis.smembers(key))
-        tasks = []
+        key, tasks = self._key("revoked", queue), []
+        try:
+            members: Any = asking(lambda: self._redis.smembers(key))
+        except NotesRefused:
+            if key == self._key("revoked"):
+                raise
+            return []
         for member in members:
             try:
                 task = RevokedTask(*json.loads(member))

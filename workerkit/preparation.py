@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 import pymongo
 
-from workerkit.errors import StoreUnavailable
+from workerkit.errors import StoreRefused, StoreUnavailable
 from workerkit.logs import logger
 from workerkit.turns import Turns
 
 
 class Preparation:
-    """Registers the queue every hour, and makes the indexes as long as they aren't there."""
+    """Registers the queue every hour, and makes the indexes; a minute later once more if that fails."""
 
-    EVERY_S = 3600.0
+    EVERY_S, AGAIN_S = 3600.0, 60.0
     INDEX_PATIENCE_S = 3600.0
 
     def __init__(self, turns: Turns, queue: str, ensure_indexes: Callable[[], None]) -> None:
@@ -28,7 +28,10 @@ class Preparation:
         """Raises StoreUnavailable: the queue can't be registered. It is tried again at the next call."""
         if time.monotonic() < self._next_at:
             return
-        self._turns.register(self._queue)
+        try:
+            self._turns.register(self._queue)
+        except StoreRefused as refusal:  # it costs only what is done for the queue by workers of other queues
+            logger.warning("the queue can't be registered: %s", refusal)
         self._next_at = time.monotonic() + self.EVERY_S
         if not self.has_indexes:
             # In a thread of its own: on a large collection this takes longer than leases can wait.
@@ -40,5 +43,6 @@ class Preparation:
                 self._ensure_indexes()
         except StoreUnavailable as error:
             logger.warning("indexes could not be made (%s): the worker runs without them, more slowly", error)
+            self._next_at = time.monotonic() + self.AGAIN_S
         else:
             self.has_indexes = True

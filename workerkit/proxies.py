@@ -41,7 +41,7 @@ def in_latin_1(part: str) -> str:
 
 
 def check_proxy(name: str, value: str) -> str:
-    """The URL of the proxy that a variable names. Raises ProxyFault: it is none that the worker can use."""
+    """The URL of the proxy that a variable names. Raises ProxyFault: the worker can't use it."""
     url = value if "://" in value else f"http://{value}"
     if not url.lower().startswith(("http://", "https://")):
         raise ProxyFault(name, url, NOT_HTTP)
@@ -53,7 +53,7 @@ def check_proxy(name: str, value: str) -> str:
 
 
 def proxy_of(scheme: str) -> str | None:
-    """The proxy for URLs of this scheme, if there is one. Raises ProxyFault: it is none that the worker can use."""
+    """The proxy for URLs of this scheme, if there is one. Raises ProxyFault: the worker can't use it."""
     found = find_variable(scheme)
     return check_proxy(*found) if found else None
 
@@ -89,7 +89,7 @@ def proxy_for(url: str) -> str | None:
     """The proxy that leads to a URL, or None for the direct way. Raises ProxyFault: a variable can't be followed."""
     parts, port = urllib.parse.urlsplit(url), None
     found = find_variable(parts.scheme)
-    with contextlib.suppress(ValueError):  # of a port that is none
+    with contextlib.suppress(ValueError):  # of a port that is no number
         port = parts.port
     if not found or is_direct(parts.scheme, (parts.hostname or "").rstrip("."), port):
         return None

@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bson import Code
+from bson.errors import BSONError
 
 MAX_TEXT_CHARACTERS = 200
 MAX_NUMBER = 2**31 - 1  # as large as a process id can be
 
 
 def as_text(value: object) -> str | None:
-    """A short text. BSON's code, which pymongo reads as a kind of text, is none."""
+    """A short text; None for anything else, and for BSON's code, which pymongo reads as a kind of text."""
     is_text = isinstance(value, str) and not isinstance(value, Code)
     return value if is_text and 0 < len(value) <= MAX_TEXT_CHARACTERS else None  # type: ignore[arg-type, return-value]
 
@@ -38,4 +39,8 @@ def as_time(value: object, latest: datetime | None = None) -> datetime | None:
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+    """The value, if it is a mapping that can be read; else an empty one."""
+    try:
+        return value if isinstance(value, Mapping) and value.items() is not None else {}
+    except BSONError:  # a raw document is decoded when it is first looked into
+        return {}
