@@ -22,6 +22,7 @@ from workerkit.values import as_mapping
 PLANTED_KEY: Final = "sk-chaos-planted-key"
 MAX_ATTEMPTS: Final = 4
 CLOCK_TOLERANCE_S: Final = 0.02
+NOTICED_S: Final = 2.0  # from the write of an end to its notice, where nothing fails
 CANCEL_NOTICED_S: Final = 2.0  # after so long an attempt has seen that the API has cancelled its job
 OUTBOX_S: Final = 5.0  # so long after the end of a job its last notice may be published
 HONEST_SENTENCES: Final = (
@@ -77,13 +78,14 @@ def ends_once(_evidence: Evidence, history: History) -> Iterator[str]:
 
 @of_each_job
 def is_claimed_one_at_a_time(_evidence: Evidence, history: History) -> Iterator[str]:
-    """A job that an attempt holds is not claimed by another, and no job is claimed more often than the cap allows."""
+    """A job that an attempt holds is not claimed by another, and none is generated after more claims than the cap."""
     if history.plan.extras.spoilt:  # somebody else has written another owner, or another number of attempts
         return
     for step, then in itertools.pairwise(history.steps):
         if then.kind == "claimed" and step.owner is not None and step.status == "processing":
             yield f"claimed while it was held: {then}"
-    if any(step.attempt > MAX_ATTEMPTS for step in history.steps):
+    beyond = [step.at for step in history.claims if step.attempt > MAX_ATTEMPTS]  # these may write a kept result
+    if beyond and any(call.started_at > beyond[0] for call in history.calls):
         yield "more attempts than the cap"
 
 
@@ -132,16 +134,18 @@ def judge_artifact(evidence: Evidence, history: History, output: Document) -> It
 def is_announced_truthfully(evidence: Evidence, history: History) -> Iterator[str]:
     """No status is published before the document has it, nor two ends; the last notice is the document's status."""
     notices = history.last_notices
-    published = {notice.status for notice in notices}
-    if {"completed", "failed"} <= published:
-        yield "published as completed and as failed"
     end = history.ends[0] if history.ends else None
     if end is None:
         return
+    former = [step for life in history.lives[:-1] for step in life if step.kind in ENDS]
     for notice in notices:
-        if notice.status in TERMINAL and notice.at < end.at - CLOCK_TOLERANCE_S:
+        # The API may put a job back between its end and the notice of that.
+        is_former = any(step.status == notice.status and notice.at < step.at + NOTICED_S for step in former)
+        if notice.status not in TERMINAL or is_former:
+            continue
+        if notice.at < end.at - CLOCK_TOLERANCE_S:
             yield f"published as {notice.status} {end.at - notice.at:.3f} s before the document said so"
-        if notice.status in TERMINAL and notice.status != history.document.get("status"):
+        if notice.status != history.document.get("status"):
             yield f"published as {notice.status}, but it is {history.document.get('status')}"
     last = notices[-1].status if notices else None
     has_outbox = history.plan.extras.refusal is not Refusal.CLAIM  # such a document ends without our bookkeeping

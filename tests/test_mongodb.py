@@ -102,12 +102,13 @@ def test_reads_see_what_a_majority_has_whatever_the_url_says(lax_client: pymongo
 
 
 class Host:
-    """The two clocks of a host, and a server whose answers take `answer_s`."""
+    """The two clocks of a host, and a server whose next answers take so many seconds."""
 
     client = SimpleNamespace(primary=("a", 27017))
 
     def __init__(self) -> None:
-        self.passed_s, self.slept_s, self.answer_s, self.asked = 100.0, 0.0, 0.0, 0
+        self.passed_s, self.slept_s, self.asked = 100.0, 0.0, 0
+        self.answers_s: list[float] = []
 
     def monotonic(self) -> float:
         return self.passed_s
@@ -117,8 +118,11 @@ class Host:
 
     def command(self, _: str) -> dict[str, Any]:
         self.asked += 1
-        self.passed_s += self.answer_s
-        return {"localTime": datetime(2031, 1, 1) + timedelta(seconds=self.time())}
+        self.passed_s += self.answers_s.pop(0) if self.answers_s else 0.0
+        return {"localTime": self.right_time().replace(tzinfo=None)}
+
+    def right_time(self) -> datetime:
+        return datetime(2031, 1, 1, tzinfo=UTC) + timedelta(seconds=self.time())
 
 
 @pytest.fixture
@@ -153,15 +157,21 @@ def test_the_servers_time_is_read_again_when_it_may_have_changed(
     assert host.asked == 1 + asks
 
 
-def test_after_a_slow_answer_the_servers_time_is_read_again(host: Host) -> None:
-    """It is known only as exactly as its answer was quick: the middle of the wait counts."""
-    clock, host.answer_s = ServerClock(cast(Any, host)), 4.0
+def test_an_answer_that_took_long_is_asked_for_again(host: Host) -> None:
+    """The process may have been stopped in the meantime, and its time would be off by half of that."""
+    clock, host.answers_s = ServerClock(cast(Any, host)), [4.0]
     clock.read()
-    assert (datetime(2031, 1, 1, tzinfo=UTC) + timedelta(seconds=host.time()) - clock.now()).total_seconds() == -2.0
-    host.answer_s = 0.0
-    clock.refresh()
-    clock.refresh()
     assert host.asked == 2
+    assert host.right_time() == clock.now()
+
+
+def test_of_a_server_that_always_answers_slowly_the_middle_of_the_wait_counts(host: Host) -> None:
+    clock, host.answers_s = ServerClock(cast(Any, host)), [4.0] * 3
+    clock.read()
+    assert host.asked == 3
+    assert (host.right_time() - clock.now()).total_seconds() == -2.0, "it answered at the end of the wait"
+    clock.refresh()
+    assert host.asked == 4, "it is asked again as soon as possible"
 
 
 def test_the_clock_keeps_whole_milliseconds_as_documents_do() -> None:
