@@ -489,7 +489,7 @@ class JobStore:
         """Jobs that ended longer ago, and whose last notice was not confirmed as published."""
         since = self.now() - timedelta(seconds=older_than_s)
         ended = {"status": {"$in": list(TERMINAL_STATUSES)}, "worker.unnotified": {"$lte": since}}
-        return iterate(self._jobs.find(ended, NOTICE))
+        return iterate(self._raw_jobs.find(ended, NOTICE))
 
     def fail_unowned(self, job_id: ObjectId, sentence: str) -> Document | None:
         """Fails a job that no attempt runs: pending, or released. None: it was neither, and nothing was written."""
@@ -546,8 +546,7 @@ class JobStore:
     def find_siblings(self) -> list[Snapshot]:
         """Jobs that processes of this node hold, including processes that are dead."""
         held = {"status": Status.PROCESSING, "worker.node": self._node}
-        with unknown_when_unreachable():
-            jobs = [self._snapshot(document) for document in self._raw_jobs.find(held, TIMES)]
+        jobs = [self._snapshot(document) for document in iterate(self._raw_jobs.find(held, TIMES))]
         return [job for job in jobs if job.bookkeeping.owner and job.bookkeeping.node == self._node]
 
     def find_stale(self, after: ObjectId | None = None) -> Iterator[Snapshot]:

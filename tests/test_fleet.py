@@ -98,6 +98,15 @@ def the_one_that_has_the_turn_is_stopped(place: Place) -> None:
     first.signal(signal.SIGCONT)
 
 
+def one_that_sweeps_every_ten_minutes(place: Place) -> None:
+    """It had the turn last. The others keep to their own interval."""
+    place.start_worker(WORKER_POOL="solo", SWEEP_INTERVAL="600").wait_ready(PATIENCE_S)
+    poll(lambda: place.api.database["worker_turns"].find_one({"_id": "sweep"}), PATIENCE_S)
+    place.start_worker(WORKER_POOL="solo").wait_ready(PATIENCE_S)
+    expired = insert_expired(place, "expired")
+    assert place.api.wait(expired, timeout_s=PATIENCE_S)["status"] == "completed"
+
+
 # Stops its own process in the middle of a sweep, behind the first job that it has put back, and before it runs that.
 STOPS_IN_MID_SWEEP = """
 import os, signal, threading, worker
@@ -171,6 +180,7 @@ SCENARIOS: dict[str, Scenario] = {
     "two queues": two_queues,
     "priorities": priorities,
     "stopped in its turn": the_one_that_has_the_turn_is_stopped,
+    "seldom": one_that_sweeps_every_ten_minutes,
     "stopped in mid-sweep": partial(ends_in_mid_sweep, signal_name="SIGSTOP"),
     "killed in mid-sweep": partial(ends_in_mid_sweep, signal_name="SIGKILL"),
     "lost message": a_lost_message,
@@ -202,6 +212,10 @@ def test_jobs_of_all_priorities_run_once_in_their_order_and_a_lost_one_behind_th
 
 def test_another_worker_sweeps_when_the_one_that_has_the_turn_is_stopped(outcomes: Outcomes) -> None:
     outcomes["stopped in its turn"].result()
+
+
+def test_a_worker_that_sweeps_seldom_keeps_no_other_from_it(outcomes: Outcomes) -> None:
+    outcomes["seldom"].result()
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])

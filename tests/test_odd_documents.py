@@ -21,7 +21,7 @@ from testbed.processes import poll
 from tests.lab import ago, change, claim, deliver, insert, new_sweeper, queued, read, stale, table
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
 from tests.site import an_hour_ago, lease
-from worker import Runtime
+from worker import NODE, Runtime
 from workerkit.mongodb import TOLERANT
 
 # The search for lost messages waits a minute in earnest.
@@ -175,19 +175,36 @@ def test_a_job_whose_id_is_odd_ends_at_its_deadline_and_others_are_rescued(runti
     assert (jobs.find_one({"_id": odd_id}) or {})["status"] == "failed"
 
 
+def undecodable(document: dict[str, Any]) -> RawBSONDocument:
+    """A document with binary data of an old kind whose length is wrong: MongoDB stores it, pymongo can't read it."""
+    right, wrong = (b"\x08\x00\x00\x00\x02" + size + b"\x00\x00\x00abcd" for size in (b"\x04", b"\x63"))
+    raw = bson.encode(document)
+    assert right in raw
+    return RawBSONDocument(raw.replace(right, wrong))
+
+
+def test_a_document_that_cant_be_decoded_keeps_no_other_from_its_rescue_or_its_last_notice(runtime: Runtime) -> None:
+    odd = {"_id": ObjectId("0" * 24), "created_at": bson.Binary(b"abcd", 2), "user_id": bson.Binary(b"abcd", 2)}
+    own = {"owner": "x", "node": NODE, "attempt": 1, "unnotified": ago(60)}
+    runtime.database["jobs"].insert_one(undecodable({**odd, "status": "processing", "worker": own}))
+    runtime.database["jobs"].insert_one(undecodable({**odd, "_id": ObjectId(), "status": "failed", "worker": own}))
+    insert(runtime, status="processing", started_at=an_hour_ago())
+    ended = insert(runtime, status="failed")
+    change(runtime, ended, worker={"owner": "x", "attempt": 1, "unnotified": ago(60)})
+    assert len(new_sweeper(runtime).sweep()) == 2
+    assert runtime.sweeper.release_dead_siblings() == []
+
+
 @table("status", ("it waits", "pending"), ("it was left", "processing"))
 def test_bookkeeping_that_cant_be_decoded_is_replaced_and_others_are_rescued(runtime: Runtime, status: str) -> None:
-    """MongoDB stores binary data of an old kind whose length is wrong. pymongo raises an error when it reads that."""
-    right, wrong = (b"\x05x\x00\x08\x00\x00\x00\x02" + size + b"\x00\x00\x00abcd" for size in (b"\x04", b"\x63"))
     document: dict[str, Any] = {
         "_id": ObjectId(),
         "status": status,
         "job_type": "text_generation",
         "input_data": {"prompt": "Hello"},
     }
-    raw = bson.encode({**document, "started_at": an_hour_ago(), "worker": {"x": bson.Binary(b"abcd", 2)}})
-    assert right in raw
-    runtime.database["jobs"].insert_one(RawBSONDocument(raw.replace(right, wrong)))
+    odd = {**document, "started_at": an_hour_ago(), "worker": {"x": bson.Binary(b"abcd", 2)}}
+    runtime.database["jobs"].insert_one(undecodable(odd))
     others = [insert(runtime, status="processing", started_at=an_hour_ago()) for _ in range(2)]
     assert len(new_sweeper(runtime).sweep()) == (2 if status == "pending" else 3)
     assert [read(runtime, job_id)["worker"]["rescues"] for job_id in others] == [1, 1]

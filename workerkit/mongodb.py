@@ -19,6 +19,7 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
 from workerkit.errors import Document, StoreRefused, StoreUnavailable
+from workerkit.logs import RepeatedFaultLog
 
 if TYPE_CHECKING:
     from pymongo.collection import Collection
@@ -48,6 +49,9 @@ CAUSES = {
 TOLERANT = CodecOptions[Document](
     unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
+
+
+UNREADABLE_LOG = RepeatedFaultLog("a document of the collection jobs can't be decoded, and its job is left alone")
 
 
 def open_database(client: pymongo.MongoClient[Document], name: str) -> Database[Document]:
@@ -117,13 +121,21 @@ def make_indexes(collection: Collection[Document], indexes: Mapping[str, tuple[S
 
 
 def iterate(found: Cursor[Any]) -> Iterator[Any]:
-    """The documents of a query, one after the other. Raises what `unknown_when_unreachable` raises."""
+    """The documents of a query, one after the other. Raises what `unknown_when_unreachable` raises.
+
+    A raw document that can't be decoded is left out, so that it keeps nothing from the others.
+    """
     with found:
         while True:
             with unknown_when_unreachable():
                 if (document := next(found, None)) is None:
                     return
-            yield document
+            try:
+                document.items()  # a raw document is decoded when it is first looked into
+            except BSONError as error:
+                UNREADABLE_LOG.fault(type(error).__name__)
+            else:
+                yield document
 
 
 class Clock:
