@@ -115,6 +115,7 @@ def hand_back(place: Place) -> None:
 
 
 def use_every_command(place: Place) -> None:
+    place.add_module("import worker\nworker.LostMessages.overdue_s = 1.0\n")
     waiting = place.submit("waits", Step(""))
     assert "1 waiting in" in command(place, "check")
     assert "│ 1" in command(place, "status").split("waiting in")[1]
