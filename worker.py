@@ -51,7 +51,7 @@ from celery.exceptions import Ignore, Reject
 from kombu import Exchange
 from pydantic import BaseModel
 
-from workerkit import __version__, logs, sentences, values
+from workerkit import __version__, logs, mongodb, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
 from workerkit.bookkeeping import Snapshot, ensure_indexes, first_attempt, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
@@ -564,7 +564,7 @@ class JobStore:
         return rescued["$set"]["worker"] if self._update(job.unchanged(), rescued, {"_id": 1}) else None
 
     def release_together(self, jobs: Sequence[Snapshot]) -> dict[ObjectId, Document]:
-        """Does for several jobs at once what `release_stale` does, twenty times as fast.
+        """Does for several jobs at once what `release_stale` does, in a tenth of the time.
 
         Returns the bookkeeping of those that were released. The others have changed, or MongoDB refuses the change.
         """
@@ -1289,7 +1289,7 @@ class Runtime:
     def mongo(self) -> pymongo.MongoClient[Document]:
         url, timeout_ms = self.settings.mongodb_url.get_secret_value(), int(self.mongodb_timeout_s * 1000)
         with unknown_when_unreachable():  # a name that doesn't resolve may raise here already
-            return pymongo.MongoClient(url, timeoutMS=timeout_ms, appname="ai-backend-worker")
+            return pymongo.MongoClient(url, timeoutMS=timeout_ms, **mongodb.CLIENT_OPTIONS)
 
     @made_once
     def database(self) -> Database[Document]:

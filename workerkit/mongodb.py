@@ -35,6 +35,8 @@ PASSING_CODES = frozenset(
     # A server under pressure, a cursor or a plan that was killed, keys and routes that aren't known yet.
     | {365, 43, 237, 175, 211, 202, 391, 462}
 )
+# MongoDB reports a change by itself, so the driver's usual heartbeats, each 10 s, would only cost a large fleet.
+CLIENT_OPTIONS: Document = {"appname": "ai-backend-worker", "heartbeatFrequencyMS": 40_000}
 SUSPENDED_S = 1.0  # by which the host's two clocks move apart only where it slept, or its time was set
 SAME_INDEX_CODES = (85, 86)  # there is one like it, under another name or with other options
 # What an operator reads about refusals that are met most.
