@@ -58,6 +58,6 @@ def dead_pool(bench: Bench) -> list[Figure]:
         poll(lambda: not jobs.count_documents({"worker.node": DEAD}), GIVE_UP_S, interval_s=0.5)
         took_s = time.monotonic() - died_at
         untried = jobs.count_documents({"status": "failed", "error_message": GAVE_UP})
-    name, note = f"{JOBS:,} jobs of a node pool that died", f"by {WORKERS_LEFT} workers, after the leases ran out"
-    back = Figure(f"{name}: all are put back", "s", [took_s], goal=WITHIN_TWO_MINUTES, note=note)
-    return [back, Figure(f"{name}: failed untried", "", [untried], goal=NONE)]
+    note = f"by {WORKERS_LEFT} workers, from when the leases of a node pool have run out"
+    back = Figure(f"{JOBS:,} lost jobs: put back", "s", [took_s], goal=WITHIN_TWO_MINUTES, note=note)
+    return [back, Figure(f"{JOBS:,} lost jobs: failed untried", "", [untried], goal=NONE)]
