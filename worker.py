@@ -546,7 +546,8 @@ class JobStore:
     def find_siblings(self) -> list[Snapshot]:
         """Jobs that processes of this node hold, including processes that are dead."""
         held = {"status": Status.PROCESSING, "worker.node": self._node}
-        jobs = [self._snapshot(document) for document in iterate(self._raw_jobs.find(held, TIMES))]
+        with unknown_when_unreachable():
+            jobs = [self._snapshot(document) for document in iterate(self._raw_jobs.find(held, TIMES))]
         return [job for job in jobs if job.bookkeeping.owner and job.bookkeeping.node == self._node]
 
     def find_stale(self, after: ObjectId | None = None) -> Iterator[Snapshot]:
