@@ -53,7 +53,7 @@ from pydantic import BaseModel
 
 from workerkit import __version__, logs, mongodb, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.bookkeeping import Snapshot, ensure_indexes, first_attempt, owner_of, parse_bookkeeping, waiting
+from workerkit.bookkeeping import INDEXES, Snapshot, first_attempt, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
 from workerkit.errors import (
@@ -266,11 +266,11 @@ class JobStore:
         return self.clock.now()
 
     def ensure_indexes(self) -> None:
-        ensure_indexes(self._jobs)
+        mongodb.make_indexes(self._jobs, INDEXES)
 
-    def read(self, job_id: ObjectId, **same: Any) -> Document | None:
+    def read(self, job_id: ObjectId, same: Document | None = None) -> Document | None:
         with unknown_when_unreachable():
-            return self._jobs.find_one({"_id": job_id, **same})
+            return self._jobs.find_one({"_id": job_id, **(same or {})})
 
     def look(self, job_id: ObjectId) -> Snapshot | None:
         """The job without its input and output; None if there is no document."""
@@ -321,7 +321,7 @@ class JobStore:
                 break
             job = self.look(job_id)
             if job and job.status == Status.PROCESSING and job.bookkeeping.owner == owner:
-                document = self.read(job_id, **{"status": Status.PROCESSING, "worker.owner": owner})
+                document = self.read(job_id, {"status": Status.PROCESSING, "worker.owner": owner})
             elif reason := self._why_not(job, delivery.limits, now, bounded=bounded):
                 return NotClaimed(reason, job)
             elif job and job.status == Status.PENDING:
@@ -882,8 +882,8 @@ class Sweeper:
     ) -> None:
         self._store, self._turns, self._lost_messages = store, turns, lost_messages
         self._notifier, self._notes, self._broker = notifier, notes, broker
-        # The keeper renews leases when a sweep is over, so a sweep must not last.
-        self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(4.0, lease_s / 8)  # for each chore
+        # The keeper renews leases when a sweep is over, so a sweep must not last. Each other chore has a third of this.
+        self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(4.0, lease_s / 8)  # for the rescue of stale jobs
         self.after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
         self._queues: list[str] = []  # in which workers take jobs of this database
         # Faults of this sweep: of Redis, and of queues to which nothing can be sent.

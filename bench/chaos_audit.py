@@ -133,19 +133,23 @@ def judge_artifact(evidence: Evidence, history: History, output: Document) -> It
 @of_each_job
 def is_announced_truthfully(evidence: Evidence, history: History) -> Iterator[str]:
     """No status is published before the document has it, nor two ends; the last notice is the document's status."""
-    notices = history.last_notices
+    # The API may put a job back between its end and the notice of that.
+    former = [step for life in history.lives[:-1] for step in life if step.kind in ENDS]
+    notices = [
+        notice
+        for notice in history.last_notices
+        if not any(step.status == notice.status and notice.at < step.at + NOTICED_S for step in former)
+    ]
+    published = {notice.status for notice in notices}
+    if {"completed", "failed"} <= published:
+        yield "published as completed and as failed"
     end = history.ends[0] if history.ends else None
     if end is None:
         return
-    former = [step for life in history.lives[:-1] for step in life if step.kind in ENDS]
     for notice in notices:
-        # The API may put a job back between its end and the notice of that.
-        is_former = any(step.status == notice.status and notice.at < step.at + NOTICED_S for step in former)
-        if notice.status not in TERMINAL or is_former:
-            continue
-        if notice.at < end.at - CLOCK_TOLERANCE_S:
+        if notice.status in TERMINAL and notice.at < end.at - CLOCK_TOLERANCE_S:
             yield f"published as {notice.status} {end.at - notice.at:.3f} s before the document said so"
-        if notice.status != history.document.get("status"):
+        if notice.status in TERMINAL and notice.status != history.document.get("status"):
             yield f"published as {notice.status}, but it is {history.document.get('status')}"
     last = notices[-1].status if notices else None
     has_outbox = history.plan.extras.refusal is not Refusal.CLAIM  # such a document ends without our bookkeeping

@@ -324,7 +324,7 @@ def real_fleet(bench: Bench, alone: Load) -> Fleet:
         time.sleep(FIRST_SWEEP_S)
         idle = load(bench, WINDOW_S) - alone
         job, job_bytes = per_job_load(bench, contestant, idle)
-        jobs = bench.submit(contestant, REAL_WORKERS, f"[delay {WINDOW_S * 3}] Tell.")
+        jobs = bench.submit(contestant, REAL_WORKERS, f"[delay {WINDOW_S * 2}] Tell.")
         bench.wait_for(jobs, "processing")
         time.sleep(OUTBOX_S)
         return Fleet(idle * each, (load(bench, WINDOW_S) - alone) * each, job, job_bytes)

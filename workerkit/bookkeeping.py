@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from bson import ObjectId
 
 from workerkit.errors import Document
-from workerkit.mongodb import make_indexes
 from workerkit.settings import is_duration
 from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_priority, as_text, as_time
-
-if TYPE_CHECKING:
-    from pymongo.collection import Collection
 
 MAX_LEASE_S = 3600.0
 MAX_LIMIT_S = 2 * 86_400.0
@@ -32,10 +28,6 @@ INDEXES: dict[str, tuple[list[str], Document]] = {
     "worker_cancelled": (["worker.lease_until"], {"partialFilterExpression": {"status": "failed"}}),
     "worker_unnotified": (["worker.unnotified"], {"sparse": True}),
 }
-
-
-def ensure_indexes(jobs: Collection[Document]) -> None:
-    make_indexes(jobs, INDEXES)
 
 
 def as_life(value: Any) -> Document:

@@ -20,6 +20,7 @@ from pymongo.write_concern import WriteConcern
 
 from workerkit.errors import Document, StoreRefused, StoreUnavailable
 from workerkit.logs import RepeatedFaultLog
+from workerkit.values import is_readable
 
 if TYPE_CHECKING:
     from pymongo.collection import Collection
@@ -51,9 +52,7 @@ CAUSES = {
 TOLERANT = CodecOptions[Document](
     unicode_decode_error_handler="replace", datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
-
-
-UNREADABLE_LOG = RepeatedFaultLog("a document of the collection jobs can't be decoded, and its job is left alone")
+UNREADABLE_LOG = RepeatedFaultLog("a document is left alone")
 
 
 def open_database(client: pymongo.MongoClient[Document], name: str) -> Database[Document]:
@@ -132,12 +131,10 @@ def iterate(found: Cursor[Any]) -> Iterator[Any]:
             with unknown_when_unreachable():
                 if (document := next(found, None)) is None:
                     return
-            try:
-                document.items()  # a raw document is decoded when it is first looked into
-            except BSONError as error:
-                UNREADABLE_LOG.fault(type(error).__name__)
-            else:
+            if is_readable(document):
                 yield document
+            else:
+                UNREADABLE_LOG.fault("pymongo can't decode it")
 
 
 class Clock:

@@ -38,9 +38,15 @@ def as_time(value: object, latest: datetime | None = None) -> datetime | None:
     return None if latest and time > latest else time
 
 
+def is_readable(document: Mapping[str, Any]) -> bool:
+    """Whether a document can be decoded. A raw one is decoded when it is first looked into."""
+    try:
+        document.items()
+    except BSONError:
+        return False
+    return True
+
+
 def as_mapping(value: Any) -> Mapping[str, Any]:
     """The value, if it is a mapping that can be read; else an empty one."""
-    try:
-        return value if isinstance(value, Mapping) and value.items() is not None else {}
-    except BSONError:  # a raw document is decoded when it is first looked into
-        return {}
+    return value if isinstance(value, Mapping) and is_readable(value) else {}
