@@ -202,8 +202,19 @@ class Server:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Stop the process by SIGSTOP: its connections stay open, but it does not answer."""
+        """Stop the process by SIGSTOP: its connections stay open, but it does not answer.
+
+        On a busy machine its threads stop one after the other, and until then the last ones still answer.
+        """
         self._signal(signal.SIGSTOP)
+        poll(self._is_stopped, STOP_TIMEOUT_S, description=f"{self.name} stopped")
+
+    def _is_stopped(self) -> bool:
+        try:
+            stats = [path.read_text() for path in Path(f"/proc/{self.pid}/task").glob("*/stat")]
+        except OSError:  # a thread has just ended
+            return False
+        return all(stat.rpartition(")")[2].split()[0] in "TZ" for stat in stats)
 
     def resume(self) -> None:
         """Let a paused server continue."""
