@@ -12,7 +12,7 @@ from typing import Final
 from bson import ObjectId
 
 from bench.chaos_plan import IMAGE, TEXT, Refusal, pace_of, tag_of
-from bench.chaos_records import CANCELLED, ENDS, LOSSES, Evidence, History, Step, describe
+from bench.chaos_records import CANCELLED, ENDS, LOSSES, Evidence, History, Notice, Step, describe
 from bench.figures import Document
 from testbed.answers import SOUNDS, Plan, parse_directives, picture, words_for
 from testbed.api import TERMINAL
@@ -133,17 +133,18 @@ def judge_artifact(evidence: Evidence, history: History, output: Document) -> It
 @of_each_job
 def is_announced_truthfully(evidence: Evidence, history: History) -> Iterator[str]:
     """No status is published before the document has it, nor two ends; the last notice is the document's status."""
-    # The API may put a job back between its end and the notice of that.
+    end = history.ends[0] if history.ends else None
     former = [step for life in history.lives[:-1] for step in life if step.kind in ENDS]
-    notices = [
-        notice
-        for notice in history.last_notices
-        if not any(step.status == notice.status and notice.at < step.at + NOTICED_S for step in former)
-    ]
+
+    def is_former(notice: Notice) -> bool:
+        """The API may put a job back between its end and the notice of that."""
+        is_early = end is None or notice.at < end.at - CLOCK_TOLERANCE_S
+        return is_early and any(step.status == notice.status and notice.at < step.at + NOTICED_S for step in former)
+
+    notices = [notice for notice in history.last_notices if not is_former(notice)]
     published = {notice.status for notice in notices}
     if {"completed", "failed"} <= published:
         yield "published as completed and as failed"
-    end = history.ends[0] if history.ends else None
     if end is None:
         return
     for notice in notices:
