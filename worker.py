@@ -38,7 +38,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import Enum, StrEnum
+from enum import StrEnum
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -224,7 +224,7 @@ NOTICE = {**ADDRESS, "status": 1, "worker.owner": 1}
 END = dict.fromkeys(("completed_at", "output_data.model_used", "output_data.tokens_used"), 1)
 
 
-class Reason(Enum):
+class Reason(StrEnum):
     """Why a job could not be claimed."""
 
     UNKNOWN = "no such document (another DATABASE_NAME on this queue?)"
@@ -882,7 +882,7 @@ class Sweeper:
     ) -> None:
         self._store, self._turns, self._lost_messages = store, turns, lost_messages
         self._notifier, self._notes, self._broker = notifier, notes, broker
-        # The keeper renews leases when a sweep is over, so a sweep must not last. Each other chore has a third of this.
+        # The keeper renews leases before and after a sweep, so it mustn't last. Other chores have a third of this each.
         self._turn_s, self.budget_s = min(15.0, lease_s / 2), min(4.0, lease_s / 8)  # for the rescue of stale jobs
         self.after: ObjectId | None = None  # the last stale job that was handled, if there was no time for the rest
         self._queues: list[str] = []  # in which workers take jobs of this database
@@ -1183,7 +1183,7 @@ class Keeper:
             self._release_dead_siblings(sweeper)
         if self._may_sweep():
             self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
-            self._sweep(store, sweeper)
+            self._sweep(store, sweeper, attempts)
             if sweeper.after:
                 self._sweep_at = 0.0
             files.sweep_if_due()
@@ -1247,11 +1247,14 @@ class Keeper:
                 logger.warning(line)
             self._forks_seen = forks
 
-    def _sweep(self, store: JobStore, sweeper: Sweeper) -> None:
+    def _sweep(self, store: JobStore, sweeper: Sweeper, attempts: list[Attempt]) -> None:
         def is_calm() -> bool:
-            if is_new := self._meets_new_primary(store):
+            """Renews the leases of this process first: they have to outlast the sweep."""
+            if self._meets_new_primary(store):
                 self._rest_one_lease()
-            return not is_new
+            self._renew_at = 0.0
+            self._renew(store, attempts)
+            return time.monotonic() >= (self._rest.at or 0.0)
 
         with pymongo.timeout(2 * self.PATIENCE_S):
             for line in sweeper.sweep(is_calm):
@@ -1322,7 +1325,7 @@ class Runtime:
 
     @made_once
     def broker(self) -> Broker:
-        return Broker(app, self.settings.celery_queue_name, TASK_NAME)
+        return Broker(app, self.settings.celery_queue_name, TASK_NAME, min(2.0, self.settings.lease_seconds / 4))
 
     @made_once
     def artifacts(self) -> Artifacts:
@@ -1446,8 +1449,7 @@ def announce_job(runtime: Runtime, job: Job, status: Status, sentence: str) -> N
 
 
 def announce_end(runtime: Runtime, document: Mapping[str, Any]) -> None:
-    status = Status(document["status"])
-    announce(runtime, document, status, sentences.final_sentence(document), owner_of(document))
+    announce(runtime, document, Status(document["status"]), sentences.final_sentence(document), owner_of(document))
 
 
 def fail_unowned(task: JobTask, job_id: ObjectId, fail: Callable[[], Document | None], sentence: str) -> JobFailed:
@@ -1468,8 +1470,7 @@ def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     Raises JobFailed: the message doesn't have the contract's form.
     """
     job_id, arguments = parse_arguments(args, kwargs)
-    fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
-    if not fits:
+    if not (len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)):
         logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
         damaged, known_id = sentences.DAMAGED, ObjectId(job_id)
         raise fail_unowned(task, known_id, lambda: task.runtime.store.fail_unowned(known_id, damaged), damaged)
@@ -1533,8 +1534,7 @@ def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed)
         Retry: the job waits for its next try. JobFailed: there is no such job, or it is at its bounds.
     """
     runtime, reason, job = task.runtime, not_claimed.reason, not_claimed.job
-    level = logging.ERROR if reason is Reason.UNKNOWN else logging.INFO
-    logger.log(level, "job=%s not claimed: %s", job_id, reason.value)
+    logger.log(logging.ERROR if reason is Reason.UNKNOWN else logging.INFO, "job=%s not claimed: %s", job_id, reason)
     if (job is None and reason is not Reason.WAITING) or reason is Reason.FOREIGN_STATUS:
         raise JobFailed("There is no such job.")
     if job and reason is Reason.TERMINAL:

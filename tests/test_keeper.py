@@ -281,6 +281,27 @@ def test_a_lease_is_renewed_three_times_in_its_length(runtime: Runtime, at: list
 
 
 @table(
+    "is_turn_of_another, is_renewed",
+    ("it has the turn", False, True),
+    ("another process has the turn, so it doesn't sweep", True, False),
+)
+def test_a_process_renews_its_leases_before_it_sweeps(
+    runtime: Runtime, at: list[float], is_turn_of_another: bool, is_renewed: bool
+) -> None:
+    """A sweep may take seconds, for example while a broker that hangs takes no message."""
+    runtime.rest.at = None
+    attempt = kept(runtime)
+    runtime.keeper._sweep_at = math.inf
+    runtime.keeper.tick()
+    at[0] += runtime.settings.lease_seconds / 6  # no renewal is due yet
+    if is_turn_of_another:
+        Turns(runtime.database, runtime.store.now).take(runtime.sweeper.TURN, 60)
+    runtime.keeper._sweep_at = 0.0
+    runtime.keeper.tick()
+    assert (attempt.renewed_at == at[0]) is is_renewed
+
+
+@table(
     "note, asks",
     ("no worker watches", None, True),
     ("a worker watches, and nothing was cancelled", [], False),

@@ -30,10 +30,8 @@ class RabbitLab(BrokerLab):
 
     server: RabbitServer
     more_short_waits = """
-from functools import partial
 from workerkit import broker
 
-worker.Broker = partial(broker.Broker, patience_s=1.0)
 worker.app.conf.broker_transport_options = dict.fromkeys(broker.RABBITMQ_TIMEOUTS, 1)
 worker.app.conf.broker_connection_timeout = 1
 worker.app.conf.broker_heartbeat = 2
