@@ -184,10 +184,8 @@ def is_generated_no_more_than_claimed(_evidence: Evidence, history: History) -> 
 @of_each_job
 def is_rescued_only_for_a_reason(evidence: Evidence, history: History) -> Iterator[str]:
     """A job is taken from an attempt only when a fault has hit its process, a server, or its bookkeeping."""
-    if history.plan.extras.spoilt:
-        return
     for claim, then in history.attempts():
-        if then.kind in LOSSES and cause_of(evidence, claim, then) == UNKNOWN_CAUSE:
+        if then.kind in LOSSES and cause_of(evidence, history, claim, then) == UNKNOWN_CAUSE:
             yield f"taken from a live attempt after {then.at - claim.at:.1f} s: {then}"
 
 
@@ -246,16 +244,17 @@ def audit(evidence: Evidence) -> list[str]:
 
 # ── causes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+SPOILT: Final = "odd bookkeeping while it ran"
 UNKNOWN_CAUSE: Final = "unknown"
 
 
-def cause_of(evidence: Evidence, claim: Step, loss: Step) -> str:
-    """Return the fault for which an attempt lost its job: one of its process, otherwise one of a server meanwhile."""
+def cause_of(evidence: Evidence, history: History, claim: Step, loss: Step) -> str:
+    """Return the fault for which an attempt lost its job: of its process, of a server meanwhile, or of its document."""
     lease_s = pace_of(evidence.options).lease_s
     meanwhile = [one for one in evidence.happened if one.at <= loss.at and one.until >= claim.at - lease_s]
     own = [one.kind for one in meanwhile if claim.pid in one.pids]
     around = [one.kind for one in meanwhile if not one.pids]
-    return (own or around or [UNKNOWN_CAUSE])[0]
+    return [*own, *around, SPOILT if history.plan.extras.spoilt else UNKNOWN_CAUSE][0]
 
 
 @dataclass(frozen=True, order=True)
@@ -312,7 +311,7 @@ def extra_calls(evidence: Evidence) -> tuple[Counter[str], Counter[int]]:
         lost = 0
         for claim, then in history.attempts():
             if then.kind in LOSSES and any(claim.at - 0.01 <= call.started_at <= then.at for call in history.calls):
-                causes[cause_of(evidence, claim, then)] += 1
+                causes[cause_of(evidence, history, claim, then)] += 1
                 lost += 1
         per_job[lost] += 1
     return causes, per_job
