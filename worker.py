@@ -1174,14 +1174,15 @@ class Keeper:
                 attempt.cancel(HandBack("the grace of the shutdown is over"))
         with pymongo.timeout(self.PATIENCE_S):
             store, sweeper, files, preparation = self._connect()
-            self._renew(store, attempts)
+            if time.monotonic() >= self._renew_at:
+                self._renew(store, attempts)
             if sweeper.has_turn and preparation.has_indexes:  # else each look would read every job that has failed
                 sweeper.watch()
             self._stop_cancelled(store, attempts)
             self._empty_outbox(store)
             preparation.do_if_due()
             self._release_dead_siblings(sweeper)
-        if self._may_sweep():
+        if not self._shutdown.is_announced and time.monotonic() >= max(self._sweep_at, self._rest.at or 0.0):
             self._sweep_at = time.monotonic() + self._settings.sweep_interval * random.uniform(0.8, 1.2)
             self._sweep(store, sweeper, attempts)
             if sweeper.after:
@@ -1190,31 +1191,29 @@ class Keeper:
         self._answered_at = time.monotonic()
         self._store_log.over()
 
-    def _may_sweep(self) -> bool:
-        return not self._shutdown.is_announced and time.monotonic() >= max(self._sweep_at, self._rest.at or 0.0)
-
     def _rest_one_lease(self) -> None:
         self._rest.at = max(self._rest.at or 0.0, time.monotonic() + self._settings.lease_seconds)
 
     def _renew(self, store: JobStore, attempts: list[Attempt]) -> None:
-        if time.monotonic() < self._renew_at:
-            return
-        at, is_new = time.monotonic(), bool(attempts) and self._meets_new_primary(store)
+        at = time.monotonic()
+        if attempts:
+            self._keep_time(store)
         renewed = [attempt for attempt in attempts if attempt.may_renew()]
         if renewed:
             self._cancel(renewed, store.renew_leases([attempt.job for attempt in renewed]))
         for attempt in renewed:
             attempt.renewed_at = at
         silent_s = time.monotonic() - self._answered_at  # MongoDB hung, or this process was suspended
-        if is_new or silent_s > self._longest_silence_s:
+        if silent_s > self._longest_silence_s:
             self._rest_one_lease()
         self._renew_at = at + self._settings.lease_seconds / 3
 
-    def _meets_new_primary(self, store: JobStore) -> bool:
-        """Keeps the database's time. Returns whether another primary has answered than before."""
+    def _keep_time(self, store: JobStore) -> None:
+        """Keeps the database's time. Where another primary has answered than before, the node rests for one lease."""
         before = store.clock.primary
         store.clock.refresh()
-        return before is not None and before != store.clock.primary
+        if before is not None and before != store.clock.primary:
+            self._rest_one_lease()
 
     def _stop_cancelled(self, store: JobStore, attempts: list[Attempt]) -> None:
         """Stops what the API has cancelled. One process watches for that; where none does, each looks for itself."""
@@ -1250,9 +1249,8 @@ class Keeper:
     def _sweep(self, store: JobStore, sweeper: Sweeper, attempts: list[Attempt]) -> None:
         def is_calm() -> bool:
             """Renews the leases of this process first: they have to outlast the sweep."""
-            if self._meets_new_primary(store):
-                self._rest_one_lease()
-            self._renew_at = 0.0
+            if not attempts:  # otherwise the renewal does it
+                self._keep_time(store)
             self._renew(store, attempts)
             return time.monotonic() >= (self._rest.at or 0.0)
 
@@ -1325,7 +1323,8 @@ class Runtime:
 
     @made_once
     def broker(self) -> Broker:
-        return Broker(app, self.settings.celery_queue_name, TASK_NAME, min(2.0, self.settings.lease_seconds / 4))
+        patience_s = min(Broker.PATIENCE_S, self.settings.lease_seconds / 4)
+        return Broker(app, self.settings.celery_queue_name, TASK_NAME, patience_s)
 
     @made_once
     def artifacts(self) -> Artifacts:
@@ -1470,7 +1469,8 @@ def read_message(task: JobTask, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     Raises JobFailed: the message doesn't have the contract's form.
     """
     job_id, arguments = parse_arguments(args, kwargs)
-    if not (len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)):
+    fits = len(args) + len(kwargs) == 2 == len(arguments) and isinstance(arguments.get("job_data"), dict)
+    if not fits:
         logger.error("job=%s its message has the wrong arguments: (job_id, job_data) are expected", job_id)
         damaged, known_id = sentences.DAMAGED, ObjectId(job_id)
         raise fail_unowned(task, known_id, lambda: task.runtime.store.fail_unowned(known_id, damaged), damaged)

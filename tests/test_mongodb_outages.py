@@ -57,11 +57,12 @@ STEPS = {
     "when it fails": Step(f"{UNTIL_AWAY} [status 400]", ends="failed"),
 }
 # A MongoDB that has just come back may take longer over the first renewals than a lease of a few seconds.
+OUTLASTING_LEASE = {"LEASE_SECONDS": "10"}
 LONG_LIMITS = {
     "CELERY_SOFT_TIME_LIMIT": "80",
     "CELERY_TIME_LIMIT": "100",
-    "LEASE_SECONDS": "10",
     "WORKER_CONCURRENCY": f"{len(STEPS)}",
+    **OUTLASTING_LEASE,
 }
 WAITING_PLACES = ("prefork", "threads", "folder")
 in_each_waiting_place = pytest.mark.parametrize("name", WAITING_PLACES)
@@ -127,7 +128,7 @@ SHORT_PLACES = (*KEEPING_PLACES, STARTED_MEANWHILE)
 def open_short_places(open_place: OpenPlace) -> dict[str, Place]:
     """Workers that may hold a job for seconds only. One starts during the outage."""
     places = {name: open_place(name, **SHORT_LIMITS, **own) for name, own in KEEPING_PLACES.items()}
-    places[STARTED_MEANWHILE] = open_place(STARTED_MEANWHILE, **SHORT_LIMITS | {"LEASE_SECONDS": "10"})
+    places[STARTED_MEANWHILE] = open_place(STARTED_MEANWHILE, **SHORT_LIMITS | OUTLASTING_LEASE)
     return places
 
 

@@ -498,7 +498,9 @@ class Broker:
     It gives up after `patience_s` seconds, so that a broker that hangs doesn't keep the keeper from renewing leases.
     """
 
-    def __init__(self, app: Celery, queue: str, task_name: str, patience_s: float = 2.0) -> None:
+    PATIENCE_S = 2.0
+
+    def __init__(self, app: Celery, queue: str, task_name: str, patience_s: float = PATIENCE_S) -> None:
         self._app, self._queue, self._task_name, self._patience_s = app, queue, task_name, patience_s
 
     @property
