@@ -484,20 +484,20 @@ def test_the_contracts_text_job_is_done_and_streamed(provider: Provider) -> None
     asked_for = {"prompt": "Generate a story about AI", "max_tokens": 200}
     result = generate("text_generation", asked_for, serving(provider), pieces)
     assert result.output["generated_text"] == "".join(pieces)
-    assert (result.output["model_used"], result.output["tokens_used"]) == ("gpt-6-luna", 25)
+    assert (result.output["model_used"], result.output["tokens_used"]) == ("testbed-model", 25)
     assert result.media is None
 
 
 def test_the_contracts_image_job_is_done(provider: Provider) -> None:
     result = generate("image_generation", {"prompt": "A futuristic city", "size": "512x512"}, serving(provider))
-    assert result.output == {"model_used": "gpt-image-2.6-flare", "resolution": "512x512"}
+    assert result.output == {"model_used": "testbed-model", "resolution": "512x512"}
     assert result.media == Media(picture(512, 512), "png", "image_url")
 
 
 def test_the_contracts_audio_job_is_done(provider: Provider) -> None:
     result = generate("audio_generation", {"text": "Hello world", "voice": "default"}, serving(provider))
     assert result.output["duration_seconds"] == pytest.approx(SOUND_DURATION_S, abs=0.01)
-    assert (result.output["model_used"], result.output["format"]) == ("gpt-4o-mini-tts", "wav")
+    assert (result.output["model_used"], result.output["format"]) == ("testbed-model", "wav")
     assert result.media == Media(sound_wav(), "wav", "audio_url")
 
 
@@ -510,8 +510,8 @@ def test_more_tokens_than_configured_are_refused_before_anything_is_spent(provid
 
 @table(
     "model, used",
-    ("none", None, "gpt-6-luna"),
-    ("the default", "gpt-6-luna", "gpt-6-luna"),
+    ("none", None, "testbed-model"),
+    ("the default", "testbed-model", "testbed-model"),
     ("one on the list", "large", "large"),
 )
 def test_a_model_on_the_allow_list_is_used(provider: Provider, model: str | None, used: str) -> None:
@@ -519,11 +519,11 @@ def test_a_model_on_the_allow_list_is_used(provider: Provider, model: str | None
     assert provider.calls[0].body["model"] == used
 
 
-@table("model", ("unknown", "dear"), ("empty", ""), ("another type's", "gpt-image-2.6-flare"))
+@table("model", ("unknown", "dear"), ("empty", ""), ("another type's", "testbed-model"))
 def test_a_model_off_the_list_is_refused_with_the_list(provider: Provider, model: str) -> None:
     with pytest.raises(FailJob) as caught:
         generate(TEXT, {"prompt": "Hi", "model": model}, serving(provider, text_models="small"))
-    assert caught.value.sentence == "This model isn't offered. Choose one of: gpt-6-luna, small."
+    assert caught.value.sentence == "This model isn't offered. Choose one of: testbed-model, small."
     assert provider.calls == []
 
 
@@ -692,7 +692,7 @@ def test_a_text_job_goes_from_message_to_document_and_person(runtime: Runtime, n
     job_id = insert_text(runtime, "[say one two three]")
     assert deliver(runtime, job_id) == {"job_id": str(job_id), "status": "completed"}
     document = read(runtime, job_id)
-    wanted = {"generated_text": "one two three", "model_used": "gpt-6-luna", "tokens_used": 7}
+    wanted = {"generated_text": "one two three", "model_used": "testbed-model", "tokens_used": 7}
     assert (document["output_data"], document["artifact_url"]) == (wanted, None)
     assert [notice["status"] for notice in notices.statuses(2)] == ["processing", "completed"]
     assert "".join(piece["delta"] for piece in notices.of("job_progress", 1)) == "one two three"
@@ -825,7 +825,7 @@ def test_the_line_about_an_end_says_what_an_operator_asks(runtime: Runtime, capl
     caplog.set_level(logging.INFO, "worker")
     job_id = insert_text(runtime, "[say one two three]", created_at=ago(700))
     deliver(runtime, job_id)
-    figures = r"\(waited 70\d\.\d s, ran \d\.\d s, gpt-6-luna at http://\S+, 7 tokens\)"
+    figures = r"\(waited 70\d\.\d s, ran \d\.\d s, testbed-model at http://\S+, 7 tokens\)"
     assert re.fullmatch(f"job={job_id} attempt=1 type='text_generation' completed {figures}", caplog.messages[-1])
 
 

@@ -76,10 +76,11 @@ from workerkit.errors import (
 )
 from workerkit.files import FileSweeper
 from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_input
-from workerkit.logs import RepeatedFaultLog, logger, place_of
+from workerkit.logs import OncePerCause, RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
 from workerkit.media import inspect_picture, inspect_sound, nearest_size
 from workerkit.messages import COPY, Delivery, carried_data, describe_delivery, own_arguments, parse_arguments
+from workerkit.models import sizes_of
 from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
 from workerkit.notes import EXPIRED, REVOKED, RevokedTask, SharedNotes, result_name
 from workerkit.once import made_once
@@ -94,7 +95,7 @@ from workerkit.process import (
     signals_deferred,
 )
 from workerkit.progress import Progress
-from workerkit.provider import OpenAIProvider, Provider
+from workerkit.provider import Memory, OpenAIProvider, Provider
 from workerkit.results import Media, Result
 from workerkit.settings import PROVIDER_KINDS, Limits, ProviderKind, ProviderSettings, Settings, load_settings
 from workerkit.surroundings import modules_fault, pool_fault, refuse, write_any_character
@@ -664,8 +665,6 @@ class Notifier:
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-GPT_IMAGE_SIZES = ("1024x1024", "1536x1024", "1024x1536")
-
 
 @dataclass(frozen=True)
 class Call:
@@ -735,19 +734,21 @@ async def text_generation(call: Call) -> Result:
     if inputs.max_tokens and inputs.max_tokens > cap:
         sentence = f"The input can't be used: max_tokens should be at most {cap}."
         raise InvalidInput("max_tokens over the cap", sentence)
-    request = {"model": call.model, "messages": inputs.conversation(), "max_tokens": inputs.max_tokens or cap}
+    request = {"model": call.model, "messages": inputs.conversation()}
     request |= {key: getattr(inputs, key) for key in TextInput.PASSED_ON if getattr(inputs, key) is not None}
-    answer = await call.provider.text(request, call.progress)
-    return Result({"generated_text": answer.text, "model_used": answer.model, "tokens_used": answer.tokens})
+    usual_cap = call.settings.usual_cap
+    answer = await call.provider.text(request, call.progress, {"max_tokens": usual_cap} if usual_cap else {})
+    output = {"generated_text": answer.text, "model_used": answer.model, "tokens_used": answer.tokens}
+    return Result({**output, "is_cut": True} if answer.is_cut else output)
 
 
 @handles("image_generation", ImageInput, provider="image")
 async def image_generation(call: Call) -> Result:
     """Generates a picture. Its resolution is read from its bytes."""
     inputs: ImageInput = call.input
-    is_gpt_image = call.model.startswith("gpt-image") and not call.defaults.base_url
-    sizes = call.settings.image_sizes or (GPT_IMAGE_SIZES if is_gpt_image else ())
-    request = {"model": call.model, "prompt": inputs.prompt, "n": 1, "size": nearest_size(inputs.size, sizes)}
+    request = {"model": call.model, "prompt": inputs.prompt}
+    if inputs.size:
+        request["size"] = nearest_size(inputs.size, call.settings.image_sizes or sizes_of(call.model))
     if inputs.quality:
         request["quality"] = inputs.quality
     data, model = await call.provider.image(request)
@@ -759,15 +760,12 @@ async def image_generation(call: Call) -> Result:
 async def audio_generation(call: Call) -> Result:
     """Speaks a text. Format and duration are read from the bytes."""
     inputs: AudioInput = call.input
-    request: Document = {
-        "model": call.model,
-        "input": inputs.text or inputs.prompt,
-        "voice": call.settings.audio_voice if inputs.voice == "default" else inputs.voice,
-        "response_format": inputs.format or call.settings.audio_format,
-    }
-    if inputs.speed:
-        request["speed"] = inputs.speed
-    data, model = await call.provider.speech(request)
+    voice = None if inputs.voice == "default" else inputs.voice
+    asked = {"voice": voice, "response_format": inputs.format, "speed": inputs.speed}
+    request: Document = {name: value for name, value in asked.items() if value is not None}
+    request |= {"model": call.model, "input": inputs.text or inputs.prompt}
+    ours = {"voice": call.settings.audio_voice, "response_format": call.settings.audio_format}
+    data, model = await call.provider.speech(request, ours)
     data, duration_s, sound_format = await asyncio.to_thread(inspect_sound, data)
     output = {"model_used": model, "duration_seconds": duration_s, "format": sound_format}
     return Result(output, Media(data, sound_format, "audio_url"))
@@ -779,7 +777,7 @@ class Providers:
     CLOSE_S = 5.0
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings, self._memory = settings, Memory()
         self._made: dict[tuple[asyncio.AbstractEventLoop, str, str], Provider] = {}
 
     def preload(self) -> None:
@@ -796,7 +794,7 @@ class Providers:
             return OfflineProvider()
         key = (asyncio.get_running_loop(), where.base_url, where.api_key)
         if key not in self._made:
-            self._made[key] = OpenAIProvider(where, self._settings.max_answer_bytes)
+            self._made[key] = OpenAIProvider(where, self._settings.max_answer_bytes, self._memory)
         return self._made[key]
 
     def close(self) -> None:
@@ -1283,6 +1281,7 @@ class Runtime:
         # One log for all jobs of the process: an outage is a single fault, however many jobs meet it.
         self.waiting_log = RepeatedFaultLog("jobs wait to be claimed")
         self.unwritten_log = RepeatedFaultLog("the ends of jobs can't be written")
+        self.causes = OncePerCause()
         self.refused_log = RepeatedFaultLog("MongoDB takes no end of a job", logging.ERROR)
         if mongo is not None:
             self.mongo = mongo
@@ -1553,13 +1552,14 @@ async def generate(runtime: Runtime, attempt: Attempt, progress: Progress) -> Re
     job, settings = attempt.job, runtime.settings
     handler = find_handler(job.job_type)
     inputs = check_input(handler.input_model, job.input_data)
-    provider, attempt.provider = runtime.providers.get(handler.provider), settings.provider(handler.provider)
-    ends_at = asyncio.get_running_loop().time() + attempt.time_left_s()
+    provider, where = runtime.providers.get(handler.provider), settings.provider(handler.provider)
+    attempt.provider, ends_at = where, asyncio.get_running_loop().time() + attempt.time_left_s()
     await provider.ready(attempt.time_left_s() / 4)  # most of the limit is left for the answer
     if not attempt.is_lease_fresh():  # looked at again, right before a call that costs money
         raise HandBack("its lease ran out before it asked the provider")
     try:
         async with asyncio.timeout_at(ends_at) as deadline:
+            attempt.provider = await provider.with_model(where)
             return await handler.run(Call(job, inputs, settings, provider, attempt.provider, progress))
     except TimeoutError:
         if deadline.expired():
@@ -1636,15 +1636,17 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
     """Gives a retry its wait in seconds. A retry beyond the job's bounds becomes a failure."""
     if not isinstance(outcome, RetryJob):
         return outcome
-    settings = runtime.settings
+    settings, store, asked_s = runtime.settings, runtime.store, outcome.after_s
     if job.attempt < settings.max_attempts or not outcome.is_counted:
-        if outcome.after_s is None:
-            delays = (*settings.retry_delays[job.attempt - 1 :], *settings.retry_delays[-1:], 0.0)
-            wait_s = delays[0] * random.uniform(0.5, 1.0)
-        else:
-            wait_s = min(outcome.after_s, settings.retry_after_max)
-        if job.first_started_at > runtime.store.oldest_start(job.limits, wait_s):
+        delays = (*settings.retry_delays[job.attempt - 1 :], *settings.retry_delays[-1:], 0.0)
+        wait_s = delays[0] * random.uniform(0.5, 1.0) if asked_s is None else asked_s
+        if not outcome.is_counted:
+            wait_s = min(wait_s, settings.retry_after_max)
+        is_in_time = job.first_started_at > store.oldest_start(job.limits, wait_s)
+        if is_in_time and (asked_s is None or wait_s <= settings.retry_after_max):
             return RetryJob(outcome.detail, outcome.sentence, wait_s, is_counted=outcome.is_counted)
+        if asked_s is not None and outcome.is_counted:
+            return FailJob(outcome.detail, sentences.try_again_after(outcome.sentence, store.now(), asked_s))
     tries = f"{job.attempt} tries" if job.attempt > 1 else "one try"
     failure = OperatorFault if isinstance(outcome, NotStored) else FailJob
     return failure(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
@@ -1779,7 +1781,7 @@ def repeat_final_status(runtime: Runtime, job: Job) -> None:
             announce_end(runtime, document)
 
 
-def log_end(attempt: Attempt, outcome: Outcome, event: str) -> None:
+def log_end(runtime: Runtime, attempt: Attempt, outcome: Outcome, event: str) -> None:
     """Logs the end of an attempt in one line: waiting and running time, model and provider, tokens, and the reason."""
     job, where = attempt.job, attempt.provider
     output = values.as_mapping(outcome.output if isinstance(outcome, Result) else None)  # a handler returns anything
@@ -1789,7 +1791,7 @@ def log_end(attempt: Attempt, outcome: Outcome, event: str) -> None:
     figures += [f"{model} at {where.place}" if where else f"{model}"] if model else []
     figures += [f"{output['tokens_used']} tokens"] if "tokens_used" in output else []
     reason = "" if isinstance(outcome, Result) else f": {outcome.detail}"
-    level = logging.INFO if isinstance(outcome, Result) else outcome.log_level
+    level = logging.INFO if isinstance(outcome, Result) else runtime.causes.level(outcome.log_level, outcome.detail)
     logger.log(level, "%s %s%s (%s)", job, event, reason, ", ".join(figures))
 
 
@@ -1801,26 +1803,26 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
     runtime, job = task.runtime, attempt.job
     match outcome:
         case Result():
-            log_end(attempt, outcome, "completed")
+            log_end(runtime, attempt, outcome, "completed")
             announce_job(runtime, job, Status.COMPLETED, sentences.READY)
             remove_leftovers(runtime, job)
             return {"job_id": str(job.id), "status": Status.COMPLETED.value}
         case RetryJob():
             wait_s, number = outcome.after_s or 0.0, job.attempt + outcome.is_counted
-            log_end(attempt, outcome, f"will be tried again in {wait_s:.1f} s")
+            log_end(runtime, attempt, outcome, f"will be tried again in {wait_s:.1f} s")
             next_try = f"trying again in {math.ceil(wait_s)} s ({number} of {runtime.settings.max_attempts})"
             announce_job(runtime, job, Status.PROCESSING, f"{outcome.sentence}; {next_try}.")
             raise redelivery(task, job.id, wait_s)
         case HandBack():
-            log_end(attempt, outcome, "handed back")
+            log_end(runtime, attempt, outcome, "handed back")
             raise Reject(outcome.detail, requeue=True)
         case FailJob():
-            log_end(attempt, outcome, "failed")
+            log_end(runtime, attempt, outcome, "failed")
             announce_job(runtime, job, Status.FAILED, outcome.sentence)
             remove_leftovers(runtime, job)
             raise JobFailed(outcome.sentence)
         case _:
-            log_end(attempt, outcome, "abandoned")
+            log_end(runtime, attempt, outcome, "abandoned")
             if not isinstance(outcome, LeaveJob):
                 discard_files(runtime, job)
                 repeat_final_status(runtime, job)

@@ -40,7 +40,7 @@ from testbed.processes import LOOPBACK, START_TIMEOUT_S, STOP_TIMEOUT_S, free_po
 
 Outcome = Literal["running", "answered", "disconnected", "fault"]
 Answerer = Callable[[Body, Plan, str], Answer]
-MODELS: Final = ("gpt-6-luna", "gpt-image-2.6-flare", "gpt-4o-mini-tts")
+MODELS: Final = ("testbed-model",)
 MAX_REQUEST_BYTES: Final = 64 * MEGABYTE
 
 

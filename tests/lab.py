@@ -145,7 +145,7 @@ def generate(job_type: str, input_data: object, settings: Settings, pieces: list
         provider = worker.Providers(settings).get(handler.provider)
         progress = (pieces if pieces is not None else []).append
         try:
-            defaults = settings.provider(handler.provider)
+            defaults = await provider.with_model(settings.provider(handler.provider))
             return await handler.run(Call(some_job(), inputs, settings, provider, defaults, progress))
         finally:
             await provider.close()

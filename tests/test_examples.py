@@ -27,7 +27,7 @@ def test_the_examples_job_type_works(provider: Provider, monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, module, raising=False)
     importlib.import_module(module)
     result = generate("summary_generation", {"text": "A long text [say short]"}, settings)
-    assert result.output == {"generated_text": "short", "model_used": "gpt-6-luna", "tokens_used": 7}
+    assert result.output == {"generated_text": "short", "model_used": "testbed-model", "tokens_used": 7}
 
 
 # ── the names of worker.py ───────────────────────────────────────────────────────────────────────────────────────

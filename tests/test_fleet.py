@@ -59,7 +59,7 @@ def two_queues(place: Place) -> None:
     expired = insert_expired(place, "of the idle queue", queue="idle")
     for job in [*jobs, expired]:
         place.api.wait(job, timeout_s=PATIENCE_S)
-    assert {place.api.document(job)["output_data"]["model_used"] for job in jobs} == {"gpt-6-luna"}
+    assert {place.api.document(job)["output_data"]["model_used"] for job in jobs} == {"testbed-model"}
     assert {len(place.provider.calls_for(place.prompts[job])) for job in jobs} == {1}
     assert place.api.document(expired)["output_data"]["model_used"] == "the other queue's"
 

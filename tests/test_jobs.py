@@ -29,7 +29,7 @@ def test_a_text_job_completes_with_the_contracts_fields(site: Site) -> None:
     output = job["output_data"]
     assert (job["status"], job["artifact_url"], job["error_message"]) == ("completed", None, None)
     assert output["generated_text"]
-    assert output["model_used"] == "gpt-6-luna"
+    assert output["model_used"] == "testbed-model"
     assert output["tokens_used"] > 0
     assert job["created_at"] <= job["started_at"] <= job["completed_at"] <= job["updated_at"]
 
@@ -39,7 +39,7 @@ def test_an_image_job_completes_with_a_picture_of_its_resolution(site: Site) -> 
     output = job["output_data"]
     assert job["status"] == "completed"
     assert output["image_url"] == job["artifact_url"]
-    assert (output["resolution"], output["model_used"]) == ("512x512", "gpt-image-2.6-flare")
+    assert (output["resolution"], output["model_used"]) == ("512x512", "testbed-model")
 
 
 def test_an_audio_job_completes_with_a_sound_of_its_duration(site: Site) -> None:
@@ -48,7 +48,7 @@ def test_an_audio_job_completes_with_a_sound_of_its_duration(site: Site) -> None
     assert job["status"] == "completed"
     assert output["audio_url"] == job["artifact_url"]
     assert (output["duration_seconds"], output["format"]) == (0.76, "wav")
-    assert output["model_used"] == "gpt-4o-mini-tts"
+    assert output["model_used"] == "testbed-model"
 
 
 @pytest.mark.parametrize(("job_type", "magic"), [(IMAGE, b"\x89PNG"), (AUDIO, b"RIFF")])

@@ -26,16 +26,11 @@ from testbed.answers import picture, sound_wav
 from testbed.processes import poll
 from testbed.provider import Provider
 from tests.lab import KEY, NOWHERE, SECRET, table
+from workerkit.answers import Completion, EventReader
+from workerkit.breaker import Breaker
 from workerkit.errors import FailJob, JobError, ProviderAway, RetryJob
-from workerkit.provider import (
-    THINKING_TOKENS,
-    Breaker,
-    Completion,
-    EventReader,
-    OpenAIProvider,
-    is_public,
-    public_address,
-)
+from workerkit.pictures import is_public, public_address
+from workerkit.provider import OpenAIProvider
 from workerkit.proxies import proxy_for
 from workerkit.settings import ProviderSettings
 
@@ -185,7 +180,7 @@ def test_an_answers_cap_is_renamed_for_a_model_that_wants_the_newer_name(provide
     answer_of(capped_text("[refuse max_tokens] [say hello]", times=2), where(provider))
     fields = [{name for name in call.body if name.startswith("max_")} for call in provider.calls]
     assert fields == [{"max_tokens"}, {"max_completion_tokens"}, {"max_completion_tokens"}]
-    assert provider.calls[1].body["max_completion_tokens"] == 7 + THINKING_TOKENS
+    assert provider.calls[1].body["max_completion_tokens"] == 7 + 4096
 
 
 @table(
@@ -239,7 +234,7 @@ def test_a_picture_elsewhere_is_fetched_from_the_address_that_was_checked(
 
     answer_of(image("[url]"), where(provider))
     path = next(call.route for call in provider.calls if call.route.startswith("/files/"))
-    monkeypatch.setattr("workerkit.provider.public_address", look_up)
+    monkeypatch.setattr("workerkit.pictures.public_address", look_up)
     data, _ = answer_of(image(f"[url http://pictures.example:{provider.port}{path}]"), where(provider))
     assert data == picture(64, 48)
 
@@ -594,7 +589,7 @@ def test_a_proxy_gets_a_pictures_checked_address_and_not_its_name(
             with pytest.raises(FailJob, match="HTTP 404 for the picture's URL"):
                 await image("[url http://pictures.example/a.png]")(ours)
 
-    monkeypatch.setattr("workerkit.provider.public_address", look_up)
+    monkeypatch.setattr("workerkit.pictures.public_address", look_up)
     proxy = RecordingProxy()
     answer_of(fetch, where(provider))
     [request] = proxy.requests

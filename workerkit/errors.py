@@ -71,10 +71,6 @@ class OperatorFault(FailJob):
     log_level = logging.ERROR
 
 
-class CapRefused(FailJob):
-    """The provider refuses `max_tokens`, the cap of a text, since its model takes it under a newer name."""
-
-
 class HandBack(JobError):
     """This worker is shutting down. Another one goes on with the job, and the attempt is not counted."""
 

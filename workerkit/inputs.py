@@ -64,7 +64,7 @@ class TextInput(JobInput):
     response_format: dict[str, Any] | None = None
     model: str | None = None
 
-    PASSED_ON: ClassVar = ("temperature", "top_p", "stop", "seed", "response_format")
+    PASSED_ON: ClassVar = ("max_tokens", "temperature", "top_p", "stop", "seed", "response_format")
 
     @model_validator(mode="after")
     def need_words(self) -> TextInput:
@@ -85,14 +85,14 @@ class TextInput(JobInput):
 
 class ImageInput(JobInput):
     prompt: Prompt
-    size: str = Field("1024x1024", pattern=rf"^(auto|{IMAGE_SIZE})$")
+    size: str | None = Field(None, pattern=rf"^(auto|{IMAGE_SIZE})$")
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
     model: str | None = None
 
     @field_validator("size")
     @classmethod
-    def check_sides(cls, value: str) -> str:
-        if value != "auto" and max(map(int, value.split("x"))) > MAX_PICTURE_SIDE:
+    def check_sides(cls, value: str | None) -> str | None:
+        if value and value != "auto" and max(map(int, value.split("x"))) > MAX_PICTURE_SIDE:
             raise ValueError(f"should be at most {MAX_PICTURE_SIDE}x{MAX_PICTURE_SIDE}")
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from celery.exceptions import Reject
@@ -46,6 +46,27 @@ class RepeatedFaultLog:
         if self._next_at:
             logger.info("%s: over", self._what)
             self._next_at = 0.0
+
+
+class OncePerCause:
+    """Leaves an ERROR of one cause at that level once a minute; the same cause's other lines become INFO meanwhile."""
+
+    MAX_CAUSES = 1000
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next_at: dict[str, float] = {}
+
+    def level(self, level: int, cause: str) -> int:
+        if level < logging.ERROR:
+            return level
+        now = self._clock()
+        if now < self._next_at.get(cause, 0.0):
+            return logging.INFO
+        if len(self._next_at) >= self.MAX_CAUSES:
+            self._next_at.clear()
+        self._next_at[cause] = now + REPEAT_AFTER_S
+        return level
 
 
 def place_of(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import struct
@@ -46,6 +47,10 @@ def inspect_picture(data: bytes) -> tuple[str, str]:
             return f"{width}x{height}", PICTURE_SUFFIXES[str(picture.format)]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FailJob(f"no picture: {type(error).__name__}", UNUSABLE) from None
+
+
+def decode_picture(text: str) -> bytes:
+    return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text)
 
 
 def with_true_sizes(wav: bytes) -> bytes:

@@ -12,14 +12,16 @@ import textwrap
 import wave
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from workerkit.answers import TextAnswer
 from workerkit.errors import Document
-from workerkit.provider import TextAnswer
+from workerkit.settings import ProviderSettings
 
 MODEL_OFFLINE = "offline-stand-in"
 
@@ -263,7 +265,12 @@ class OfflineProvider:
     async def close(self) -> None:
         return None
 
-    async def text(self, request: Document, on_delta: Callable[[str], None]) -> TextAnswer:
+    async def with_model(self, where: ProviderSettings) -> ProviderSettings:
+        return replace(where, model=where.model or MODEL_OFFLINE)
+
+    async def text(
+        self, request: Document, on_delta: Callable[[str], None], ours: Document | None = None
+    ) -> TextAnswer:
         prompts = [message.get("content") for message in request["messages"] if message.get("role") == "user"]
         subject = textwrap.shorten(str(prompts[-1] if prompts else "nothing")[:1000], 160, placeholder=" …")
         answer = (
@@ -278,11 +285,11 @@ class OfflineProvider:
             await asyncio.sleep(WORD_PAUSE_S)
         return TextAnswer("".join(words), MODEL_OFFLINE, len(words))
 
-    async def image(self, request: Document) -> tuple[bytes, str]:
+    async def image(self, request: Document, ours: Document | None = None) -> tuple[bytes, str]:
         size = re.fullmatch(r"(\d{2,4})x(\d{2,4})", str(request.get("size")))
         width, height = map(int, size.groups()) if size else DEFAULT_SIZE
         return await asyncio.to_thread(draw_picture, str(request["prompt"]), width, height), MODEL_OFFLINE
 
-    async def speech(self, request: Document) -> tuple[bytes, str]:
+    async def speech(self, request: Document, ours: Document | None = None) -> tuple[bytes, str]:
         speed = float(request.get("speed") or 1)
         return await asyncio.to_thread(compose_melody, str(request["input"]), speed), MODEL_OFFLINE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 READY = "Your result is ready."
@@ -10,6 +11,17 @@ CANT_BE_STORED = "The result is too large or can't be stored."
 UNUSABLE = "The provider's answer could not be used."
 TOO_LARGE = "The provider's answer is too large."
 NOT_SET_UP = "The service isn't set up correctly; tell its operator."
+REFUSED = "The provider refused this request."
+CONTENT_RULES = "The provider's content rules forbid this. Please change your request."
+TOO_LONG = "The input is too long for this model. Please send a shorter one."
+NO_TEXT = "The provider returned an empty text."
+NO_SOUND = "The provider returned no sound."
+NO_PICTURE = "The provider returned no picture."
+PICTURE_GONE = "The provider's picture could not be fetched. Please try again."
+STARTING = "The model is starting"
+ONLY_THOUGHT = (
+    "The model used up its tokens by thinking, before the first word. Ask for more `max_tokens`, or for less."
+)
 TOOK_TOO_LONG = "This took too long and was stopped. Please try again, perhaps with a smaller request."
 GAVE_UP = "This could not be finished after several tries. Please try again."
 TOO_LARGE_TO_RUN = "The input is too large. Please send a smaller one."
@@ -17,6 +29,13 @@ DAMAGED = "Your request reached us damaged. Please send it again."
 STOPPED = "This was stopped by the operator."
 EXPIRED_UNTRIED = "This waited too long before it could begin. Please try again."
 REVOKED_SENTENCES = {"revoked": STOPPED, "expired": EXPIRED_UNTRIED}
+
+
+def try_again_after(sentence: str, now: datetime, wait_s: float) -> str:
+    """What the person reads if a provider asks to wait for longer than a job may."""
+    at = now + timedelta(seconds=wait_s)
+    day = "" if at.date() == now.date() else f"{at:%Y-%m-%d} "
+    return f"{sentence}. Please try again after {day}{at:%H:%M} UTC."
 
 
 def final_sentence(document: Mapping[str, Any]) -> str:

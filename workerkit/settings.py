@@ -35,6 +35,7 @@ from workerkit.redis_urls import SCHEMES as REDIS_SCHEMES
 from workerkit.redis_urls import RedisTarget
 
 ProviderKind = Literal["text", "image", "audio"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # the lowest first
 PROVIDER_KINDS: tuple[ProviderKind, ...] = ("text", "image", "audio")
 EXIT_BAD_SETTINGS = 2
 MAX_SECONDS = 86_400
@@ -165,11 +166,32 @@ def is_address(url: str, schemes: Sequence[str]) -> bool:
     return False
 
 
+AZURE_HOST = re.compile(r"(?i).+\.(openai\.azure|cognitiveservices\.azure|services\.ai\.azure)\.(com|us|cn)")
+AZURE_PATH = re.compile(r"/openai/v1/?(\?.*)?|/openai/deployments/[^/?]+/?\?(.+&)?api-version=.+")
+AZURE_LOOKS = "https://NAME.openai.azure.com/openai/v1 (or end in /openai/deployments/NAME?api-version=…)"
+
+
 def check_server_url(url: str) -> str:
     """Of a provider. Behind a `?` it may have what each call needs, such as `api-version=…`."""
     if url and not is_address(url, ("http", "https")):
         raise ValueError("should look like http://host:port/v1 (escape @ : / # in a user, password or path)")
+    if url and is_azure(url) and not AZURE_PATH.fullmatch("/" + "".join(url.split("/", 3)[3:])):
+        raise ValueError(f"should look like {AZURE_LOOKS}, since Azure's interface is there")
     return url
+
+
+def is_azure(url: str) -> bool:
+    return bool(AZURE_HOST.fullmatch(urllib.parse.urlsplit(url).hostname or ""))
+
+
+def check_picture_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    for host in hosts:
+        if (
+            not is_address(host if "://" in host else f"http://{host}", ("http", "https"))
+            or "/" in host.split("://")[-1]
+        ):
+            raise ValueError("should be hosts, comma-separated, like cdn.internal or minio:9000")
+    return hosts
 
 
 def check_plain_server_url(url: str) -> str:
@@ -207,6 +229,7 @@ Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 ModuleName = Annotated[str, AfterValidator(check_module)]
 Modules = Annotated[tuple[ModuleName, ...], NoDecode, BeforeValidator(split_commas)]
+Hosts = Annotated[Names, AfterValidator(check_picture_hosts)]
 Sizes = Annotated[Names, matching(IMAGE_SIZE, "be sizes, comma-separated, like 1024x1024,1536x1024")]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
@@ -229,9 +252,6 @@ ArtifactUrl = Annotated[
 NO_SECRET = SecretStr("")
 OPENAI_URL = "https://api.openai.com/v1"
 MONGODB_URL = "mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"
-# The day on which OpenAI ends each of its models for /audio/speech. This endpoint doesn't offer the successor that
-# OpenAI names.
-OPENAI_ENDS = dict.fromkeys(("gpt-4o-mini-tts", "tts-1", "tts-1-hd"), "2027-01-06")
 
 
 def crowded_lease_fault(lease_s: float, concurrency: int) -> str:
@@ -262,12 +282,33 @@ class ProviderSettings:
 
     base_url: str = field(repr=False)
     api_key: str = field(repr=False)
-    model: str
+    model: str  # empty: one is chosen from those that the server offers
     allowed_models: tuple[str, ...]
+    kind: ProviderKind = "text"
+    thinking_tokens: int = 4096  # beside those of the answer, for a model that thinks before it answers
+    reasoning_effort: str = ""  # how hard such a model thinks; empty: the least
+    picture_hosts: tuple[str, ...] = ()  # inside the operator's network
+
+    @property
+    def is_openai(self) -> bool:
+        return self.base_url.rstrip("/") in ("", OPENAI_URL)
 
     @property
     def is_offline(self) -> bool:
         return not self.base_url and not self.api_key
+
+    @property
+    def key_headers(self) -> dict[str, str]:
+        """The headers that carry the key. User and password in the URL come before it.
+
+        Azure's interface with an `api-version` takes the key in `api-key`, where gateways take it as a bearer's.
+        """
+        parts = urllib.parse.urlsplit(self.base_url)
+        if not self.api_key or "@" in parts.netloc:
+            return {}
+        is_versioned = "api-version=" in parts.query
+        own = {"api-key": self.api_key} if is_versioned else {}
+        return own if own and is_azure(self.base_url) else {**own, "authorization": f"Bearer {self.api_key}"}
 
     @property
     def place(self) -> str:
@@ -276,12 +317,8 @@ class ProviderSettings:
 
     @property
     def label(self) -> str:
-        """Model and server, for the operator; with the day on which OpenAI ends the model if that is near."""
-        if self.is_offline:
-            return self.place
-        ends = "" if self.base_url else OPENAI_ENDS.get(self.model)
-        warning = f" (OpenAI ends this model on {ends}: set another server and model before)" if ends else ""
-        return f"{self.model} at {self.place}{warning}"
+        """Model and server, for the operator."""
+        return self.place if self.is_offline else f"{self.model or 'a model of its list'} at {self.place}"
 
 
 class Settings(BaseSettings):
@@ -327,17 +364,20 @@ class Settings(BaseSettings):
     openai_base_url: ServerUrl = ""  # any OpenAI-compatible server; empty: OpenAI (with a key)
     text_base_url: ServerUrl = ""  # another server for text
     text_api_key: SecretStr = NO_SECRET  # its key
-    text_model: Name = "gpt-6-luna"  # model for text
+    text_model: str = ""  # model for text; empty: one that the server offers
     text_models: Names = ()  # more text models that a job may ask for
-    text_max_tokens: int = Field(4096, ge=1)  # the most tokens that a job may ask for
+    text_max_tokens: int = Field(4096, ge=1)  # the most tokens that a job may ask for; sent only if it is set
+    text_thinking_tokens: int = Field(4096, ge=0)  # more tokens for a model that thinks before it answers
+    text_reasoning_effort: Literal["", Effort] = ""  # how hard such a model thinks; empty: the least
     image_base_url: ServerUrl = ""  # another server for pictures
     image_api_key: SecretStr = NO_SECRET  # its key
-    image_model: Name = "gpt-image-2.6-flare"  # model for pictures
+    image_model: str = ""  # model for pictures; empty: one that the server offers
     image_models: Names = ()  # more picture models that a job may ask for
-    image_sizes: Sizes = ()  # sizes that the picture model offers, the nearest is used (empty: any, or gpt-image's own)
+    image_sizes: Sizes = ()  # sizes that the picture model offers, the nearest is used (empty: those of its family)
+    picture_hosts: Hosts = ()  # hosts inside the operator's network from which a provider's pictures are fetched
     audio_base_url: ServerUrl = ""  # another server for sound
     audio_api_key: SecretStr = NO_SECRET  # its key
-    audio_model: Name = "gpt-4o-mini-tts"  # model for sound
+    audio_model: str = ""  # model for sound; empty: one that the server offers
     audio_models: Names = ()  # more sound models that a job may ask for
     audio_voice: Name = "alloy"  # voice where a job asks for none or for "default"
     audio_format: Literal["mp3", "wav", "opus", "flac"] = "mp3"  # sound format where a job asks for none
@@ -443,7 +483,16 @@ class Settings(BaseSettings):
             api_key=own_key or shared_key,
             model=getattr(self, f"{kind}_model"),
             allowed_models=getattr(self, f"{kind}_models"),
+            kind=kind,
+            thinking_tokens=self.text_thinking_tokens,
+            reasoning_effort=self.text_reasoning_effort,
+            picture_hosts=self.picture_hosts,
         )
+
+    @property
+    def usual_cap(self) -> int | None:
+        """The cap of a text that names none: TEXT_MAX_TOKENS, if the operator has set it."""
+        return self.text_max_tokens if "text_max_tokens" in self.model_fields_set else None
 
     def limits(self, timelimit: object = None) -> Limits:
         """The limits of a message where they make sense, else the worker's own.

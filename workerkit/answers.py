@@ -1,0 +1,356 @@
+"""What a model server answers, as it comes in: read generously, judged strictly.
+
+The server is not trusted: each answer is capped in bytes, also when it is unpacked. Whatever carries the text of a
+whole answer is read; what is half is never called done.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workerkit.errors import Document, FailJob, InvalidInput, JobError, OperatorFault, RetryJob
+from workerkit.sentences import CONTENT_RULES, NO_TEXT, ONLY_THOUGHT, TOO_LARGE, UNUSABLE
+
+if TYPE_CHECKING:
+    import aiohttp
+
+BROKE_OFF = "The provider broke off"
+WEB_PAGE = "a web page instead of an answer: does the URL lead to an API, and is /v1 missing in it?"
+
+
+@dataclass(frozen=True)
+class TextAnswer:
+    text: str
+    model: str
+    tokens: int
+    is_cut: bool = False  # at the cap of its tokens
+
+
+# ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+GZIP_CODINGS, DEFLATE, UNSUPPORTED_CODINGS = (
+    frozenset({"gzip", "x-gzip"}),
+    "deflate",
+    frozenset({"br", "zstd", "compress"}),
+)
+GZIP_BITS, ZLIB_BITS, RAW_BITS = 31, 15, -15
+UNPACKED_AT_ONCE = 2**20
+
+
+class Unpacker:
+    """Unpacks an encoded answer in pieces of bounded size.
+
+    Codings are compared as HTTP says, without case (RFC 9110, section 8.4). One that isn't registered, such as the
+    `none` of some gateways, means that the bytes are as they are. Raises FailJob for those that can't be unpacked.
+    """
+
+    def __init__(self, content_encoding: str) -> None:
+        named = [coding.strip().lower() for coding in content_encoding.split(",")]
+        codings = [one for one in named if one in GZIP_CODINGS | UNSUPPORTED_CODINGS or one == DEFLATE]
+        if len(codings) > 1 or UNSUPPORTED_CODINGS.intersection(codings):
+            raise OperatorFault(f"an answer encoded as {' and '.join(codings)}, which was not asked for")
+        self._bits = (GZIP_BITS if codings[0] in GZIP_CODINGS else ZLIB_BITS) if codings else 0
+        self._decoder = zlib.decompressobj(self._bits) if codings else None
+        self._has_begun = False
+
+    def unpack(self, piece: bytes) -> Iterator[bytes]:
+        """Yields what a piece unpacks to, at most a megabyte at a time. Raises FailJob: it isn't encoded like that."""
+        if self._decoder is None:
+            yield piece
+            return
+        while piece:
+            try:
+                unpacked = self._decoder.decompress(piece, UNPACKED_AT_ONCE)
+            except zlib.error:
+                if self._has_begun or self._bits != ZLIB_BITS:
+                    raise FailJob("an answer that isn't encoded as it says", UNUSABLE) from None
+                self._bits, self._decoder = RAW_BITS, zlib.decompressobj(RAW_BITS)  # as some servers mean `deflate`
+                continue
+            self._has_begun = True
+            piece = self._decoder.unconsumed_tail
+            if self._decoder.eof:  # a file of several parts is one text (RFC 1952, section 2.2)
+                piece, self._decoder = self._decoder.unused_data, zlib.decompressobj(self._bits)
+            if unpacked:
+                yield unpacked
+
+
+class Answer:
+    """A provider's answer as it comes in, up to so many bytes of content."""
+
+    def __init__(self, response: aiohttp.ClientResponse, max_bytes: int) -> None:
+        self.status, self.headers = response.status, response.headers
+        self._unpacker = Unpacker(response.headers.get("content-encoding", ""))
+        self._content, self._max_bytes, self._count = response.content, max_bytes, 0
+        self._unpacked: Iterator[bytes] = iter(())
+
+    async def piece(self) -> bytes:
+        """What has come in meanwhile, or nothing at the end. Raises FailJob: the answer is too large."""
+        while not (piece := next(self._unpacked, b"")):
+            if not (raw := await self._content.readany()):
+                return b""
+            self._unpacked = self._unpacker.unpack(raw)
+        self._count += len(piece)
+        if self._count > self._max_bytes:
+            raise FailJob(f"an answer of over {self._max_bytes} bytes", TOO_LARGE)
+        return piece
+
+    async def read(self, beginning: bytes = b"") -> bytes:
+        pieces = [beginning]
+        while piece := await self.piece():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def json(self) -> Any:
+        return parse_json(await self.read())
+
+
+def is_web_page(data: bytes) -> bool:
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<"
+
+
+def is_json(data: bytes) -> bool:
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
+
+
+def parse_json(data: bytes) -> Any:
+    """The answer's JSON. Raises OperatorFault: it is a web page. ValueError, RecursionError: it is no JSON."""
+    if is_web_page(data):
+        raise OperatorFault(WEB_PAGE)
+    return json.loads(data)
+
+
+def parse_documents(data: bytes) -> list[Any]:
+    """The objects of an answer that is JSON although a stream was asked for: one, a list, or one on each line."""
+    try:
+        whole = json.loads(data)
+    except ValueError:
+        whole = [json.loads(line) for line in data.splitlines() if line.strip()]
+    return whole if isinstance(whole, list) else [whole]
+
+
+# ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LAST_EVENT = b"[DONE]"
+MAX_MODEL_CHARACTERS, MAX_TOKENS = 200, 2**31
+MAX_TEXT_CHARACTERS = 4_000_000  # at up to four bytes each, a document can just hold them
+MAX_LINE_BYTES = 4 * MAX_TEXT_CHARACTERS
+
+
+class EventReader:
+    """Finds server-sent events in a stream of bytes (HTML standard, 9.2.6), and takes only their `data`.
+
+    aiohttp's own `readline` ends lines at LF alone, so a stream with CR would be one line without end
+    (`test_aiohttps_lines_do_not_end_at_cr`).
+    """
+
+    def __init__(self) -> None:
+        self.is_ended = False
+        self._is_first = True
+        self._line: list[bytes] = []  # the parts of a line whose end hasn't come yet
+        self._line_bytes = 0
+        self._data: list[bytes] = []
+        self._ended_with_cr = False
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Yields the data of each event that ends in this piece, up to the provider's last one.
+
+        Raises:
+            FailJob: a line is too long.
+        """
+        for line in self._lines(piece):
+            if line.startswith(b"data:"):
+                self._data.append(line[6 if line.startswith(b"data: ") else 5 :])
+            elif not line and self._data:
+                data = b"\n".join(self._data)
+                self._data.clear()
+                self.is_ended = data.strip() == LAST_EVENT
+                if self.is_ended:
+                    return
+                if data:
+                    yield data
+
+    def finish(self) -> Iterator[bytes]:
+        """Yields the event whose blank line is missing at the end of a stream. It may be cut off."""
+        return self.feed(b"\n\n")
+
+    def _lines(self, piece: bytes) -> list[bytes]:
+        """The lines that end in this piece. A line ends with CR, LF or both, and both may be in different pieces."""
+        if self._ended_with_cr:
+            piece = piece.removeprefix(b"\n")
+        self._ended_with_cr = piece.endswith(b"\r")
+        *lines, rest = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        if lines:
+            lines[0] = b"".join([*self._line, lines[0]])
+            self._line, self._line_bytes = [], 0
+            if self._is_first:
+                lines[0], self._is_first = lines[0].removeprefix(codecs.BOM_UTF8), False
+        self._line.append(rest)
+        self._line_bytes += len(rest)
+        if self._line_bytes > MAX_LINE_BYTES:
+            raise FailJob(f"a line of over {MAX_LINE_BYTES} bytes in its stream", TOO_LARGE)
+        return lines
+
+
+def parse_event(data: bytes) -> list[Document]:
+    """The objects of an event. None for a ping, a null or a word, which carry no text.
+
+    Raises ValueError: it is a broken object. Bytes that aren't UTF-8 are replaced, as the HTML standard says.
+    """
+    if not is_json(data):
+        return []
+    found = json.loads(data.decode("utf-8", "replace"))
+    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
+
+
+# ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Words for the reason why an answer ended, in lower case. Any other word means that it is whole.
+NO_REASON = frozenset({"", "null", "none"})
+BROKEN_REASONS = re.compile(
+    r"(.*_)?error|failed?|abort(ed)?|cancell?ed|timeout|insufficient_system_resource|.*malformed.*"
+)
+FORBIDDEN_REASONS = re.compile(
+    r"content_?filter(ed)?|safety|recitation|blocklist|prohibited_content|spii|sensitive|refusal"
+)
+CUT_REASONS = re.compile(r"length|model_length|max_(output_|completion_|new_)?tokens")
+THOUGHT_PARTS = frozenset({"thinking", "reasoning", "reasoning_content", "redacted_thinking"})
+
+
+def text_of(content: object) -> str:
+    """The text of a message, which is a string, null, or a list of parts. Thinking is none of it.
+
+    Raises TypeError: it is something else.
+    """
+    if isinstance(content, str):
+        return content
+    if not content:
+        return ""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else as_part(part).get("text") for part in parts if not has_thought(part)]
+    if not all(isinstance(text, str) for text in texts if text is not None):
+        raise TypeError("a part that isn't text")
+    if texts and all(text is None for text in texts):
+        raise TypeError("parts without text")
+    return "".join(text for text in texts if text)
+
+
+def as_part(part: object) -> Document:
+    if not isinstance(part, dict):
+        raise TypeError("a content that isn't text")
+    return part
+
+
+def has_thought(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in THOUGHT_PARTS
+
+
+class Completion:
+    """A text answer as it comes in. A server may send any types, so each one is checked."""
+
+    def __init__(self, model: str) -> None:
+        self._model, self._tokens = model, 0
+        self._parts: list[str] = []
+        self._length = 0
+        self._has_begun = self._has_deltas = self._is_refused = False
+        self._reason = ""
+        self.is_marked_done = False  # by `[DONE]`, or since the answer was one whole object
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self._parts)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the server has said why the text ended, so that nothing of it can be missing."""
+        return bool(self._reason) and not BROKEN_REASONS.fullmatch(self._reason)
+
+    def add(self, chunk: Document) -> str:
+        """Takes one event and returns its piece of the text.
+
+        Raises:
+            FailJob: the text is too long. TypeError, LookupError, AttributeError: the event has another shape.
+        """
+        self._note_figures(chunk)
+        piece, choices = "", chunk.get("choices")
+        for choice in choices or ():
+            index = choice.get("index")
+            if not isinstance(index, int) or index == 0:
+                piece += self._add_choice(choice)
+        self._has_begun |= bool(choices)
+        self._length += len(piece)
+        if self._length > MAX_TEXT_CHARACTERS:
+            raise FailJob(f"a text of over {MAX_TEXT_CHARACTERS} characters", TOO_LARGE)
+        if piece:
+            self._parts.append(piece)
+        return piece
+
+    def _note_figures(self, chunk: Document) -> None:
+        model, usage = chunk.get("model"), chunk.get("usage") or {}
+        tokens, asked, made = (usage.get(f"{name}_tokens") for name in ("total", "prompt", "completion"))
+        if tokens is None and isinstance(asked, int) and isinstance(made, int):
+            tokens = asked + made
+        if isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARACTERS and model.isprintable():
+            self._model = model
+        if isinstance(tokens, int) and 0 < tokens < MAX_TOKENS:
+            self._tokens = tokens
+
+    def _add_choice(self, choice: Document) -> str:
+        """The text of a choice. Some servers repeat the whole `message` behind the last delta, which is left out."""
+        delta = choice.get("delta") or {}
+        content = delta.get("content")
+        if content:
+            self._has_deltas = True
+        elif not self._has_deltas:
+            delta = choice.get("message") or delta
+            content = delta.get("content") or choice.get("text")  # `text` is of the older completions interface
+        self._is_refused |= isinstance(delta.get("refusal"), str) and bool(delta["refusal"])
+        reason = choice.get("finish_reason")
+        if reason is not None and not isinstance(reason, str):
+            raise TypeError("a finish_reason that isn't text")
+        if reason and reason.lower() not in NO_REASON:
+            self._reason = reason.lower()
+        return text_of(content)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the server ended the text at its cap."""
+        return bool(CUT_REASONS.fullmatch(self._reason))
+
+    def whole(self, *, done_is_enough: bool = True) -> TextAnswer:
+        """The answer, if it has come to its end.
+
+        `done_is_enough` says whether `[DONE]` is an end where no finish_reason has come.
+
+        Raises RetryJob: it broke off. FailJob: there is no usable text.
+        """
+        if fault := self._fault(done_is_enough):
+            raise fault
+        # A server may cut a character in two between pieces; UTF-16 joins its halves again.
+        text = "".join(self._parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return TextAnswer(text, self._model, self._tokens or len(self._parts), is_cut=self.is_cut)
+
+    def _fault(self, done_is_enough: bool) -> JobError | None:
+        if not self._has_begun:
+            return FailJob("an answer without any chunk", UNUSABLE)
+        if FORBIDDEN_REASONS.fullmatch(self._reason) or (self._is_refused and not self._parts):
+            return InvalidInput(f"finish_reason {self._reason or 'none, but a refusal'}", CONTENT_RULES)
+        if not self.is_finished and (self._reason or not (self.is_marked_done and done_is_enough)):
+            return RetryJob("the stream ended without a good finish_reason: half a text", BROKE_OFF)
+        if self._parts:
+            return None
+        if self.is_cut:
+            return OnlyThought(f"finish_reason {self._reason} before the first word: {MORE_ROOM}", ONLY_THOUGHT)
+        return FailJob("an empty text", NO_TEXT)
+
+
+MORE_ROOM = "the model used up its tokens by thinking; raise TEXT_THINKING_TOKENS (and TEXT_MAX_TOKENS, if it is set)"
+
+
+class OnlyThought(OperatorFault):
+    """The model used up its tokens before the first word of the answer."""

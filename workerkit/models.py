@@ -1,0 +1,124 @@
+"""Which model serves where none is set, and what is known about the end of those in use. Models come and go.
+
+OpenAI shuts some down each quarter. The list below is the only place that names current ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, date, datetime
+from typing import Any
+
+from workerkit.errors import OperatorFault
+from workerkit.settings import ProviderKind, ProviderSettings
+
+# OpenAI's models that a new deployment gets, the best first, with the day on which OpenAI ends each, if it has named
+# one (developers.openai.com/api/docs/deprecations, read on 2026-11-27).
+CURRENT: dict[ProviderKind, dict[str, date | None]] = {
+    "text": {"gpt-6-luna": None, "gpt-6.1-terra": None, "gpt-6.2-sol": None, "gpt-5.6-luna": None},
+    "image": {"gpt-image-2.6-flare": None, "gpt-image-2.6-sunburst": None, "gpt-image-2.5-flare": None},
+    "audio": {"gpt-4o-mini-tts": date(2027, 1, 6)},
+}
+NEAR_DAYS = 60
+MAX_NAMES = 20
+PLAIN_NAME = re.compile(r"[\w./:@+-]{1,120}")
+OTHER_KINDS = re.compile(r"embed|rerank|moderation")  # models that answer none of the worker's calls
+FORGET_AFTER_S, ASK_AGAIN_S = 3600.0, 60.0
+
+# Sizes that a family of picture models offers, by a part of its name, behind any URL.
+FAMILY_SIZES: dict[str, tuple[str, ...]] = {
+    "gpt-image": ("1024x1024", "1536x1024", "1024x1536"),
+    "dall-e-3": ("1024x1024", "1792x1024", "1024x1792"),
+    "dall-e-2": ("256x256", "512x512", "1024x1024"),
+}
+
+Offered = Mapping[str, date | None]  # the models that a server lists, each with its last day if that is known
+
+
+def sizes_of(model: str) -> tuple[str, ...]:
+    """The sizes that a picture model is known to offer; none where any size may do."""
+    return next((sizes for family, sizes in FAMILY_SIZES.items() if family in model.lower()), ())
+
+
+def date_of(value: object) -> date | None:
+    """A day, given as `2027-01-06`, as a time in that form, or as a Unix time."""
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value, UTC).date()
+        return date.fromisoformat(str(value)[:10])
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def parse_models(document: Any) -> Offered:
+    """The models in an answer of `GET /models`. Raises TypeError, LookupError, AttributeError: it is another answer."""
+    items = document if isinstance(document, list) else document.get("data") or document["models"]
+    found = [{"id": item} if isinstance(item, str) else item for item in items]
+    names = [(item.get("id") or item["name"], date_of(item.get("shutdown_date"))) for item in found]
+    return {str(name): ends for name, ends in names}
+
+
+def choose(where: ProviderSettings, offered: Offered | None, gone: Collection[str] = ()) -> str:
+    """The model of a server for a kind of which none is set. `gone` are models that it has refused of late.
+
+    OpenAI's is the first of CURRENT that it offers. Another server's is its only one. Where the list can't be had, the
+    first of CURRENT is asked for: servers with one model often take any name, and no job waits for a list.
+
+    Raises OperatorFault: it offers none or several; the choices are in the log.
+    """
+    setting = f"{where.kind.upper()}_MODEL"
+    if where.is_openai or offered is None:
+        known = [name for name in CURRENT[where.kind] if name not in gone]
+        if found := [name for name in known if offered is None or name in offered]:
+            return found[0]
+        raise OperatorFault(f"{where.place} offers none of {', '.join(CURRENT[where.kind])}: set {setting}")
+    names = [name for name in offered if not OTHER_KINDS.search(name.lower())]
+    if len(names) == 1:
+        return names[0]
+    plain = [name for name in names if PLAIN_NAME.fullmatch(name)][:MAX_NAMES]
+    choices = f"one of: {', '.join(plain)}" if plain else "a model, since it lists none"
+    raise OperatorFault(f"{where.place} offers {len(names)} models: set {setting} to {choices}")
+
+
+def remark(where: ProviderSettings, model: str, offered: Offered | None, today: date) -> str:
+    """What is wrong with a model in use: it isn't offered, or ends soon. An empty string if nothing is."""
+    if offered is not None and model not in offered:
+        return f"{model} isn't among the {len(offered)} models that are offered"
+    ends = (offered or {}).get(model) or (CURRENT[where.kind].get(model) if where.is_openai else None)
+    if ends and (ends - today).days <= NEAR_DAYS:
+        return f"{model} {'ended' if ends < today else 'ends'} on {ends}: set another {where.kind.upper()}_MODEL before"
+    return ""
+
+
+class Choices:
+    """The models that this process has chosen, by server and kind. One that is refused isn't chosen for an hour.
+
+    A choice without the server's list holds for a minute; then the list is asked for again.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._chosen: dict[tuple[str, ProviderKind], tuple[str, float]] = {}
+        self._gone: dict[tuple[str, str], float] = {}
+
+    def get(self, server: str, kind: ProviderKind) -> str | None:
+        model, until = self._chosen.get((server, kind), ("", 0.0))
+        return model if self._clock() < until else None
+
+    def keep(self, server: str, kind: ProviderKind, model: str, *, is_certain: bool) -> None:
+        self._chosen[server, kind] = model, math.inf if is_certain else self._clock() + ASK_AGAIN_S
+
+    def gone(self, server: str) -> list[str]:
+        now = self._clock()
+        return [model for (place, model), at in self._gone.items() if place == server and now - at < FORGET_AFTER_S]
+
+    def drop(self, server: str, kind: ProviderKind, model: str) -> bool:
+        """Chooses another model next time, since the server refuses this one. False: there is nothing to choose."""
+        if self._chosen.get((server, kind)) != (model, math.inf):
+            return False
+        del self._chosen[server, kind]
+        self._gone[server, model] = self._clock()
+        return True

@@ -1,0 +1,528 @@
+"""What a refusal of a model server means, whatever its form and wherever it appears: one table for all of them.
+
+A refusal is an HTTP body of any shape, an error within an answer of status 200, or one in a stream. Its words are
+matched against closed keywords, after every text that the worker sent has been cut out of them, since servers repeat
+prompts. They are never shown or logged.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from workerkit import sentences
+from workerkit.errors import Document, FailJob, InvalidInput, JobError, OperatorFault, ProviderAway, RetryJob
+
+# ── what a body holds ────────────────────────────────────────────────────────────────────────────────────────────
+
+CODE_KEYS = frozenset({"code", "type", "status", "reason", "error_type", "error_code", "errorcode", "error_name"})
+FIELD_KEYS = frozenset({"param", "parameter", "loc", "field"})
+WAIT_KEYS = frozenset({"retrydelay", "retry_after", "estimated_time"})
+MESSAGE_KEYS = re.compile(r"message|msg|error|detail|description|reason|raw|title")
+# What repeats the request, or leads elsewhere.
+IGNORED_KEYS = frozenset({"input", "ctx", "url", "documentation_url", "flagged_input", "prompt", "messages", "request"})
+THOUSANDS = re.compile(r"(?<=\d)[,_](?=\d{3}\b)")
+MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000
+ERROR_STATUSES = range(400, 600)
+
+
+@dataclass
+class Refusal:
+    """What an error says, as far as it can be told: `status` is 0 where an answer of status 200 names none."""
+
+    status: int
+    codes: list[str] = field(default_factory=list)
+    fields: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    wait_s: float | None = None
+
+    def take(self, key: str, value: object) -> None:
+        """Takes a value that isn't an object or a list."""
+        if key in WAIT_KEYS:
+            self.wait_s = self.wait_s or seconds_of(value)
+        elif key in FIELD_KEYS and isinstance(value, str):
+            self.fields.append(value)
+        elif isinstance(value, str) and key in CODE_KEYS:
+            self.codes.append(value)
+        elif isinstance(value, str) and MESSAGE_KEYS.search(key):
+            self.messages.append(THOUSANDS.sub("", value[:MAX_MESSAGE_CHARACTERS]))
+        if self.status == 0 and key in ("code", "status", "status_code") and (status := status_of(value)):
+            self.status = status
+
+
+def status_of(value: object) -> int:
+    """The HTTP status that an error's code is, or 0."""
+    text = str(value) if isinstance(value, (int, str)) else ""
+    return int(text) if re.fullmatch(r"[45]\d\d", text) else 0
+
+
+def values_of(document: object) -> Iterator[tuple[str, object]]:
+    """The texts and numbers of an error, each with the key under which it stands. Their number is bounded."""
+    waiting: list[tuple[str, object]] = [("error", document)]
+    for _ in range(MAX_VALUES):
+        if not waiting:
+            return
+        key, value = waiting.pop(0)
+        if isinstance(value, dict):
+            waiting += [
+                (str(name).lower(), one) for name, one in value.items() if str(name).lower() not in IGNORED_KEYS
+            ]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(key, one) for one in value[:MAX_VALUES]]
+        elif isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and (inner := parsed(value)) is not None:
+            waiting.append((key, inner))  # an error of a server behind this one, as text
+        else:
+            yield key, value
+
+
+def parsed(text: str | bytes) -> Any:
+    """The JSON in a text, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_refusal(status: int, body: object) -> Refusal:
+    """What an error says: its body in bytes, or the object in a stream. A web page says nothing but its status."""
+    refusal = Refusal(status)
+    if isinstance(body, bytes):
+        text = body.decode("utf-8", "replace").lstrip("\ufeff \r\n\t")
+        document = parsed(text)
+        if document is None:
+            refusal.messages += [] if text.startswith("<") else [text[:MAX_MESSAGE_CHARACTERS]]
+            return refusal
+        body = document
+    for key, value in values_of(body):
+        refusal.take(key, value)
+    return refusal
+
+
+def is_error(document: object) -> bool:
+    """Whether an object in an answer of status 200 is an error."""
+    if not isinstance(document, dict):
+        return False
+    choices = document.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    if document.get("error") or (isinstance(first, dict) and first.get("error")):
+        return True
+    if "error" in (document.get("object"), document.get("type"), document.get("status")):
+        return True
+    has_content = any(document.get(key) for key in ("choices", "data", "images", "usage"))
+    return not has_content and any(isinstance(document.get(key), str) for key in ("message", "detail", "error_message"))
+
+
+# ── how long to wait ─────────────────────────────────────────────────────────────────────────────────────────────
+
+MIN_WAIT_S, MAX_WAIT_S = 1.0, 30 * 86_400.0  # four tries never pass within a second
+UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+TRY_AGAIN = re.compile(r"(?:try again|retry)\s+(?:in|after)\s+((?:[\d.]+\s?(?:ms|h|m|s)[a-z]*\s?)+)")
+
+
+def seconds_of(value: object) -> float | None:
+    """The seconds of `7`, `"7.5"`, `"34s"`, `"1m2.5s"` or `"350ms"`; None for anything else."""
+    text = str(value).strip().lower() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return min(float(text), MAX_WAIT_S)
+    found = re.findall(r"([\d.]+)\s?(ms|h|m|s)[a-z]*\s?", text)
+    if not found or not re.fullmatch(r"([\d.]+\s?(ms|h|m|s)[a-z]*\s?)+", text):
+        return None
+    try:
+        return min(sum(float(number) * UNITS_S[unit] for number, unit in found), MAX_WAIT_S)
+    except ValueError:
+        return None
+
+
+def seconds_until(date: str, server_date: str) -> float | None:
+    """The seconds until an HTTP date, by the server's own clock where its answer has that."""
+    try:
+        at = email.utils.parsedate_to_datetime(date)
+    except ValueError:
+        return None
+    try:
+        now = email.utils.parsedate_to_datetime(server_date)
+    except ValueError:
+        now = datetime.now(UTC)
+    aware_at, aware_now = (moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in (at, now))
+    return min(max(0.0, (aware_at - aware_now).total_seconds()), MAX_WAIT_S)
+
+
+def wait_asked_for(headers: Mapping[str, str], refusal: Refusal) -> float | None:
+    """The seconds that the provider asks to wait, at least one; None if it asks for none.
+
+    `retry-after-ms`, `Retry-After` (in seconds or as a date: RFC 9110, section 10.2.3), else what the error says.
+    """
+    retry_after = headers.get("retry-after", "")
+    in_ms = seconds_of(headers.get("retry-after-ms", ""))
+    said = TRY_AGAIN.search(" ".join(refusal.messages).lower())
+    found = (
+        None if in_ms is None else in_ms / 1000,
+        seconds_of(retry_after),
+        seconds_until(retry_after, headers.get("date", "")) if "," in retry_after else None,
+        refusal.wait_s,
+        seconds_of(said[1].strip()) if said else None,
+    )
+    wait_s = next((one for one in found if one is not None and math.isfinite(one)), None)
+    return None if wait_s is None else max(MIN_WAIT_S, wait_s)
+
+
+# ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CUT, SHINGLE = "·", 3
+MAX_SENT_WORDS = 200_000
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, and `|` where a sentence ends."""
+    return ["|" if word[0] in ".;!?\n" else word for word in re.findall(r"\w+|[.;!?](?=\s|$)|\n", text.lower())]
+
+
+def strings_of(value: object) -> Iterator[str]:
+    """Every text in a request, but for pictures, and words of the interface that a message may need."""
+    if isinstance(value, str):
+        if not value.startswith("data:"):
+            yield value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if key not in ("role", "type"):
+                yield from strings_of(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from strings_of(one)
+
+
+class Sent:
+    """The texts of a request, to be cut out of what the server says about it.
+
+    A server may repeat a part of a prompt, so three words in a row that the request has are cut as well.
+    """
+
+    def __init__(self, request: Document) -> None:
+        self.request = request
+        self._short: set[tuple[str, ...]] = set()
+        self._shingles: set[tuple[str, ...]] = set()
+        for text in strings_of(request):
+            words = words_of(text)[:MAX_SENT_WORDS]
+            if len(words) < SHINGLE:
+                self._short.add(tuple(words))
+            self._shingles.update(zip(words, words[1:], words[2:], strict=False))
+        self._short.discard(())
+
+    def cut(self, text: str) -> str:
+        """The words of a message that the request doesn't have, separated by blanks."""
+        words = words_of(text)
+        is_echo = [False] * len(words)
+        for size, known in ((1, self._short), (2, self._short), (SHINGLE, self._shingles)):
+            for at in range(len(words) - size + 1):
+                if tuple(words[at : at + size]) in known:
+                    is_echo[at : at + size] = [True] * size
+        return " ".join(CUT if echo else word for word, echo in zip(words, is_echo, strict=True))
+
+    def holds(self, token: str) -> bool:
+        return any(token in text for text in strings_of(self.request))
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Cause(StrEnum):
+    CONTENT = "content rules"
+    TOO_LONG = "too long"
+    MONEY = "quota or money"
+    KEY = "key"
+    MODEL = "model"
+    LOADING = "the model is loading"
+    PLACE = "URL"
+    FIELD = "a field"
+    BUSY = "busy"
+    UNKNOWN = "unknown"
+
+
+IN_ANSWER = 0  # the status of an error in an answer of status 200 that names none
+NO_REFUSAL: frozenset[int] = frozenset()
+BAD_REQUESTS = frozenset({IN_ANSWER, 400, 403, 404, 413, 422, 451})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cause: the words of its codes and messages, and the statuses with which these have that meaning."""
+
+    cause: Cause
+    statuses: frozenset[int]
+    words: re.Pattern[str]
+
+
+def row(cause: Cause, statuses: Iterable[int], *words: str) -> Row:
+    return Row(cause, frozenset(statuses), re.compile(r"\b(?:" + "|".join(words) + r")\b"))
+
+
+NEAR = r"(?: [^| ]+){0,6} "
+SOON = r"(?: [^| ]+){0,3} "
+TABLE = (
+    row(
+        Cause.CONTENT,
+        BAD_REQUESTS | {500},
+        r"content (?:policy|management|filter\w*|moderation|exists risk|safety|blocked|violat\w+)",
+        r"(?:responsible ai|responsibleai)\w*|moderation\w*|flagged|prohibited (?:content|use)",
+        r"safety (?:system|filter\w*|setting\w*|polic\w+|reasons?|guidelines?)|usage (?:polic\w+|guidelines?)",
+        rf"(?:violat\w+|against){NEAR}(?:polic\w+|terms|rules|guidelines?)",
+        r"sensitive (?:content|words?|information)|data inspection failed|inappropriate content",
+        r"\w*(?:敏感|不安全|违规)\w*",
+    ),
+    row(
+        Cause.TOO_LONG,
+        BAD_REQUESTS | {500},
+        r"context (?:length|window|size)|maximum context|max context|exceed context size|range of input length",
+        r"too many (?:input |prompt )?tokens|string (?:above max length|too long)|should have at most \d+ characters",
+        r"(?:request|prompt|input|messages?|payload|entity|text|body|query) (?:is |are )?too (?:long|large|big)",
+        rf"reduce{NEAR}(?:length|messages|prompt|input|size)|maximum (?:input|prompt|allowed|model)? ?length",
+        rf"(?:input|prompt){NEAR}(?:tokens|characters|length){NEAR}exceed\w*",
+        rf"exceed\w*{NEAR}(?:token|input|character) limit",
+        rf"(?:tokens|input|prompt|length){NEAR}exceeds?{NEAR}(?:maximum|limit|allowed)",
+        rf"(?:inputs?|prompt){NEAR}(?:less|fewer|more) than \d+ (?:tokens|characters)",
+    ),
+    row(Cause.TOO_LONG, {429}, r"request too large|tokens must be reduced"),
+    row(
+        Cause.MONEY,
+        BAD_REQUESTS | {401, 402, 429},
+        r"insufficient (?:quota|balance|funds?|credits?|account balance)|billing\w*|arrear\w*|payment required",
+        rf"(?:exceed\w*|reached|out of|over){NEAR}(?:quota|credits?|balance|budget)|quota (?:exceeded|exhausted)",
+        r"current quota|credit balance|(?:not enough|more|no) (?:credits?|balance)|spend\w* limit",
+        r"budget (?:has been )?exceeded|\w*(?:余额不足|欠费)\w*",
+    ),
+    row(
+        Cause.KEY,
+        {IN_ANSWER, 400, 401, 403, 404, 422},
+        r"(?:api|access|subscription|auth\w*|virtual) ?(?:key|token)\w*|authentication\w*|credentials?",
+        r"unauthori[sz]ed|unauthenticated|permission denied|access denied|account (?:is )?(?:disabled|suspended)",
+        rf"(?:location|country|region){SOON}?not supported|unsupported (?:location|country|region)",
+    ),
+    row(
+        Cause.MODEL,
+        {IN_ANSWER, 400, 403, 404, 410, 422},
+        r"(?:no such|unknown|invalid) (?:model|deployment)(?! param| arg| field)|not a valid model",
+        r"(?:model|deployment) ?not ?(?:found|exist|available)",
+        rf"models?{SOON}?(?:not (?:found|exist\w*|available|loaded|recogni[sz]ed)|does not exist|doesn t exist)",
+        rf"models?{SOON}?(?:deprecated|decommissioned|retired|discontinued|shut ?down|removed|disabled)",
+        r"model (?:is )?(?:not supported|unavailable)",
+        rf"no (?:models?|endpoints?){SOON}?(?:found|available|loaded)",
+    ),
+    row(
+        Cause.LOADING,
+        {503},
+        r"(?:still |being )?(?:loading|loaded|pulled|downloading|starting|warming|booting)|initiali[sz]\w+|spinning up",
+        r"(?:not|isn t) (?:yet )?ready|cold (?:start|boot)\w*|estimated time",
+    ),
+)
+BUSY_STATUSES = frozenset({IN_ANSWER, 408, 409, 424, 425, 429, 498, 499})
+AWAY_STATUSES = frozenset({502, 503, 504, *range(520, 525)})  # of a proxy in front of the provider
+PROXY_LOGIN = 407
+BY_STATUS = {
+    401: Cause.KEY,
+    402: Cause.MONEY,
+    403: Cause.KEY,
+    PROXY_LOGIN: Cause.KEY,
+    404: Cause.PLACE,
+    405: Cause.PLACE,
+}
+BY_STATUS |= {410: Cause.PLACE, 413: Cause.TOO_LONG, 451: Cause.CONTENT}
+BAD_REQUEST_CODES = re.compile(
+    r"\b(?:bad ?request|invalid (?:request|argument|parameter|input|value)|validation|unsupported)\w*"
+)
+
+
+def words_of_code(code: str) -> str:
+    """A code as words: `content_policy_violation` and `DeploymentNotFound` alike."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", code)
+    return " ".join(re.findall(r"[a-z0-9]+", spaced.lower()))
+
+
+def find_cause(refusal: Refusal, sent: Sent, wait_s: float | None) -> Cause | None:
+    """The row of the table that fits the refusal's codes, else the one that fits its messages.
+
+    A quota that no code names, and that comes with a wait, is one for each minute.
+    """
+    codes = " | ".join(map(words_of_code, refusal.codes))
+    messages = " | ".join(sent.cut(message) for message in refusal.messages).replace("_", " ")
+    for words in (codes, messages):
+        for one in TABLE:
+            if refusal.status in one.statuses and one.words.search(words):
+                is_passing = one.cause is Cause.MONEY and refusal.status == 429 and wait_s is not None
+                return Cause.BUSY if is_passing and words is messages else one.cause
+    return None
+
+
+# ── a named field ────────────────────────────────────────────────────────────────────────────────────────────────
+
+CAP, LATER_CAP = "max_tokens", "max_completion_tokens"
+OTHER_NAMES = dict.fromkeys(("maxtokens", "max_new_tokens", "max_output_tokens", "maxoutputtokens", LATER_CAP), CAP)
+NAMED_STATUSES = frozenset({IN_ANSWER, 400, 404, 415, 422})
+# Words that are common in any message. Only right beside a complaint do they name a field.
+COMMON_WORDS = frozenset(
+    {"model", "messages", "prompt", "input", "stream", "stop", "seed", "size", "quality", "n", "voice", "speed"}
+)
+COMPLAINT = (
+    r"(?:not|isn t|doesn t|don t|cannot|can t|unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra|forbidden"
+    r"|must|should|only|too|exceeds?|deprecated|required|missing|expected|one of|out of range|greater|less|larger)"
+)
+SHORT_NAMES: dict[tuple[str, type], list[str]] = {
+    ("response_format", str): ["format", "formats"],  # of a sound
+    ("stream", bool): ["streaming"],
+}
+ROLE_FAULT = rf"\b(system|conversation|assistant|user) (?:roles?|messages?|prompts?)(?: [^| ]+){{0,3}}? {COMPLAINT}\b"
+VALUE_FAULT = re.compile(
+    r"\b(?:(?:unsupported|invalid) value|must be|should be|supported values?|expected|one of|at (?:most|least)"
+    r"|less than|greater|larger|too (?:large|big|high|low|small)|exceeds?|range|maximum|literal error|enum|only the default)\b"
+)
+
+
+@dataclass(frozen=True)
+class NamedField:
+    """A field of the request that the server complains about."""
+
+    name: str
+    is_value: bool  # whether the complaint is about its value, so that another value may do
+    words: str  # of the complaint, without what the request has; never shown
+
+
+def root_of(path: str) -> str:
+    """`messages` of `messages[0].content`, or `max_tokens` of `body.max_tokens`."""
+    names = [name for name in re.findall(r"[A-Za-z_]\w*", path) if name not in ("body", "generationConfig")]
+    return names[0] if names else ""
+
+
+def names_in(words: str, request: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of a request that a message complains about, in the order of the request."""
+    for name, value in request.items():
+        if name == "messages" and (found := re.search(ROLE_FAULT, words)):
+            yield "system" if found[1] == "system" else name
+        if name in ("model", "messages", "prompt", "input"):
+            continue
+        others = [*OTHER_NAMES, CAP] if name in (CAP, LATER_CAP) else SHORT_NAMES.get((name, type(value)), [])
+        exact, near = "|".join(map(re.escape, (name, *others))), r"(?: [^| ]+){0,3} "
+        if name in COMMON_WORDS or others == SHORT_NAMES.get((name, type(value))):
+            exact = rf"(?:{exact}){near}?{COMPLAINT}|{COMPLAINT}{near}?(?:{exact})"
+        if re.search(rf"\b(?:{exact})\b", words):
+            yield name
+
+
+def find_field(refusal: Refusal, sent: Sent) -> NamedField | None:
+    """The field that a refusal names, by `param`, by `loc`, or in its message. Only one that was sent counts."""
+    if refusal.status not in NAMED_STATUSES:
+        return None
+    request = sent.request
+    said = " | ".join(map(sent.cut, refusal.messages))
+    structured = [OTHER_NAMES.get(root.lower(), root) for root in map(root_of, refusal.fields)]
+    if LATER_CAP in request:
+        structured = [LATER_CAP if name == CAP else name for name in structured]
+    name = next((name for name in structured if name in request), None) or next(names_in(said, request), None)
+    if name is None:
+        return None
+    codes = " | ".join(map(words_of_code, refusal.codes))
+    return NamedField(name, bool(VALUE_FAULT.search(f"{codes} | {said.replace('_', ' ')}")), said)
+
+
+# ── what it means ────────────────────────────────────────────────────────────────────────────────────────────────
+
+SAFE_TOKEN = re.compile(r"[A-Za-z][\w.-]{0,63}")
+UNKNOWN_ADVICE = "refused for a reason that isn't known here; the provider's own log may say more"
+ADVICE = {
+    Cause.KEY: "check the provider's key ({kind}_API_KEY or OPENAI_API_KEY), and what it is allowed to do",
+    Cause.MONEY: "the provider's quota or money is used up: check its plan and billing",
+    Cause.MODEL: "the provider doesn't offer this model: set {kind}_MODEL to one that it lists",
+    Cause.PLACE: "check the URL ({kind}_BASE_URL or OPENAI_BASE_URL; is /v1 missing?) and {kind}_MODEL",
+    Cause.UNKNOWN: UNKNOWN_ADVICE,
+}
+CHECK_PROXY = "check the proxy's user and password, and whether it lets requests to the provider pass"
+
+
+class FieldRefused(FailJob):
+    """The provider refuses a field of the request; the negotiation decides what becomes of it."""
+
+    def __init__(self, named: NamedField, detail: str) -> None:
+        super().__init__(detail, sentences.REFUSED)
+        self.named = named
+
+
+class Unexplained(OperatorFault):
+    """The provider refuses the request, and it isn't known why. Nobody is blamed."""
+
+    default_sentence = sentences.REFUSED
+
+
+class ModelGone(OperatorFault):
+    """The provider doesn't offer the model that was asked for."""
+
+
+def safe_tokens(refusal: Refusal, sent: Sent) -> list[str]:
+    """Codes and types that may be logged: plain words that are no part of what was sent."""
+    found = [token for token in refusal.codes if SAFE_TOKEN.fullmatch(token) and not sent.holds(token)]
+    return list(dict.fromkeys(found))[:3]
+
+
+def describe(refusal: Refusal, sent: Sent) -> str:
+    """Status, codes and types for the log."""
+    status = f"HTTP {refusal.status}" if refusal.status else "an error in an answer of status 200"
+    fields = [root for path in refusal.fields if (root := root_of(path)) and not sent.holds(root)]
+    return " ".join([status, *safe_tokens(refusal, sent), *(f"param {root}" for root in fields[:1])])
+
+
+def longest_allowed(refusal: Refusal, sent: Sent) -> str:
+    """The most characters that the provider takes, as it says; or an empty string."""
+    found = re.search(r"at most (\d{2,7}) characters", " | ".join(map(sent.cut, refusal.messages)))
+    return f" It takes at most {found[1]} characters." if found else ""
+
+
+def with_status(refusal: Refusal) -> Refusal:
+    """An error of status 200 that is about the request gets the status that it should have had."""
+    codes = " | ".join(map(words_of_code, refusal.codes))
+    return replace(refusal, status=400) if refusal.status == IN_ANSWER and BAD_REQUEST_CODES.search(codes) else refusal
+
+
+def by_status(status: int) -> Cause:
+    """What a status means for which no words are known."""
+    if status in BUSY_STATUSES or status >= 500:
+        return Cause.BUSY
+    return BY_STATUS.get(status, Cause.UNKNOWN if 400 <= status < 500 else Cause.PLACE)
+
+
+def judge(refusal: Refusal, request: Document, kind: str, headers: Mapping[str, str]) -> JobError:
+    """What a refusal of a request means for the job. `kind` is text, image or audio, for the names of settings."""
+    refusal, sent = with_status(refusal), Sent(request)
+    wait_s, detail = wait_asked_for(headers, refusal), describe(refusal, sent)
+    cause = find_cause(refusal, sent, wait_s)
+    named = find_field(refusal, sent)
+    if named and (cause is None or (cause is Cause.TOO_LONG and named.name in (CAP, LATER_CAP))):
+        return FieldRefused(named, f"{detail} ({named.name})")
+    cause = cause or by_status(refusal.status)
+    if cause is Cause.TOO_LONG and (cap := next((name for name in (CAP, LATER_CAP) if name in request), None)):
+        said = " | ".join(map(sent.cut, refusal.messages))
+        return FieldRefused(NamedField(cap, True, said), f"{detail} ({cap})")
+    return error_of(cause, refusal, detail, kind, wait_s, longest_allowed(refusal, sent))
+
+
+def error_of(cause: Cause, refusal: Refusal, detail: str, kind: str, wait_s: float | None, longest: str) -> JobError:
+    match cause:
+        case Cause.CONTENT:
+            return InvalidInput(f"{detail}: {cause}", sentences.CONTENT_RULES)
+        case Cause.TOO_LONG:
+            return InvalidInput(f"{detail}: {cause}", sentences.TOO_LONG + longest)
+        case Cause.LOADING:
+            return ProviderAway(f"{detail}: {cause}", sentences.STARTING, wait_s, is_counted=False)
+        case Cause.BUSY:
+            away = refusal.status in AWAY_STATUSES
+            return (ProviderAway if away else RetryJob)(detail, RetryJob.default_sentence, wait_s)
+        case Cause.UNKNOWN:
+            return Unexplained(f"{detail}: {ADVICE[cause]}")
+        case Cause.MODEL:
+            return ModelGone(f"{detail}: {ADVICE[cause].format(kind=kind.upper())}")
+    if refusal.status == PROXY_LOGIN:
+        return OperatorFault(f"{detail}: {CHECK_PROXY}")
+    return OperatorFault(f"{detail}: {ADVICE[cause].format(kind=kind.upper())}")
