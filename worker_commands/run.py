@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from worker import NODE, app, configure
+from worker_commands.models_in_use import models_in_use
 from workerkit import __version__
 from workerkit.proxies import USUAL_PORTS, ProxyFault, proxy_of
 from workerkit.settings import PROVIDER_KINDS, Settings, load_settings, redact_url
@@ -23,6 +24,16 @@ def proxies_in_use() -> Iterator[str]:
                 yield f"{redact_url(proxy)} ({scheme})"
         except ProxyFault as fault:
             yield f"none for {scheme}: {fault}"
+
+
+def print_models(settings: Settings) -> None:
+    """Prints the models that were chosen as lines for `.env`, and a warning about those that are gone or end soon."""
+    for one in models_in_use(settings):
+        setting = f"{one.where.kind.upper()}_MODEL"
+        if one.is_chosen:
+            print(f"  {setting}={one.where.model} was chosen, since it isn't set: put this line into .env")
+        if one.fault:
+            print(f"  WARNING: {one.where.kind}: {one.fault}.")
 
 
 def print_connections(settings: Settings) -> None:
@@ -39,6 +50,7 @@ def print_connections(settings: Settings) -> None:
     if proxies := ", ".join(proxies_in_use()):
         rows["proxies"] = proxies
     print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
+    print_models(settings)
     if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
         print("  WARNING: no provider is set for some kinds, so the OFFLINE STAND-IN answers, which is no model.")
     sys.stdout.flush()

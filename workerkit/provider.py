@@ -178,6 +178,9 @@ class OpenAIProvider:
             except OnlyThought:
                 if not talk.make_room_for_thinking():
                     raise
+            except RetryJob:
+                talk.confirm()  # it wasn't refused, so the next attempt begins where this one ends
+                raise
             except ModelGone:
                 if not talk.may_go_on or not self._choices.drop(self.base_url, kind, talk.model):
                     raise

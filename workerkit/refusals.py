@@ -379,7 +379,8 @@ SHORT_NAMES: dict[tuple[str, type], list[str]] = {
 ROLE_FAULT = rf"\b(system|conversation|assistant|user) (?:roles?|messages?|prompts?)(?: [^| ]+){{0,3}}? {COMPLAINT}\b"
 VALUE_FAULT = re.compile(
     r"\b(?:(?:unsupported|invalid) value|must be|should be|supported values?|expected|one of|at (?:most|least)"
-    r"|less than|greater|larger|too (?:large|big|high|low|small)|exceeds?|range|maximum|literal error|enum|only the default)\b"
+    r"|less than|greater|larger|too (?:large|big|high|low|small)|exceeds?|range|maximum|literal error|enum"
+    r"|only the default)\b"
 )
 
 
