@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import wave
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -24,7 +25,7 @@ ODD_PROMPTS = table(
 )
 
 
-def ask_for_text(prompt: str, **fields: object) -> tuple[TextAnswer, list[str]]:
+def ask_for_text(prompt: str | list[dict[str, Any]], **fields: object) -> tuple[TextAnswer, list[str]]:
     """The answer, and its pieces in the order in which they came."""
     pieces: list[str] = []
     request = {"messages": [{"role": "user", "content": prompt}], **fields}
@@ -39,6 +40,13 @@ def test_a_text_repeats_what_was_asked_and_says_that_no_model_wrote_it() -> None
     assert "What is a queue?" in answer.text
     assert answer.text.startswith(f"[{MODEL_OFFLINE}] No model wrote this")
     assert answer.tokens == len(pieces)
+
+
+def test_a_text_repeats_the_words_of_a_message_but_not_its_pictures() -> None:
+    words = {"type": "text", "text": "What is this?"}
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    answer = ask_for_text([words, picture], max_tokens=20)[0].text
+    assert "You asked: “What is this? (a picture)”" in answer
 
 
 def test_a_text_ends_at_its_cap() -> None:

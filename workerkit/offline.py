@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -256,6 +257,13 @@ WORD_PAUSE_S = 0.025
 DEFAULT_SIZE = (1024, 1024)
 
 
+def words_of(content: Any) -> str:
+    """The text of a message's content, without its pictures."""
+    if not isinstance(content, list):
+        return str(content)
+    return " ".join(str(part.get("text", "(a picture)")) for part in content)
+
+
 class OfflineProvider:
     """A provider that needs no server and no key."""
 
@@ -271,8 +279,8 @@ class OfflineProvider:
     async def text(
         self, request: Document, on_delta: Callable[[str], None], ours: Document | None = None
     ) -> TextAnswer:
-        prompts = [message.get("content") for message in request["messages"] if message.get("role") == "user"]
-        subject = textwrap.shorten(str(prompts[-1] if prompts else "nothing")[:1000], 160, placeholder=" …")
+        prompts = [words_of(message.get("content")) for message in request["messages"] if message.get("role") == "user"]
+        subject = textwrap.shorten((prompts[-1] if prompts else "nothing")[:1000], 160, placeholder=" …")
         answer = (
             f"[{MODEL_OFFLINE}] No model wrote this, since no provider is set. You asked: “{subject}” "
             "Your words lay in a queue, a worker claimed them under a lease that no other worker can break, and "
