@@ -51,6 +51,14 @@ def test_system_messages_and_prompt_make_the_conversation_in_this_order(provider
     assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "user"]
 
 
+def test_a_picture_in_a_message_is_passed_on(provider: Provider) -> None:
+    words, url = {"type": "text", "text": "What is this?"}, "data:image/png;base64,AAAA"
+    content = [words, {"type": "image_url", "image_url": url}]
+    body = body_of(provider, TEXT, {"messages": [{"role": "user", "content": content}]})
+    sent = [words, {"type": "image_url", "image_url": {"url": url}}]
+    assert body["messages"] == [{"role": "user", "content": sent}]
+
+
 def test_picture_parameters_are_passed_on(provider: Provider) -> None:
     body = body_of(provider, "image_generation", {"prompt": "A city", "size": "256x128", "quality": "hd"})
     assert body == {"model": "testbed-model", "prompt": "A city", "n": 1, "size": "256x128", "quality": "hd"}

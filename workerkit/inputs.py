@@ -5,16 +5,43 @@ Everything is checked before anything is spent. A fault becomes a sentence for t
 
 from __future__ import annotations
 
+import binascii
 import json
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, LiteralString
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from workerkit.errors import InvalidInput
 from workerkit.media import MAX_PICTURE_SIDE
 from workerkit.settings import IMAGE_SIZE
 
 MAX_PROMPT_CHARACTERS = 100_000
+MAX_MESSAGES = 200
+MAX_PARTS = 100  # of one message
+
+# A document of MongoDB holds 16 MB: the input, the output and the bookkeeping. The API's message carries a copy of the
+# input, in Redis a third larger, since kombu encodes it as base64. RabbitMQ 4 refuses messages of over 16 MB.
+MAX_PICTURES = 16
+MAX_DATA_URL_BYTES = 6_000_000
+MAX_DATA_URLS_BYTES = 8_000_000
+MAX_URL_CHARACTERS = 8_192
+
+MAX_PLACE_CHARACTERS = 100
 
 
 def check_words(value: str) -> str:
@@ -23,20 +50,57 @@ def check_words(value: str) -> str:
     return value
 
 
-Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(check_words)]
+def fault_at(place: tuple[int | str, ...], kind: LiteralString, what: str) -> ValidationError:
+    """A fault that pydantic reports at this place below the one where it is raised."""
+    error = PydanticCustomError(kind, "{what}", {"what": what})
+    return ValidationError.from_exception_data("input", [{"type": error, "loc": place, "input": None}])
 
 
-class JobInput(BaseModel):
-    """Base of the inputs. Null counts as missing, numbers are finite, true is no number, unknown keys are ignored."""
+# ── fields that are refused by name ──────────────────────────────────────────────────────────────────────────────────
+
+NOTHING: tuple[object, ...] = ("", [], {}, False)
+ZERO, ONE = (*NOTHING, 0, "0", "0.0"), (*NOTHING, 1, "1")
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A field of OpenAI's API that changes what the person gets, and that the worker doesn't pass on.
+
+    `advice` says what to do instead. The `harmless` values ask for what is generated anyway, so they are accepted.
+    """
+
+    advice: str
+    harmless: tuple[object, ...] = NOTHING
+
+    def is_asked_for(self, value: object) -> bool:
+        """Whether the value asks for something. True is not 1, and false is not 0."""
+        return not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.harmless)
+
+
+class Checked(BaseModel):
+    """Null counts as missing, numbers are finite, unknown keys are ignored, and those in `REFUSED` refused by name."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    SHAPE: ClassVar = "an object"
+    REFUSED: ClassVar[Mapping[str, Unsupported]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict):
-            raise ValueError("should be an object with the job's parameters")
-        return {key: value for key, value in data.items() if value is not None}
+            raise ValueError(f"should be {cls.SHAPE}")
+        given = {key: value for key, value in data.items() if value is not None}
+        for name, field in cls.REFUSED.items():
+            if name in given and name not in cls.model_fields and field.is_asked_for(given[name]):
+                raise fault_at((name,), "unsupported", f"isn't supported here; {field.advice}")
+        return given
+
+
+class JobInput(Checked):
+    """Base of the inputs. Besides what `Checked` does: true is no number."""
+
+    SHAPE = "an object with the job's parameters"
 
     @field_validator("*", mode="before")
     @classmethod
@@ -46,64 +110,324 @@ class JobInput(BaseModel):
         return value
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(check_words)]
+
+
+# ── pictures in messages ─────────────────────────────────────────────────────────────────────────────────────────────
+
+WEB_URL = re.compile(r"https?://", re.IGNORECASE)
+DATA_URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,", re.IGNORECASE)
+
+
+def check_web_url(url: str) -> None:
+    """The worker doesn't fetch the URL: the provider gets it, and so it must not hold a password."""
+    if len(url) > MAX_URL_CHARACTERS:
+        raise ValueError(f"should have at most {MAX_URL_CHARACTERS} characters")
+    if " " in url or not url.isprintable():
+        raise ValueError("should hold no spaces, line ends or control characters; write them as %20 and the like")
+    try:
+        address = urlsplit(url)
+        has_host = bool(address.hostname) and address.port != 0
+    except ValueError:
+        has_host = False
+    if not has_host:
+        raise ValueError("should name a host and, if any, a valid port, like https://example.com/picture.png")
+    if "@" in address.netloc:
+        raise ValueError("should hold no user and password; use a URL that needs none")
+
+
+def check_data_url(url: str) -> None:
+    if not (head := DATA_URL.match(url)):
+        raise ValueError("should begin with data:image/png;base64, or the same with jpeg, webp or gif")
+    if len(url) > MAX_DATA_URL_BYTES:
+        raise ValueError(f"is over {MAX_DATA_URL_BYTES // 10**6} MB; make the picture smaller, or send its http(s) URL")
+    try:
+        picture = binascii.a2b_base64(url[head.end() :], strict_mode=True)
+    except ValueError:
+        raise ValueError("should have valid base64 behind the comma, padded and without line ends") from None
+    if not picture:
+        raise ValueError("has no picture behind the comma")
+
+
+def check_url(url: str) -> str:
+    if url[:5].lower() == "data:":
+        check_data_url(url)
+    elif WEB_URL.match(url):
+        check_web_url(url)
+    else:
+        raise ValueError("should be a picture's URL that begins with https://, http:// or data:image/")
+    return url
+
+
+class Picture(Checked):
+    SHAPE = "a URL, or an object with a `url`"
+
+    url: Annotated[str, AfterValidator(check_url)]
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class TextPart(Checked):
+    type: Literal["text"]
+    text: Prompt
+
+
+class PicturePart(Checked):
+    type: Literal["image_url"]
+    image_url: Picture
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def take_plain_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PARTS: Mapping[str, type[TextPart | PicturePart]] = {"text": TextPart, "image_url": PicturePart}
+
+
+def check_part(value: Any) -> TextPart | PicturePart:
+    """The part as the model of its type. Left to a union, a fault would be about each of its models."""
+    if not isinstance(value, dict):
+        raise ValueError("should be an object with a `type`, such as a part of type 'text'")
+    kind = value.get("type")
+    if isinstance(kind, str) and kind in PARTS:
+        return PARTS[kind].model_validate(value)
+    if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,40}", kind):
+        raise ValueError(f"is a part of type '{kind}', which isn't supported here; use 'text' and 'image_url'")
+    raise fault_at(("type",), "part_type", "should be 'text' or 'image_url'")
+
+
+Part = Annotated[TextPart | PicturePart, BeforeValidator(check_part)]
+CONTENT_OF_TEXT: TypeAdapter[str] = TypeAdapter(Prompt)
+CONTENT_OF_PARTS: TypeAdapter[list[Part]] = TypeAdapter(
+    Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+)
+
+
+class Message(Checked):
+    SHAPE = "an object with `role` and `content`"
+    REFUSED = {
+        "tool_calls": Unsupported("send what the tools answered as text"),
+        "function_call": Unsupported("send what the function answered as text"),
+        "audio": Unsupported("send what was said as text, in `content`"),
+        "refusal": Unsupported("send the words as text, in `content`"),
+    }
+
     role: Literal["system", "user", "assistant"]
-    content: Prompt
+    content: str | list[TextPart | PicturePart]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def check_content(cls, value: Any) -> str | list[TextPart | PicturePart]:
+        if isinstance(value, str):
+            return CONTENT_OF_TEXT.validate_python(value)
+        if isinstance(value, list):
+            return CONTENT_OF_PARTS.validate_python(value)
+        raise ValueError("should be a text, or a list of parts of type 'text' and 'image_url'")
+
+    @model_validator(mode="after")
+    def refuse_pictures_of_others(self) -> Message:
+        for i, part in enumerate(self.parts):
+            if self.role != "user" and isinstance(part, PicturePart):
+                what = f"is a picture in a message of role '{self.role}'; put it into one of role 'user'"
+                raise fault_at(("content", i), "picture_of_another", what)
+        return self
+
+    @property
+    def parts(self) -> list[TextPart | PicturePart]:
+        return [] if isinstance(self.content, str) else self.content
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part.image_url for part in self.parts if isinstance(part, PicturePart)]
+
+    @property
+    def characters(self) -> int:
+        """How long its texts are. Pictures have a cap of their own."""
+        if isinstance(self.content, str):
+            return len(self.content)
+        return sum(len(part.text) for part in self.parts if isinstance(part, TextPart))
+
+
+# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NO_TOOLS = "the model has no tools, so leave it out"
+THINKING = "how long a model thinks is set by the operator, so leave it out"
+NOT_FOR_TEXT = "leave it out, and for sound send an audio_generation job"
+
+# What changes nothing in a text isn't here: `stream`, `stream_options`, `store`, `metadata`, `user`, `service_tier`,
+# `safety_identifier`, `prompt_cache_…`, and `parallel_tool_calls`, which means nothing without `tools`.
+UNSUPPORTED_IN_TEXT = {
+    "n": Unsupported("send one job for each answer", ONE),
+    "best_of": Unsupported("send one job for each answer", ONE),
+    "max_completion_tokens": Unsupported("use `max_tokens`"),
+    "max_output_tokens": Unsupported("use `max_tokens`"),
+    "instructions": Unsupported("use `system`"),
+    "previous_response_id": Unsupported("send the earlier messages in `messages`"),
+    "tools": Unsupported(NO_TOOLS),
+    "tool_choice": Unsupported(NO_TOOLS, (*NOTHING, "none", "auto")),
+    "functions": Unsupported(NO_TOOLS),
+    "function_call": Unsupported(NO_TOOLS, (*NOTHING, "none", "auto")),
+    "web_search_options": Unsupported("the model can't search the web, so leave it out", (False,)),  # {} asks
+    "reasoning_effort": Unsupported(THINKING),
+    "reasoning": Unsupported(THINKING),
+    "verbosity": Unsupported("say in the prompt how long the answer should be", (*NOTHING, "medium")),
+    "presence_penalty": Unsupported("leave it out, or use `temperature` or `top_p`", ZERO),
+    "frequency_penalty": Unsupported("leave it out, or use `temperature` or `top_p`", ZERO),
+    "logit_bias": Unsupported("say in the prompt which words to use or avoid"),
+    "logprobs": Unsupported("only the text is kept, so leave it out", ZERO),
+    "top_logprobs": Unsupported("only the text is kept, so leave it out", ZERO),
+    "modalities": Unsupported(NOT_FOR_TEXT, (*NOTHING, ["text"])),
+    "audio": Unsupported(NOT_FOR_TEXT),
+    "prediction": Unsupported("leave it out, and the text is written without it"),
+    "moderation": Unsupported("leave it out, and the provider's own rules apply"),
+    "suffix": Unsupported("say in the prompt what comes after the text"),
+    "echo": Unsupported("only the answer is kept, so leave it out"),
+}
+
+STOP: TypeAdapter[str | list[str]] = TypeAdapter(
+    Annotated[str, Field(max_length=200)] | Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=4)]
+)
 
 
 class TextInput(JobInput):
+    REFUSED = UNSUPPORTED_IN_TEXT
+
     prompt: Prompt | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=200)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     system: Prompt | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    stop: Annotated[str, Field(max_length=200)] | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     response_format: dict[str, Any] | None = None
     model: str | None = None
 
     PASSED_ON: ClassVar = ("max_tokens", "temperature", "top_p", "stop", "seed", "response_format")
 
+    @field_validator("stop", mode="plain")
+    @classmethod
+    def check_stop(cls, value: Any) -> str | list[str]:
+        try:
+            return STOP.validate_python(value)
+        except ValidationError:
+            raise ValueError("should be a text of at most 200 characters, or a list of at most 4 of them") from None
+
+    @field_validator("response_format", mode="plain")
+    @classmethod
+    def check_response_format(cls, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError("should be an object, such as one with the `type` 'json_object'")
+        try:
+            length = len(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("should hold only what JSON can, and not be nested too deeply") from None
+        if length > MAX_PROMPT_CHARACTERS:
+            raise ValueError(f"should have at most {MAX_PROMPT_CHARACTERS} characters as JSON")
+        return value
+
     @model_validator(mode="after")
     def need_words(self) -> TextInput:
         if not self.prompt and not self.messages:
             raise ValueError("needs a `prompt`")
-        if sum(len(message.content) for message in self.messages or ()) > MAX_PROMPT_CHARACTERS:
+        if sum(message.characters for message in self.messages or ()) > MAX_PROMPT_CHARACTERS:
             raise ValueError(f"has messages of over {MAX_PROMPT_CHARACTERS} characters")
-        if self.response_format and len(json.dumps(self.response_format, default=str)) > MAX_PROMPT_CHARACTERS:
-            raise ValueError("has too large a `response_format`")
         return self
 
-    def conversation(self) -> list[dict[str, str]]:
-        """System message, messages and prompt, in this order, as far as they are given."""
+    @model_validator(mode="after")
+    def cap_pictures(self) -> TextInput:
+        pictures = [picture for message in self.messages or () for picture in message.pictures]
+        if len(pictures) > MAX_PICTURES:
+            raise fault_at(("messages",), "pictures", f"hold {len(pictures)} pictures; send at most {MAX_PICTURES}")
+        if sum(len(picture.url) for picture in pictures) > MAX_DATA_URLS_BYTES:
+            megabytes = MAX_DATA_URLS_BYTES // 10**6
+            what = f"hold pictures of over {megabytes} MB together; send fewer, smaller ones or http(s) URLs"
+            raise fault_at(("messages",), "pictures", what)
+        return self
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """System message, messages and prompt, in this order, as far as they are given, in OpenAI's form."""
         system = [Message(role="system", content=self.system)] if self.system else []
         prompt = [Message(role="user", content=self.prompt)] if self.prompt else []
-        return [message.model_dump() for message in (*system, *(self.messages or ()), *prompt)]
+        return [message.model_dump(exclude_none=True) for message in (*system, *(self.messages or ()), *prompt)]
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NO_EDITING = "pictures can't be edited, so describe the whole picture in `prompt`"
+NO_MOVING = "pictures don't move, so leave it out"
+
+# What changes nothing in the one picture that is kept isn't here: `stream`, `user`, `safety_identifier`, and
+# `input_fidelity`, which means nothing without `image`.
+UNSUPPORTED_IN_PICTURES = {
+    "n": Unsupported("send one job for each picture", ONE),
+    "style": Unsupported("describe the style in `prompt`"),
+    "negative_prompt": Unsupported("say in `prompt` what the picture should not show"),
+    "background": Unsupported("describe the background in `prompt`", (*NOTHING, "auto")),
+    "output_format": Unsupported("the model chooses the file's format, so leave it out", (*NOTHING, "png")),
+    "output_compression": Unsupported("the model chooses the file's format, so leave it out", (*NOTHING, 100, "100")),
+    "response_format": Unsupported("the picture comes as a URL, in `image_url`", (*NOTHING, "url")),
+    "moderation": Unsupported("leave it out, and the provider's own rules apply", (*NOTHING, "auto")),
+    "complexity": Unsupported("use `quality`"),
+    "partial_images": Unsupported("only the finished picture is kept, so leave it out", ZERO),
+    "image": Unsupported(NO_EDITING),
+    "images": Unsupported(NO_EDITING),
+    "mask": Unsupported(NO_EDITING),
+    "markup": Unsupported(NO_EDITING),
+    "frame_count": Unsupported(NO_MOVING),
+    "frame_duration_ms": Unsupported(NO_MOVING),
+    "svg": Unsupported("pictures are made of pixels, so leave it out"),
+}
 
 
 class ImageInput(JobInput):
+    REFUSED = UNSUPPORTED_IN_PICTURES
+
     prompt: Prompt
-    size: str | None = Field(None, pattern=rf"^(auto|{IMAGE_SIZE})$")
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = None
+    size: str | None = None
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
     model: str | None = None
 
     @field_validator("size")
     @classmethod
     def check_sides(cls, value: str | None) -> str | None:
-        if value and value != "auto" and max(map(int, value.split("x"))) > MAX_PICTURE_SIDE:
+        if value is None or value == "auto":
+            return value
+        if not re.fullmatch(IMAGE_SIZE, value, re.ASCII):
+            raise ValueError("should be a width and a height in pixels, like 1024x1024, or 'auto'")
+        if max(map(int, value.split("x"))) > MAX_PICTURE_SIDE:
             raise ValueError(f"should be at most {MAX_PICTURE_SIDE}x{MAX_PICTURE_SIDE}")
         return value
 
 
+# ── sound ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+UNSUPPORTED_IN_SOUND = {
+    "input": Unsupported("put the words into `text`"),
+    "instructions": Unsupported("choose how it sounds by `voice` and `speed`"),
+    "response_format": Unsupported("use `format`"),
+    "stream_format": Unsupported("the sound comes as a file, so leave it out", (*NOTHING, "audio")),
+}
+
+
 class AudioInput(JobInput):
+    REFUSED = UNSUPPORTED_IN_SOUND
+
     text: Prompt | None = None
     prompt: Prompt | None = None
-    voice: str = Field("default", pattern=r"^[\w .:/-]{1,64}$")
+    voice: str = "default"
     speed: float | None = Field(None, ge=0.25, le=4)
     format: Literal["wav", "mp3", "opus", "flac"] | None = None
     model: str | None = None
+
+    @field_validator("voice", mode="plain")
+    @classmethod
+    def check_voice(cls, value: Any) -> str:
+        if isinstance(value, str) and re.fullmatch(r"[\w .:/-]{1,64}", value):
+            return value
+        raise ValueError("should be a voice's name as text, of at most 64 letters, digits, spaces and . : / _ -")
 
     @model_validator(mode="after")
     def need_words(self) -> AudioInput:
@@ -112,13 +436,19 @@ class AudioInput(JobInput):
         return self
 
 
+# ── the check ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def check_input(model: type[BaseModel], input_data: object) -> BaseModel:
     """The checked input. Raises InvalidInput, with a sentence about the first fault."""
     try:
         return model.model_validate(input_data)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in fault["loc"][:3])
-        what = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        sentence = f"The input can't be used: {where or 'it'} {what[:1].lower()}{what[1:]}."
-        raise InvalidInput(f"input: {where[:40]} {fault['type']}", sentence) from None
+    where = ".".join(map(str, fault["loc"]))[:MAX_PLACE_CHARACTERS]
+    what = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    sentence = f"The input can't be used: {where or 'it'} {what[:1].lower()}{what[1:]}."
+    # The log gets names that stand in the code only: further down, a place can hold keys that the person wrote.
+    names = {*model.model_fields, *getattr(model, "REFUSED", ())}
+    field = fault["loc"][0] if fault["loc"] and fault["loc"][0] in names else "it"
+    raise InvalidInput(f"input: {field} {fault['type']}", sentence)

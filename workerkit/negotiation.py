@@ -24,7 +24,7 @@ FORGET_AFTER_S = 3600.0
 THINKING, EFFORT, FINISH_REASON = "thinking", "reasoning_effort", "finish_reason"
 LOWEST_EFFORT = "low"  # which every model that thinks takes
 SOUND_FORMATS = ("mp3", "wav", "opus", "flac")
-QUALITIES = ("low", "medium", "high", "auto", "standard", "hd")
+QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 # Of a field of ours, the setting that its operator can change.
 SETTINGS = {"voice": "AUDIO_VOICE", "response_format": "AUDIO_FORMAT", EFFORT: "TEXT_REASONING_EFFORT"}
 SETTINGS |= {CAP: "TEXT_MAX_TOKENS", LATER_CAP: "TEXT_MAX_TOKENS", "size": "IMAGE_SIZES"}
