@@ -734,10 +734,8 @@ async def text_generation(call: Call) -> Result:
     if inputs.max_tokens and inputs.max_tokens > cap:
         sentence = f"The input can't be used: max_tokens should be at most {cap}."
         raise InvalidInput("max_tokens over the cap", sentence)
-    request = {"model": call.model, "messages": inputs.conversation()}
-    request |= {key: getattr(inputs, key) for key in TextInput.PASSED_ON if getattr(inputs, key) is not None}
-    usual_cap = call.settings.usual_cap
-    answer = await call.provider.text(request, call.progress, {"max_tokens": usual_cap} if usual_cap else {})
+    request = {"model": call.model, "messages": inputs.conversation(), **inputs.passed_on()}
+    answer = await call.provider.text(request, call.progress, call.settings.usual_cap)
     output = {"generated_text": answer.text, "model_used": answer.model, "tokens_used": answer.tokens}
     return Result({**output, "is_cut": True} if answer.is_cut else output)
 
@@ -746,11 +744,9 @@ async def text_generation(call: Call) -> Result:
 async def image_generation(call: Call) -> Result:
     """Generates a picture. Its resolution is read from its bytes."""
     inputs: ImageInput = call.input
-    request = {"model": call.model, "prompt": inputs.prompt}
+    request = {"model": call.model, "prompt": inputs.prompt, **inputs.passed_on()}
     if inputs.size:
         request["size"] = nearest_size(inputs.size, call.settings.image_sizes or sizes_of(call.model))
-    if inputs.quality:
-        request["quality"] = inputs.quality
     data, model = await call.provider.image(request)
     resolution, suffix = await asyncio.to_thread(inspect_picture, data)
     return Result({"model_used": model, "resolution": resolution}, Media(data, suffix, "image_url"))
@@ -760,10 +756,7 @@ async def image_generation(call: Call) -> Result:
 async def audio_generation(call: Call) -> Result:
     """Speaks a text. Format and duration are read from the bytes."""
     inputs: AudioInput = call.input
-    voice = None if inputs.voice == "default" else inputs.voice
-    asked = {"voice": voice, "response_format": inputs.format, "speed": inputs.speed}
-    request: Document = {name: value for name, value in asked.items() if value is not None}
-    request |= {"model": call.model, "input": inputs.text or inputs.prompt}
+    request = {"model": call.model, "input": inputs.text or inputs.prompt, **inputs.passed_on()}
     ours = {"voice": call.settings.audio_voice, "response_format": call.settings.audio_format}
     data, model = await call.provider.speech(request, ours)
     data, duration_s, sound_format = await asyncio.to_thread(inspect_sound, data)

@@ -101,6 +101,7 @@ class JobInput(Checked):
     """Base of the inputs. Besides what `Checked` does: true is no number."""
 
     SHAPE = "an object with the job's parameters"
+    PASSED_ON: ClassVar[Mapping[str, str]] = {}  # fields of the input, each with its name in OpenAI's API
 
     @field_validator("*", mode="before")
     @classmethod
@@ -108,6 +109,11 @@ class JobInput(Checked):
         if isinstance(value, bool):
             raise ValueError("should not be true or false")
         return value
+
+    def passed_on(self) -> dict[str, Any]:
+        """What the job asks of the provider beside its words, under the names of OpenAI's API."""
+        given = {sent: getattr(self, name) for name, sent in self.PASSED_ON.items()}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(check_words)]
@@ -305,7 +311,7 @@ class TextInput(JobInput):
     response_format: dict[str, Any] | None = None
     model: str | None = None
 
-    PASSED_ON: ClassVar = ("max_tokens", "temperature", "top_p", "stop", "seed", "response_format")
+    PASSED_ON = {name: name for name in ("max_tokens", "temperature", "top_p", "stop", "seed", "response_format")}
 
     @field_validator("stop", mode="plain")
     @classmethod
@@ -384,6 +390,7 @@ UNSUPPORTED_IN_PICTURES = {
 
 class ImageInput(JobInput):
     REFUSED = UNSUPPORTED_IN_PICTURES
+    PASSED_ON = {"size": "size", "quality": "quality"}
 
     prompt: Prompt
     size: str | None = None
@@ -414,19 +421,20 @@ UNSUPPORTED_IN_SOUND = {
 
 class AudioInput(JobInput):
     REFUSED = UNSUPPORTED_IN_SOUND
+    PASSED_ON = {"voice": "voice", "format": "response_format", "speed": "speed"}
 
     text: Prompt | None = None
     prompt: Prompt | None = None
-    voice: str = "default"
+    voice: str | None = None  # the worker's own, which `"default"` stands for as well
     speed: float | None = Field(None, ge=0.25, le=4)
     format: Literal["wav", "mp3", "opus", "flac"] | None = None
     model: str | None = None
 
     @field_validator("voice", mode="plain")
     @classmethod
-    def check_voice(cls, value: Any) -> str:
+    def check_voice(cls, value: Any) -> str | None:
         if isinstance(value, str) and re.fullmatch(r"[\w .:/-]{1,64}", value):
-            return value
+            return None if value == "default" else value
         raise ValueError("should be a voice's name as text, of at most 64 letters, digits, spaces and . : / _ -")
 
     @model_validator(mode="after")

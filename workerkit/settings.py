@@ -490,9 +490,9 @@ class Settings(BaseSettings):
         )
 
     @property
-    def usual_cap(self) -> int | None:
-        """The cap of a text that names none: TEXT_MAX_TOKENS, if the operator has set it."""
-        return self.text_max_tokens if "text_max_tokens" in self.model_fields_set else None
+    def usual_cap(self) -> dict[str, Any]:
+        """What is sent with a text that names no cap: TEXT_MAX_TOKENS, if the operator has set it."""
+        return {"max_tokens": self.text_max_tokens} if "text_max_tokens" in self.model_fields_set else {}
 
     def limits(self, timelimit: object = None) -> Limits:
         """The limits of a message where they make sense, else the worker's own.
