@@ -202,10 +202,10 @@ def parse_event(data: bytes) -> list[Document]:
 
     Raises ValueError: it is a broken object. Bytes that aren't UTF-8 are replaced, as the HTML standard says.
     """
-    if not is_json(data):
+    if data[:1] != b"{" and not is_json(data):
         return []
     found = json.loads(data.decode("utf-8", "replace"))
-    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
+    return [found] if isinstance(found, dict) else [one for one in found if isinstance(one, dict)]
 
 
 # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -291,14 +291,15 @@ class Completion:
         return piece
 
     def _note_figures(self, chunk: Document) -> None:
-        model, usage = chunk.get("model"), chunk.get("usage") or {}
-        tokens, asked, made = (usage.get(f"{name}_tokens") for name in ("total", "prompt", "completion"))
-        if tokens is None and isinstance(asked, int) and isinstance(made, int):
-            tokens = asked + made
-        if isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARACTERS and model.isprintable():
-            self._model = model
-        if isinstance(tokens, int) and 0 < tokens < MAX_TOKENS:
-            self._tokens = tokens
+        model, usage = chunk.get("model"), chunk.get("usage")
+        if model != self._model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARACTERS:
+            self._model = model if model.isprintable() else self._model
+        if usage:
+            total, asked, made = (usage.get(f"{name}_tokens") for name in ("total", "prompt", "completion"))
+            if total is None and isinstance(asked, int) and isinstance(made, int):
+                total = asked + made
+            if isinstance(total, int) and 0 < total < MAX_TOKENS:
+                self._tokens = total
 
     def _add_choice(self, choice: Document) -> str:
         """The text of a choice. Some servers repeat the whole `message` behind the last delta, which is left out."""

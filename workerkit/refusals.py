@@ -109,13 +109,14 @@ def is_error(document: object) -> bool:
     """Whether an object in an answer of status 200 is an error."""
     if not isinstance(document, dict):
         return False
-    choices = document.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    if document.get("error") or (isinstance(first, dict) and first.get("error")):
+    if document.get("error"):
         return True
+    if choices := document.get("choices"):  # as nearly every event of a text has
+        first = choices[0] if isinstance(choices, list) else None
+        return isinstance(first, dict) and bool(first.get("error"))
     if "error" in (document.get("object"), document.get("type"), document.get("status")):
         return True
-    has_content = any(document.get(key) for key in ("choices", "data", "images", "usage"))
+    has_content = any(document.get(key) for key in ("data", "images", "usage"))
     return not has_content and any(isinstance(document.get(key), str) for key in ("message", "detail", "error_message"))
 
 
