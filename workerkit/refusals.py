@@ -433,7 +433,7 @@ def find_field(refusal: Refusal, sent: Sent) -> NamedField | None:
 
 # ── what it means ────────────────────────────────────────────────────────────────────────────────────────────────
 
-SAFE_TOKEN = re.compile(r"[A-Za-z][\w.-]{0,63}")
+SAFE_TOKEN = re.compile(r"[A-Za-z]{2,30}(?:[_.][A-Za-z]{1,30}){0,6}|[1-9]\d{2,4}")  # no key looks like that
 UNKNOWN_ADVICE = "refused for a reason that isn't known here; the provider's own log may say more"
 ADVICE = {
     Cause.KEY: "check the provider's key ({kind}_API_KEY or OPENAI_API_KEY), and what it is allowed to do",
