@@ -78,7 +78,7 @@ from workerkit.files import FileSweeper
 from workerkit.inputs import AudioInput, ImageInput, JobInput, TextInput, check_input
 from workerkit.logs import OncePerCause, RepeatedFaultLog, logger, place_of
 from workerkit.lost_messages import LostMessages
-from workerkit.media import inspect_picture, inspect_sound, nearest_size
+from workerkit.media import inspect_picture, nearest_size
 from workerkit.messages import COPY, Delivery, carried_data, describe_delivery, own_arguments, parse_arguments
 from workerkit.models import sizes_of
 from workerkit.mongodb import ServerClock, iterate, largest_field, open_database, read_raw, unknown_when_unreachable
@@ -98,6 +98,7 @@ from workerkit.progress import Progress
 from workerkit.provider import Memory, OpenAIProvider, Provider
 from workerkit.results import Media, Result
 from workerkit.settings import PROVIDER_KINDS, Limits, ProviderKind, ProviderSettings, Settings, load_settings
+from workerkit.sounds import inspect_sound
 from workerkit.surroundings import modules_fault, pool_fault, refuse, write_any_character
 from workerkit.turns import Turns
 

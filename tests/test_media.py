@@ -11,8 +11,9 @@ from PIL import Image
 from testbed.answers import SOUND_DURATION_S, picture, picture_bomb, sound_flac, sound_mp3, sound_opus, sound_wav
 from tests.lab import table
 from workerkit.errors import FailJob
-from workerkit.media import inspect_picture, inspect_sound, nearest_size
+from workerkit.media import inspect_picture, nearest_size
 from workerkit.sentences import UNUSABLE
+from workerkit.sounds import inspect_sound
 
 # ── sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -113,7 +114,6 @@ def test_a_streamed_wav_gets_its_true_sizes(data: bytes) -> None:
 
 @table(
     "data",
-    ("nothing", b""),
     ("a page", b"<html>no sound</html>"),
     ("garbage", b"\x01\x02\x03" * 100),
     ("garbage that begins as an MP3", b"\xff\x00garbage" * 50),

@@ -13,8 +13,9 @@ from PIL import Image
 from tests.lab import table
 from workerkit.answers import TextAnswer
 from workerkit.inputs import MAX_PROMPT_CHARACTERS
-from workerkit.media import inspect_picture, inspect_sound
+from workerkit.media import inspect_picture
 from workerkit.offline import MODEL_OFFLINE, OfflineProvider, compose_melody, draw_picture
+from workerkit.sounds import inspect_sound
 
 ODD_PROMPTS = table(
     "prompt",

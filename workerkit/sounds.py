@@ -1,0 +1,298 @@
+"""What the bytes of a sound are, and how long it really lasts: every frame, page and chunk of it is walked.
+
+Servers stream sounds and join files, so headers lie: they have no sizes, none for what follows, or those of the first
+part. tinytag and mutagen believe them; PyAV (100 MB) misses chained Ogg streams and joined WAVs; miniaudio knows no
+Opus. Nothing is decoded here, so a sound takes no more memory than its bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import struct
+from collections.abc import Iterator
+
+from workerkit.errors import FailJob
+from workerkit.sentences import NO_SOUND, UNUSABLE
+
+MAX_SOUND_S = 86_400.0
+
+
+def unusable(why: str) -> FailJob:
+    return FailJob(f"no sound: {why}", UNUSABLE)
+
+
+# ── WAV: RIFF chunks (Microsoft's Multimedia Programming Interface 1.0) ──────────────────────────────────────────
+
+RIFF = re.compile(rb"RIFF....WAVE", re.DOTALL)
+UNKNOWN_SIZES = (0, 0xFFFFFFFF)
+PLAIN_CODECS = (1, 3, 6, 7, 0xFFFE)  # PCM, float, A-law, mu-law, and the extensible form of these
+
+
+def wav_chunks(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The chunks of one WAV: name, and where the content begins and ends. A size that can't be true means the rest."""
+    at = start + 12
+    while at + 8 <= end:
+        name, size = struct.unpack_from("<4sI", data, at)
+        begins, is_samples = at + 8, name == b"data"
+        ends = begins + size
+        if ends > end or (is_samples and size in UNKNOWN_SIZES):
+            ends = end
+        yield name, begins, ends
+        at = ends + (ends - begins) % 2
+
+
+def wav_parts(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The format and the samples of each WAV, where several stand one behind the other."""
+    starts = [found.start() for found in RIFF.finditer(data)]
+    for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
+        chunks = {name: data[begins:ends] for name, begins, ends in wav_chunks(data, start, end)}
+        if len(chunks.get(b"fmt ", b"")) >= 16:
+            yield chunks[b"fmt "], chunks.get(b"data", b"")
+
+
+def walk_wav(data: bytes) -> tuple[bytes, float]:
+    """The WAV with true sizes in its header, and its duration. Joined ones of the same format become one."""
+    parts = list(wav_parts(data))
+    if not parts:
+        raise unusable("a WAV without a format")
+    form = parts[0][0]
+    samples = b"".join(part for other, part in parts if other[:16] == form[:16])
+    codec, _, rate, bytes_a_second, block = struct.unpack_from("<HHIIH", form)
+    bytes_a_second = rate * block if codec in PLAIN_CODECS else bytes_a_second
+    if not bytes_a_second or not block:
+        raise unusable("a WAV without a rate")
+    samples = samples[: len(samples) - len(samples) % block]
+    return with_true_sizes(data, form, samples), len(samples) / bytes_a_second
+
+
+def with_true_sizes(data: bytes, form: bytes, samples: bytes) -> bytes:
+    """The WAV itself if its sizes are true, else a new one of its format and its samples alone."""
+    (size,) = struct.unpack_from("<I", data, 4)
+    is_true = size == len(data) - 8 and struct.pack("<4sI", b"data", len(samples)) + samples[:64] in data
+    if is_true and len(RIFF.findall(data)) == 1:
+        return data
+    body = struct.pack("<4sI", b"fmt ", len(form)) + form + b"\0" * (len(form) % 2)
+    body += struct.pack("<4sI", b"data", len(samples)) + samples + b"\0" * (len(samples) % 2)
+    return struct.pack("<4sI4s", b"RIFF", len(body) + 4, b"WAVE") + body
+
+
+# ── MP3: frames of MPEG audio, layer III (ISO 11172-3, 13818-3) ──────────────────────────────────────────────────
+
+# Version 2.5, 2 or 1, layer III; neither a free bit rate nor a forbidden one.
+MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]")
+MAX_FALSE_SYNCS = 100_000
+KBPS_OF_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+KBPS_OF_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+RATES_OF_1 = (44_100, 48_000, 32_000)
+TAGS = {b"Xing", b"Info", b"VBRI"}  # in the first frame of a file, which has no sound
+
+
+@functools.cache
+def mp3_frame(version: int, third: int) -> tuple[int, float] | None:
+    """Length in bytes and seconds of a frame, by the version's bits and the third byte of its header."""
+    rate_index = third >> 2 & 3
+    if rate_index == 3:
+        return None
+    is_1 = version == 3
+    rate = RATES_OF_1[rate_index] // {3: 1, 2: 2, 0: 4}[version]
+    kbps, samples = (KBPS_OF_1 if is_1 else KBPS_OF_2)[third >> 4], 1152 if is_1 else 576
+    return samples * kbps * 125 // rate + (third >> 1 & 1), samples / rate
+
+
+def mp3_frame_at(data: bytes, at: int) -> tuple[int, float] | None:
+    """Length and seconds of the frame that begins here, or None."""
+    return mp3_frame(data[at + 1] >> 3 & 3, data[at + 2]) if MP3_SYNC.match(data, at) else None
+
+
+def tag_bytes(data: bytes, at: int) -> int:
+    """The length of the tag that begins here (ID3v2, ID3v1, APE), or 0."""
+    if data.startswith(b"ID3", at) and at + 10 <= len(data):
+        size = functools.reduce(lambda total, byte: total << 7 | byte & 0x7F, data[at + 6 : at + 10], 0)
+        return 10 + size + (10 if data[at + 5] & 0x10 else 0)
+    if data.startswith(b"APETAGEX", at) and at + 16 <= len(data):
+        return 32 + int.from_bytes(data[at + 12 : at + 16], "little")
+    return 128 if data.startswith(b"TAG", at) else 0
+
+
+def next_mp3_frame(data: bytes, at: int) -> int:
+    """Where the next frame begins that another one, a tag or the end follows; the data's length if there is none."""
+    for tries, found in enumerate(MP3_SYNC.finditer(data, at)):
+        if tries > MAX_FALSE_SYNCS:
+            break
+        if frame := mp3_frame_at(data, found.start()):
+            behind = found.start() + frame[0]
+            if behind == len(data) or mp3_frame_at(data, behind) or tag_bytes(data, behind):
+                return found.start()
+    return len(data)
+
+
+def walk_mp3(data: bytes) -> float:
+    """The seconds of all frames, of joined files as well."""
+    at, seconds = 0, 0.0
+    while at < len(data) and seconds <= MAX_SOUND_S:
+        if frame := mp3_frame_at(data, at):
+            if not any(tag in data[at + 4 : at + 42] for tag in TAGS):
+                seconds += frame[1]
+            at += frame[0]
+        else:
+            at = at + tag_bytes(data, at) if tag_bytes(data, at) else next_mp3_frame(data, at + 1)
+    return seconds
+
+
+def is_aac(data: bytes) -> bool:
+    """Whether it is AAC in ADTS: its sync looks like that of MP3, but names no layer (ISO 13818-7, 6.2)."""
+    at = tag_bytes(data, 0)
+    return len(data) > at + 1 and data[at] == 0xFF and data[at + 1] & 0xF6 == 0xF0
+
+
+# ── Ogg Opus: pages (RFC 3533) of packets (RFC 6716, section 3.1; RFC 7845) ──────────────────────────────────────
+
+OPUS_RATE = 48_000
+SILK_MS, HYBRID_MS, CELT_MS = (10, 20, 40, 60), (10, 20), (2.5, 5, 10, 20)
+IS_CONTINUED, IS_FIRST_PAGE = 1, 2
+
+
+def opus_packet_s(packet: bytes) -> float:
+    """The seconds of a packet, by its first two bytes."""
+    config, code = packet[0] >> 3, packet[0] & 3
+    frame_ms = SILK_MS[config % 4] if config < 12 else HYBRID_MS[config % 2] if config < 16 else CELT_MS[config % 4]
+    frames = (1, 2, 2)[code] if code < 3 else packet[1] & 0x3F if len(packet) > 1 else 0
+    return frame_ms * frames / 1000
+
+
+def ogg_pages(data: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """Each page's flags, and the beginnings of the packets that begin in it. One that is cut off is left out."""
+    at = data.find(b"OggS")
+    while at >= 0 and at + 27 <= len(data):
+        flags, segments = data[at + 5], data[at + 27 : at + 27 + data[at + 26]]
+        body = at + 27 + len(segments)
+        if body + sum(segments) > len(data):
+            return
+        begins, is_inside, packets = body, bool(flags & IS_CONTINUED), []
+        for size in segments:
+            if not is_inside and size:
+                packets.append(data[begins : begins + min(size, 32)])
+            begins, is_inside = begins + size, size == 255
+        yield flags, packets
+        at = data.find(b"OggS", begins)
+
+
+def walk_opus(data: bytes) -> float:
+    """The seconds of all packets of all streams, without what players skip at the beginning of each."""
+    seconds = 0.0
+    for flags, packets in ogg_pages(data):
+        for packet in packets:
+            if flags & IS_FIRST_PAGE:
+                if not packet.startswith(b"OpusHead") or len(packet) < 12:
+                    raise unusable("Ogg, but not Opus")
+                seconds -= int.from_bytes(packet[10:12], "little") / OPUS_RATE
+            elif not packet.startswith(b"OpusTags"):
+                seconds += opus_packet_s(packet)
+        if seconds > MAX_SOUND_S:
+            break
+    return seconds
+
+
+# ── FLAC: frames (RFC 9639, section 9) ───────────────────────────────────────────────────────────────────────────
+
+FLAC_MARK, STREAMINFO_BYTES = b"fLaC", 34
+FLAC_SYNC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22|\xff[\xf8\xf9]")
+SAMPLE_COUNT_BITS = 36
+
+
+@functools.cache
+def crc_8_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value << 1 ^ 0x07) & 0xFF if value & 0x80 else value << 1
+        table.append(value)
+    return table
+
+
+def coded_number(data: bytes, at: int) -> tuple[int, int] | None:
+    """A number in the form of UTF-8, and where it ends (RFC 9639, section 9.1.5)."""
+    first = data[at]
+    more = 0 if first < 0x80 else 8 - (first ^ 0xFF).bit_length() - 1
+    if more < 0 or more > 6 or (first >= 0x80 and more == 0):
+        return None
+    number = first if not more else first & (0x3F >> more)
+    for byte in data[at + 1 : at + 1 + more]:
+        if byte & 0xC0 != 0x80:
+            return None
+        number = number << 6 | byte & 0x3F
+    return number, at + 1 + more
+
+
+def flac_frame_at(data: bytes, at: int) -> tuple[int, int] | None:
+    """The number and the samples of the frame that begins here; None if its header's checksum is another."""
+    header = data[at : at + 17]
+    if len(header) < 6 or not (numbered := coded_number(header, 4)):
+        return None
+    number, end = numbered
+    size_code, rate_code = header[2] >> 4, header[2] & 15
+    extra = {6: 1, 7: 2}.get(size_code, 0)
+    uncommon = int.from_bytes(header[end : end + extra], "big") + 1
+    samples = {0: 0, 1: 192, 6: uncommon, 7: uncommon}.get(size_code)
+    if samples is None:
+        samples = 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
+    end += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    check = functools.reduce(lambda value, byte: crc_8_table()[value ^ byte], header[:end], 0)
+    is_good = end < len(header) and check == header[end] and samples and rate_code != 15
+    return (number, samples) if is_good else None
+
+
+def walk_flac(data: bytes) -> tuple[bytes, float]:
+    """The FLAC with its count of samples, and its duration. The frames of joined files are counted too."""
+    seconds, streams, rate, expected, counted = 0.0, 0, 0, 0, 0
+    for found in FLAC_SYNC.finditer(data):
+        at = found.start()
+        if found[0].startswith(FLAC_MARK):
+            rate, expected, streams = int.from_bytes(data[at + 18 : at + 21], "big") >> 4, 0, streams + 1
+        elif rate and (frame := flac_frame_at(data, at)) and frame[0] == expected:
+            is_by_sample = data[at + 1] & 1
+            expected += frame[1] if is_by_sample else 1
+            seconds, counted = seconds + frame[1] / rate, counted + frame[1]
+    return (with_sample_count(data, counted) if streams == 1 else data), seconds
+
+
+def with_sample_count(data: bytes, samples: int) -> bytes:
+    """The same FLAC with its count of samples, which servers that stream leave out."""
+    at = data.find(FLAC_MARK) + 18  # rate, channels and depth, then the count, in 64 bits
+    numbers = int.from_bytes(data[at : at + 8], "big")
+    true = numbers >> SAMPLE_COUNT_BITS << SAMPLE_COUNT_BITS | samples
+    return data if true == numbers else data[:at] + true.to_bytes(8, "big") + data[at + 8 :]
+
+
+# ── any of them ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def walk(data: bytes) -> tuple[bytes, float, str]:
+    """The sound, its seconds and its format."""
+    if RIFF.match(data):
+        return *walk_wav(data), "wav"
+    if data.startswith(b"OggS"):
+        return data, walk_opus(data), "opus"
+    if data.startswith(FLAC_MARK):
+        return *walk_flac(data), "flac"
+    if is_aac(data):
+        raise unusable("it is AAC, which isn't supported")
+    return data, walk_mp3(data), "mp3"
+
+
+def inspect_sound(data: bytes) -> tuple[bytes, float, str]:
+    """The sound with a true header, its duration in seconds, and its format.
+
+    Raises:
+        FailJob: it isn't a WAV, MP3, Ogg Opus or FLAC, or has no duration.
+    """
+    if not data:
+        raise FailJob("an empty sound", NO_SOUND)
+    try:
+        sound, seconds, form = walk(data)
+    except (struct.error, IndexError, OverflowError) as error:
+        raise unusable(type(error).__name__) from None
+    if not 0 < seconds <= MAX_SOUND_S or round(seconds, 2) == 0:
+        raise unusable("it has no duration")
+    return sound, round(seconds, 2), form
