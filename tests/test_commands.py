@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 import worker
 from testbed.processes import SOURCE, poll
+from testbed.provider import Provider
 from tests.lab import IMAGE, KEY, NOWHERE, PNG, SECRET, TEXT, ago, change, claim, deliver, insert, queued, read, table
 from worker import COMMANDS, Runtime, Status
 from worker_commands.api_side import Followed, fetch_file, writable_folder
@@ -112,6 +113,43 @@ def test_check_finds_all_well_and_shows_no_key(runtime: Runtime, command_here: C
     assert KEY not in output
 
 
+def test_check_makes_a_picture_and_a_sound_if_it_is_asked_to(
+    runtime: Runtime, command_here: Command, provider: Provider
+) -> None:
+    code, output = command_here("check", "--generate")
+    assert (code, "answered with a picture of 1024x1024" in output, "0.76 s of wav" in output) == (0, True, True)
+    assert [call.route.rpartition("/")[2] for call in provider.calls] == ["completions", "generations", "speech"]
+
+
+@table(
+    "given, row",
+    ("MongoDB", {"MONGODB_URL": f"mongodb://{NOWHERE}/x"}, f"MongoDB {NOWHERE}: nothing listens there"),
+    ("Redis", {"REDIS_URL": f"redis://:{SECRET}@{NOWHERE}"}, f"Redis {NOWHERE}: nothing listens there"),
+    ("the broker", {"CELERY_BROKER_URL": f"redis://{NOWHERE}"}, f"broker {NOWHERE}: nothing listens there"),
+    ("a provider", {"TEXT_BASE_URL": f"http://{NOWHERE}/v1"}, f"provider, text {NOWHERE}: nothing listens there"),
+    ("a name", {"REDIS_URL": "redis://no-such-name:6379"}, "Redis no-such-name:6379: the name doesn't resolve outside"),
+    ("S3", {"ARTIFACT_URL": "s3://bucket", "S3_ENDPOINT_URL": f"http://{NOWHERE}"}, f"artifact store {NOWHERE}: "),
+)
+def test_check_names_host_port_and_reason(
+    runtime: Runtime, command_here: Command, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], row: str
+) -> None:
+    monkeypatch.setattr("worker_commands.findings.CHECK_TIMEOUT_S", 1)
+    _, output = command_here("check", **given)
+    assert row in " ".join(re.sub("[│┃]", " ", output).split())
+
+
+@table(
+    "path, seen",
+    ("no /v1", "", "HTTP 404: check the URL (TEXT_BASE_URL or OPENAI_BASE_URL; is /v1 missing?)"),
+    ("another key", "/v1", "HTTP 401 invalid_request_error invalid_api_key: check the provider's key"),
+)
+def test_check_says_why_a_provider_refuses(runtime: Runtime, command_here: Command, path: str, seen: str) -> None:
+    with Provider(api_key="right") as strict:
+        url = strict.url.removesuffix("/v1") + path
+        code, output = command_here("check", TEXT_BASE_URL=url, TEXT_API_KEY="wrong", TEXT_MODEL="m")
+    assert (code, f"127.0.0.1:{strict.port}: {seen}" in output) == (1, True)
+
+
 def test_check_leaves_no_file_behind(runtime: Runtime, command_here: Command) -> None:
     command_here("check")
     assert list(runtime.artifacts.names("check-")) == []
@@ -150,7 +188,10 @@ def test_check_says_that_mongodb_is_away(
     ("perhaps another host's loopback", {"ARTIFACT_BASE_URL": f"http://{NOWHERE}"}, "an address that serves"),
     ("no file system", {"ARTIFACT_URL": "data:"}, "stored in data:"),
     ("no model", {"OPENAI_BASE_URL": "", "OPENAI_API_KEY": ""}, "offline stand-in"),
-    ("a model that isn't listed", {"TEXT_MODEL": "dear"}, "does not list it among its 3 models"),
+    ("a model that isn't listed", {"TEXT_MODEL": "dear"}, "dear isn't among the 1 models that are offered"),
+    ("a model that was chosen", {}, "put TEXT_MODEL=testbed-model into .env"),
+    ("a tiny text", {}, "testbed-model at http://127.0.0.1:"),
+    ("no picture without being asked", {}, "nothing was generated; --generate makes one"),
 )
 def test_check_notes_what_an_operator_should_know(
     runtime: Runtime, command_here: Command, given: dict[str, str], text: str

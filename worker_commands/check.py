@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import secrets
 import sys
+import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,17 +23,20 @@ from kombu.exceptions import OperationalError
 from worker import STATUS_CHANNEL, Job, Runtime, Status, configure
 from worker_commands import findings
 from worker_commands.findings import Finding, probe
+from worker_commands.models_in_use import ModelInUse, models_in_use
 from worker_commands.redis_rights import check_rights
 from worker_commands.terminal import print_rows
 from workerkit.broker import is_refused, refusal
-from workerkit.errors import StoreRefused, StoreUnavailable
+from workerkit.connections import place_of
+from workerkit.errors import RetryJob, StoreRefused, StoreUnavailable
+from workerkit.media import inspect_picture
 from workerkit.messages import Delivery
 from workerkit.mongodb import unknown_when_unreachable
 from workerkit.provider import OpenAIProvider
-from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings, load_settings, redact_url
+from workerkit.settings import OPENAI_URL, PROVIDER_KINDS, ProviderKind, Settings, load_settings, redact_url
+from workerkit.sounds import inspect_sound
 from workerkit.values import as_mapping
 
-NOT_LISTED = "does not list it among its"
 UNREADABLE = "can't be read: Redis refuses INFO and CONFIG, which the worker doesn't need"
 
 
@@ -71,9 +75,11 @@ def release_job(runtime: Runtime, job: Job) -> bool:
 
 
 def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
+    url = runtime.settings.mongodb_url.get_secret_value()
+
     def version() -> str:
         runtime.database.command("ping")
-        return f"reached, version {runtime.mongo.server_info()['version']}"
+        return f"{place_of(url)} reached, version {runtime.mongo.server_info()['version']}"
 
     def write() -> str:
         probes = runtime.database["worker_check"]
@@ -95,13 +101,17 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
                     raise StoreRefused("MongoDB takes the end of a job only without the worker's bookkeeping")
         return "a job claimed, completed, failed, released; deleted"
 
-    reached = probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version)
+    reached = probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version, url)
     yield reached
     if reached.is_fault:
         return
-    yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write)
-    yield probe("MongoDB documents", "the validator of the collection jobs must allow what the worker writes", rehearse)
-    yield probe("MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes)
+    yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write, url)
+    yield probe(
+        "MongoDB documents", "the validator of the collection jobs must allow what the worker writes", rehearse, url
+    )
+    yield probe(
+        "MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes, url
+    )
 
 
 # What a setting of Redis should be, and what another value leads to.
@@ -112,25 +122,28 @@ REDIS_SETTINGS = {
 
 
 def check_redis(runtime: Runtime) -> Iterator[Finding]:
-    client = runtime.redis
+    client, settings = runtime.redis, runtime.settings
+    url = settings.redis_url.get_secret_value()
+    broker_url = settings.celery_broker_url.get_secret_value() or url
 
     def publish() -> str:
-        return f"reached; {client.publish(STATUS_CHANNEL, '{}')} listening on {STATUS_CHANNEL}"
+        return f"{place_of(url)} reached; {client.publish(STATUS_CHANNEL, '{}')} listening on {STATUS_CHANNEL}"
 
     def broker() -> str:
-        return f"reached; {runtime.broker.queue_length()} waiting in {runtime.settings.celery_queue_name}"
+        waiting = f"{runtime.broker.queue_length()} waiting in {settings.celery_queue_name}"
+        return f"{place_of(broker_url)} reached; {waiting}"
 
     def rehearse() -> str:
         runtime.broker.rehearse()
         return "sufficient"
 
-    yield probe("Redis", "is REDIS_URL right?", partial(unless_refused, publish))
-    yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", partial(unless_refused, broker))
-    if runtime.settings.is_rabbitmq:
-        yield probe("broker rights", "is CELERY_BROKER_URL right?", rehearse)
+    yield probe("Redis", "is REDIS_URL right?", partial(unless_refused, publish), url)
+    yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", partial(unless_refused, broker), broker_url)
+    if settings.is_rabbitmq:
+        yield probe("broker rights", "is CELERY_BROKER_URL right?", rehearse, broker_url)
     yield from check_rights(runtime)
     for name, (good, advice) in REDIS_SETTINGS.items():
-        finding = probe(f"Redis {name}", "is REDIS_URL right?", partial(redis_setting, client, name))
+        finding = probe(f"Redis {name}", "is REDIS_URL right?", partial(redis_setting, client, name), url)
         if finding.seen == UNREADABLE:
             yield replace(finding, advice=f"look on the server or in its console: it has to be {good}, since {advice}")
         else:
@@ -180,9 +193,13 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
             is_the_file = answer.read(len(data) + 1) == data
         return f"{redact_url(urls[0])} answers with the file" if is_the_file else "another content"
 
-    yield probe("artifact store", "is ARTIFACT_URL right, and may the worker write there?", store)
+    settings = runtime.settings
+    is_gridfs = settings.artifact_url == "gridfs"
+    own_url = settings.s3_endpoint_url or settings.artifact_url
+    store_url = settings.mongodb_url.get_secret_value() if is_gridfs else own_url
+    yield probe("artifact store", "is ARTIFACT_URL right, and may the worker write there?", store, store_url)
     if urls and urls[0].startswith("http"):
-        finding = probe("artifact URL", "ARTIFACT_BASE_URL should be an address that serves the files", fetch)
+        finding = probe("artifact URL", "ARTIFACT_BASE_URL should be an address that serves the files", fetch, urls[0])
         is_loopback = urllib.parse.urlsplit(urls[0]).hostname in ("localhost", "127.0.0.1", "::1")
         yield replace(finding, is_fault=finding.is_fault and not is_loopback)  # in a container that's another host
     elif urls and not urls[0].startswith("data:"):
@@ -193,40 +210,87 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
             runtime.artifacts.delete(name)
 
 
-def check_providers(settings: Settings) -> Iterator[Finding]:
-    for kind in PROVIDER_KINDS:
-        where = settings.provider(kind)
-        if where.is_offline:
-            yield Finding(f"provider, {kind}", where.label, "no model: set OPENAI_API_KEY or OPENAI_BASE_URL")
-        else:
-            advice = f"is the URL right ({kind.upper()}_BASE_URL or OPENAI_BASE_URL), and the key?"
-            finding = probe(f"provider, {kind}", advice, partial(models_seen, where, settings))
-            yield replace(finding, advice=f"is {kind.upper()}_MODEL right?") if NOT_LISTED in finding.seen else finding
+# ── providers ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CALL_S = 30.0
+TINY_PROMPT, TINY_CAP = "Say OK.", 16
+NOTHING_GENERATED = "nothing was generated; --generate makes one"
 
 
-def models_seen(where: ProviderSettings, settings: Settings) -> str:
-    return asyncio.run(list_models(where, settings))
+async def tiny_text(provider: OpenAIProvider, model: str, settings: Settings) -> str:
+    request = {"model": model, "messages": [{"role": "user", "content": TINY_PROMPT}], "max_tokens": TINY_CAP}
+    answer = await provider.text(request, lambda _: None)
+    return f"{answer.tokens} tokens"
 
 
-async def list_models(where: ProviderSettings, settings: Settings) -> str:
+async def tiny_picture(provider: OpenAIProvider, model: str, settings: Settings) -> str:
+    data, _ = await provider.image({"model": model, "prompt": "A red dot."})
+    return f"a picture of {inspect_picture(data)[0]}"
+
+
+async def tiny_sound(provider: OpenAIProvider, model: str, settings: Settings) -> str:
+    ours = {"voice": settings.audio_voice, "response_format": settings.audio_format}
+    data, _ = await provider.speech({"model": model, "input": "OK."}, ours)
+    _, seconds, sound_format = inspect_sound(data)
+    return f"{seconds} s of {sound_format}"
+
+
+Tiny = Callable[[OpenAIProvider, str, Settings], Awaitable[str]]
+TINY_CALLS: dict[ProviderKind, Tiny] = {"text": tiny_text, "image": tiny_picture, "audio": tiny_sound}
+
+
+async def make_tiny_call(one: ModelInUse, settings: Settings) -> str:
+    """What came of the call, and how long it took. Raises JobError: why there is no answer."""
+    where, begun = one.where, time.monotonic()
     provider = OpenAIProvider(where, settings.max_answer_bytes)
-    async with asyncio.timeout(findings.CHECK_TIMEOUT_S), provider.session, provider.call("GET", "/models") as answer:
-        offered = [model["id"] for model in (await answer.json())["data"]]
-    known = "offers it" if where.model in offered else f"{NOT_LISTED} {len(offered)} models"
-    return f"{where.label}: {known}"
+    try:
+        async with asyncio.timeout(CALL_S):
+            model = (await provider.with_model(where)).model
+            made = await TINY_CALLS[where.kind](provider, model, settings)
+    except TimeoutError:
+        raise RetryJob(f"no answer within {CALL_S:g} s: is its model still loading?") from None
+    finally:
+        await provider.close()
+    return f"{model} at {where.place} answered with {made} in {time.monotonic() - begun:.1f} s"
 
 
-def find_all(runtime: Runtime) -> Iterator[Finding]:
+def check_provider(one: ModelInUse, settings: Settings, *, is_called: bool) -> Finding:
+    """One kind's model and, if it is to be called, a real answer of it."""
+    where, what = one.where, f"provider, {one.where.kind}"
+    kind = where.kind.upper()
+    advice = f"is the URL right ({kind}_BASE_URL or OPENAI_BASE_URL), and the key?"
+    if one.fault and not where.model:
+        return Finding(what, f"{where.place}: {one.fault}", f"set {kind}_MODEL", is_fault=True)
+    if not is_called:
+        return Finding(what, where.label, one.fault or NOTHING_GENERATED)
+    finding = probe(what, advice, lambda: asyncio.run(make_tiny_call(one, settings)), where.base_url or OPENAI_URL)
+    chosen = f"put {kind}_MODEL={where.model} into .env" if one.is_chosen else ""
+    return finding if finding.is_fault else replace(finding, advice=one.fault or chosen)
+
+
+def check_providers(settings: Settings, *, generate: bool) -> Iterator[Finding]:
+    """One tiny text is always generated; a picture and a sound, which cost more, if asked for."""
+    for kind in PROVIDER_KINDS:
+        if (where := settings.provider(kind)).is_offline:
+            yield Finding(f"provider, {kind}", where.label, "no model: set OPENAI_API_KEY or OPENAI_BASE_URL")
+    for one in models_in_use(settings):
+        yield check_provider(one, settings, is_called=generate or one.where.kind == "text")
+
+
+# ── all of it ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def find_all(runtime: Runtime, *, generate: bool) -> Iterator[Finding]:
     """Tries everything that the worker uses, one after the other."""
     yield from check_mongodb(runtime)
     yield from check_redis(runtime)
     yield from check_artifacts(runtime)
-    yield from check_providers(runtime.settings)
+    yield from check_providers(runtime.settings, generate=generate)
 
 
-def check(runtime: Runtime) -> int:
+def check(runtime: Runtime, *, generate: bool = False) -> int:
     """Prints a row for each thing tried; returns 1 if one is wrong."""
-    findings = list(find_all(runtime))
+    findings = list(find_all(runtime, generate=generate))
     marks = ["FAULT" if finding.is_fault else "note" if finding.advice else "ok" for finding in findings]
     rows = [(mark, one.what, one.seen, one.advice) for mark, one in zip(marks, findings, strict=True)]
     print_rows(("", "what", "seen", "what to do"), rows, {"FAULT": "red", "note": "yellow", "ok": "green"})
@@ -234,7 +298,8 @@ def check(runtime: Runtime) -> int:
 
 
 @click.command("check", short_help="Try every connection and say what to do.")
-def command() -> None:
-    """Try every connection and say what to do; exits with 1 if something is wrong."""
+@click.option("--generate", is_flag=True, help="Make a picture and a sound as well, which cost more than a text.")
+def command(generate: bool) -> None:
+    """Try every connection, make one tiny text, and say what to do; exits with 1 if something is wrong."""
     with contextlib.closing(configure(load_settings())) as runtime:
-        sys.exit(check(runtime))
+        sys.exit(check(runtime, generate=generate))

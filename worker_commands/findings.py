@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pymongo
 
 from workerkit.broker import refusal_of
+from workerkit.connections import advice_for, fault_at, place_of, reason_of
 from workerkit.errors import JobError, StoreUnavailable
 
 CHECK_TIMEOUT_S = 5
@@ -25,30 +25,27 @@ class Finding:
     is_fault: bool = False
 
 
-def certificate_fault(error: BaseException | None) -> str:
-    """Why a server's certificate was refused, or an empty string. Libraries wrap this error in errors of their own."""
-    while error is not None:
-        if found := re.search(r"certificate verify failed: ([\w ,'.:-]+)", str(error)):
-            return f"the certificate isn't trusted: {found[1].strip()}"
-        error = error.__cause__ or error.__context__
-    return ""
-
-
 def error_code(error: Exception) -> str:
     code = getattr(error, "code", None) or getattr(error, "strerror", None)
     return f" ({code})" if isinstance(code, (int, str)) else ""
 
 
-def probe(what: str, advice: str, look: Callable[[], str]) -> Finding:
-    """Tries one thing. Whatever goes wrong becomes a row with advice, without URLs or keys."""
+def describe(error: Exception, advice: str, url: str) -> tuple[str, str]:
+    """What went wrong, with the server's host and port, and what to do. Without URLs, keys or passwords."""
+    if refusal := refusal_of(error):
+        return f"{place_of(url)}: {refusal.reason}", refusal.advice
+    if fault := fault_at(url, error):
+        is_trust = "isn't trusted" in fault
+        more = advice_for(reason_of(error), url)
+        return fault, TRUST_ADVICE if is_trust else f"{more}; {advice}" if more else advice
+    known = str(error) if isinstance(error, (JobError, StoreUnavailable)) else type(error).__name__ + error_code(error)
+    return (f"{place_of(url)}: {known}" if url else known), advice
+
+
+def probe(what: str, advice: str, look: Callable[[], str], url: str = "") -> Finding:
+    """Tries one thing on the server at a URL. Whatever goes wrong becomes a row with advice."""
     try:
         with pymongo.timeout(CHECK_TIMEOUT_S):
             return Finding(what, look())
     except Exception as error:  # any library's error is an answer here
-        if fault := certificate_fault(error):
-            return Finding(what, fault, TRUST_ADVICE, is_fault=True)
-        if refusal := refusal_of(error):
-            return Finding(what, refusal.reason, refusal.advice, is_fault=True)
-        if isinstance(error, (JobError, StoreUnavailable)):
-            return Finding(what, str(error), advice, is_fault=True)
-        return Finding(what, f"{type(error).__name__}{error_code(error)}", advice, is_fault=True)
+        return Finding(what, *describe(error, advice, url), is_fault=True)

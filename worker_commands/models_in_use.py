@@ -39,6 +39,8 @@ async def list_models(servers: Iterable[ProviderSettings], max_bytes: int) -> di
 def look_at(where: ProviderSettings, offered: Offered | None) -> ModelInUse:
     """The model of a kind, chosen if none is set and the server lists its models."""
     today, is_chosen = datetime.now(UTC).date(), not where.model
+    if is_chosen and offered is None and not where.is_openai:
+        return ModelInUse(where)
     try:
         model = where.model or choose(where, offered)
     except FailJob as fault:

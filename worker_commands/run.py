@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from worker import NODE, app, configure
-from worker_commands.models_in_use import models_in_use
+from worker_commands.models_in_use import ModelInUse, models_in_use
 from workerkit import __version__
 from workerkit.proxies import USUAL_PORTS, ProxyFault, proxy_of
 from workerkit.settings import PROVIDER_KINDS, Settings, load_settings, redact_url
@@ -26,9 +26,9 @@ def proxies_in_use() -> Iterator[str]:
             yield f"none for {scheme}: {fault}"
 
 
-def print_models(settings: Settings) -> None:
+def print_models(models: Iterable[ModelInUse]) -> None:
     """Prints the models that were chosen as lines for `.env`, and a warning about those that are gone or end soon."""
-    for one in models_in_use(settings):
+    for one in models:
         setting = f"{one.where.kind.upper()}_MODEL"
         if one.is_chosen:
             print(f"  {setting}={one.where.model} was chosen, since it isn't set: put this line into .env")
@@ -38,6 +38,7 @@ def print_models(settings: Settings) -> None:
 
 def print_connections(settings: Settings) -> None:
     """Prints what the worker is connected to, without passwords."""
+    models = models_in_use(settings)
     rows: dict[str, str] = {
         "MongoDB": f"{redact_url(settings.mongodb_url.get_secret_value())}, database {settings.database_name}",
         "Redis": redact_url(settings.redis_url.get_secret_value()),
@@ -46,11 +47,12 @@ def print_connections(settings: Settings) -> None:
         "limits": f"{settings.celery_soft_time_limit:g} s, killed after {settings.celery_time_limit:g} s",
         "artifacts": f"{redact_url(settings.artifact_url)}, served at {redact_url(settings.artifact_base_url)}",
         **{kind: settings.provider(kind).label for kind in PROVIDER_KINDS},
+        **{one.where.kind: one.where.label for one in models},
     }
     if proxies := ", ".join(proxies_in_use()):
         rows["proxies"] = proxies
     print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
-    print_models(settings)
+    print_models(models)
     if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
         print("  WARNING: no provider is set for some kinds, so the OFFLINE STAND-IN answers, which is no model.")
     sys.stdout.flush()

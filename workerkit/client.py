@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from workerkit import __version__
+from workerkit.connections import reason_of
 from workerkit.errors import FailJob, JobError, OperatorFault, ProviderAway, RetryJob
 from workerkit.refusals import CHECK_PROXY, Cause, by_status
 from workerkit.sentences import UNUSABLE
@@ -69,7 +70,7 @@ def proxy_error(status: int) -> JobError:
 def provider_errors() -> Iterator[None]:
     """Turns every error that a provider's answer, or the way to it, can raise into RetryJob or FailJob.
 
-    Only the error's class is kept, since its text may hold the key or the prompt; hence `from None`.
+    Only the reason or the error's class is kept, since its text may hold the key or the prompt; hence `from None`.
     """
     import aiohttp
 
@@ -78,7 +79,8 @@ def provider_errors() -> Iterator[None]:
     except JobError:
         raise
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        raise ProviderAway(type(error).__name__, is_counted=False) from None  # the request was never sent
+        detail = reason_of(error) or type(error).__name__
+        raise ProviderAway(detail, is_counted=False) from None  # the request was never sent
     except aiohttp.ClientHttpProxyError as error:
         raise proxy_error(error.status) from None
     except WRONG_SHAPE_ERRORS as error:

@@ -1,0 +1,84 @@
+"""Why a server can't be reached, in words for the operator, and where it is. Nothing that may be secret is in them."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Iterator
+
+from workerkit.settings import redact_url
+
+NO_NAME = "the name doesn't resolve"
+NO_ANSWER = "no answer"
+WRONG_LOGIN = "wrong user or password"
+# What the errors of all clients say, the most telling first. Their own texts may hold URLs and are never shown.
+REASONS: tuple[tuple[str, str], ...] = (
+    (r"certificate verify failed: (?P<why>[\w ,'.:-]+)", "the certificate isn't trusted: {why}"),
+    (r"WRONG_VERSION_NUMBER|RECORD_LAYER|HTTP_REQUEST|UNKNOWN_PROTOCOL", "it doesn't speak TLS"),
+    (r"(?:TLS|SSL)V1_ALERT|CERTIFICATE_REQUIRED|alert certificate required", "it wants a certificate of the client"),
+    (r"Name or service not known|nodename nor servname|name resolution|getaddrinfo|ClientConnectorDNSError", NO_NAME),
+    (r"No address associated with hostname", NO_NAME),
+    (r"WRONGPASS|invalid username-password|invalid password|Authentication failed|AuthenticationFailed", WRONG_LOGIN),
+    (r"ACCESS_REFUSED - Login|bad auth", WRONG_LOGIN),
+    (r"NOAUTH|AuthenticationError|Authentication required|requires authentication|Unauthorized", "it wants a user and password"),
+    (r"Connection refused|Connect call failed|Errno 111\b|Errno 61\b", "nothing listens there"),
+    (r"Network is unreachable|No route to host|Errno 113\b|Errno 101\b", "there is no route to it"),
+    (r"(?:Errno|Error) 2\b[^|]*No such file|FileNotFoundError", "there is no such socket"),
+    (r"[Tt]imed? ?out|Timeout|TimeoutError", NO_ANSWER),
+    (r"Connection reset|ServerDisconnected|closed by server|connection closed|Broken pipe|EOF", "it hangs up"),
+)
+USUAL_PORTS = {"mongodb": 27017, "redis": 6379, "rediss": 6379, "sentinel": 26379, "amqp": 5672, "amqps": 5671}
+USUAL_PORTS |= {"http": 80, "https": 443}
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it. Libraries wrap errors in errors of their own."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        inner = getattr(error, "os_error", None)
+        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a connection failed, or an empty string if that isn't known."""
+    said = " | ".join(f"{type(one).__name__} {one}" for one in chain_of(error))
+    for pattern, reason in REASONS:
+        if found := re.search(pattern, said):
+            return reason.format(**{name: text.strip() for name, text in found.groupdict().items()})
+    return ""
+
+
+def place_of(url: str) -> str:
+    """Host and port of a server, or of each one where there are several; the path of a socket."""
+    shown = redact_url(url)
+    scheme, mark, rest = shown.partition("://")
+    port, names = USUAL_PORTS.get(scheme), rest.split("/")[0].rpartition("@")[2]
+    if not mark or names in ("", "***"):  # a socket, a folder, or an address that can't be shown
+        return shown
+    hosts = names.split(",")
+    is_named = re.compile(r".+:\d+")
+    return ",".join(host if is_named.fullmatch(host) or not port else f"{host}:{port}" for host in hosts)
+
+
+def user_of(url: str) -> str:
+    """The user that a URL names, or an empty string."""
+    login = url.partition("://")[2].split("/")[0].rpartition("@")[0]
+    return urllib.parse.unquote(login.partition(":")[0])
+
+
+def advice_for(reason: str, url: str) -> str:
+    """What to do about a reason, where it tells more than the name of the variable."""
+    host = place_of(url).partition(":")[0]
+    if reason == NO_NAME and re.fullmatch(r"[\w-]+", host):
+        return "outside Docker use 127.0.0.1"
+    return ""
+
+
+def fault_at(url: str, error: BaseException) -> str:
+    """Place and reason in one sentence, such as `mongodb:27017: the name doesn't resolve`; empty if not known."""
+    reason = reason_of(error)
+    if reason == WRONG_LOGIN and (user := user_of(url)):
+        reason = f"wrong password for user {user}"
+    return f"{place_of(url)}: {reason}" if reason else ""
