@@ -187,7 +187,7 @@ class Server:
         if not self.is_running:
             if not _is_free(self.host, self.port):
                 raise ServerFailed(f"{self.name} can't start: port {self.port} is taken")
-            self._process = spawn(self._command(), self.log)
+            self._process = spawn(self._command(), self.log, self._environment())
             description = f"{self.name} answers at {self.address}"
             poll(self._answers_or_ended, self.start_timeout_s, description=description)
             self._prepare()
@@ -250,6 +250,10 @@ class Server:
     def _command(self) -> list[str]:
         """Return the command line that starts the server in the foreground."""
         raise NotImplementedError
+
+    def _environment(self) -> Mapping[str, str] | None:
+        """Return the server's environment, or None for that of this process."""
+        return None
 
     def _answers(self) -> bool:
         """Return whether the server answers a request in its own protocol."""

@@ -76,14 +76,21 @@ SiteOf = Callable[[str], Site]
 Startable = TypeVar("Startable", bound=Server | ReplicaSet)
 
 
-def start(server: Server) -> Iterator[Server]:
-    """Starts a real server. One that can't be had fails in CI, and skips elsewhere with a sentence on how to get it."""
+@contextmanager
+def skipping_outside_ci() -> Iterator[None]:
+    """A server that can't be had fails in CI, and skips elsewhere with a sentence on how to get it."""
     try:
-        server.start()
+        yield
     except ServerUnavailable as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+def start(server: Server) -> Iterator[Server]:
+    """Starts a real server. One that can't be had fails in CI, and skips elsewhere."""
+    with skipping_outside_ci():
+        server.start()
     yield server
     server.close()
 
