@@ -5,6 +5,7 @@ Each runs in a virtual environment of its own, which is made the first time and 
 
 from __future__ import annotations
 
+import base64
 import wave
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from testbed.model_servers import LiteLLMProxy, LlamaServer, ModelServer, Speech
 from testbed.processes import poll
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
-from tests.lab import AUDIO, IMAGE, TEXT, table
+from tests.lab import AUDIO, IMAGE, PNG, TEXT, table
 from tests.site import CACHE, JOBS, Site, artifacts, open_api, running, skipping_outside_ci, worker_settings
 from workerkit.sentences import NOT_SET_UP, TOO_LONG
 
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.slow, pytest.mark.timeout(900)]
 ENVIRONMENTS = CACHE / "model-servers"
 RIGHT_KEY, WRONG_KEY, KEY_BEHIND = "sk-right-key", "sk-wrong-key", "sk-key-of-the-server-behind"
 LONG_PROMPT = "letter " * 10_000  # more tokens than the context of llama.cpp's model has
-PNG = b"\x89PNG\r\n"
+PNG_MAGIC = b"\x89PNG\r\n"
 TALE = "Once upon a time a server gave the answer that it had been given."
 COMPLETED = ("completed", None)
 MADE_UP = {"model": "openai/made-up", "api_key": "none"}  # for a model of LiteLLM's own answers
@@ -194,6 +195,13 @@ def test_a_prompt_longer_than_llama_cpps_context_is_too_long(letters: Site) -> N
     assert ends(letters, TEXT, prompt=LONG_PROMPT, max_tokens=200) == ("failed", TOO_LONG)
 
 
+def test_a_picture_that_llama_cpps_model_cant_see_is_named(letters: Site) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    parts = [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": url}}]
+    _, sentence = ends(letters, TEXT, messages=[{"role": "user", "content": parts}])
+    assert "this model doesn't take this `image_url`" in str(sentence)
+
+
 def test_llama_cpp_answers_to_any_models_name(llama: LlamaServer, open_site: OpenSite) -> None:
     job = (site := open_site(llama.url, TEXT_MODEL="any-name")).api.submit(TEXT, JOBS[TEXT])
     assert site.api.wait(job)["output_data"]["model_used"] == llama.model
@@ -251,7 +259,7 @@ def test_the_speech_server_speaks_as_long_as_there_are_words(voice: Site) -> Non
 
 
 def test_words_that_the_speech_server_finds_too_many_are_too_long(voice: Site) -> None:
-    assert ends(voice, AUDIO, text="word " * 1601) == ("failed", TOO_LONG)  # it takes 8,000 characters
+    assert ends(voice, AUDIO, text="word " * 1601) == ("failed", f"{TOO_LONG} It takes at most 8000 characters.")
 
 
 @table("key", ("a wrong key", WRONG_KEY), ("no key", ""))
@@ -344,7 +352,7 @@ def test_litellm_passes_pictures_on(proxy: Site) -> None:
     job = proxy.api.wait(proxy.api.submit(IMAGE, JOBS[IMAGE]))
     assert (job["status"], job["error_message"]) == COMPLETED
     assert job["output_data"]["resolution"] == "512x512"
-    assert file_of(proxy, job).read().startswith(PNG)
+    assert file_of(proxy, job).read().startswith(PNG_MAGIC)
 
 
 def test_litellm_passes_sounds_on(proxy: Site) -> None:

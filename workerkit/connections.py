@@ -10,7 +10,7 @@ from workerkit.settings import redact_url
 
 NO_NAME = "the name doesn't resolve"
 NO_ANSWER = "no answer"
-WRONG_LOGIN = "wrong user or password"
+WRONG_LOGIN, NO_LOGIN = "wrong user or password", "it wants a user and password"
 # What the errors of all clients say, the most telling first. Their own texts may hold URLs and are never shown.
 REASONS: tuple[tuple[str, str], ...] = (
     (r"certificate verify failed: (?P<why>[\w ,'.:-]+)", "the certificate isn't trusted: {why}"),
@@ -20,7 +20,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"No address associated with hostname", NO_NAME),
     (r"WRONGPASS|invalid username-password|invalid password|Authentication failed|AuthenticationFailed", WRONG_LOGIN),
     (r"ACCESS_REFUSED - Login|bad auth", WRONG_LOGIN),
-    (r"NOAUTH|AuthenticationError|Authentication required|requires authentication|Unauthorized", "it wants a user and password"),
+    (r"NOAUTH|AuthenticationError|Authentication required|requires authentication|Unauthorized", NO_LOGIN),
     (r"Connection refused|Connect call failed|Errno 111\b|Errno 61\b", "nothing listens there"),
     (r"Network is unreachable|No route to host|Errno 113\b|Errno 101\b", "there is no route to it"),
     (r"(?:Errno|Error) 2\b[^|]*No such file|FileNotFoundError", "there is no such socket"),

@@ -223,7 +223,7 @@ class Negotiation:
 
     def _fault(self, named: NamedField, detail: str) -> JobError:
         """Why the job fails: the person hears of what the job asked for, the operator of everything else."""
-        if (named.name in self._asked and named.name != "model") or named.name == "system":
+        if (named.name in self._asked and named.name != "model") or named.name in ("system", "image_url"):
             return InvalidInput(f"{detail}: the job asked for it", self._sentence(named))
         value = f" (it is {self.body.get(named.name)!r})"
         setting = SETTINGS.get(named.name)

@@ -239,6 +239,7 @@ class Cause(StrEnum):
     MONEY = "quota or money"
     KEY = "key"
     MODEL = "model"
+    SETUP = "the server's own settings"
     LOADING = "the model is loading"
     PLACE = "URL"
     FIELD = "a field"
@@ -303,6 +304,7 @@ TABLE = (
         {IN_ANSWER, 400, 401, 403, 404, 422},
         r"(?:api|access|subscription|auth\w*|virtual) ?(?:key|token)\w*|authentication\w*|credentials?",
         r"unauthori[sz]ed|unauthenticated|permission denied|access denied|account (?:is )?(?:disabled|suspended)",
+        r"no (?:connected )?db(?: connection)?",  # of LiteLLM, to a key that isn't its master's
         rf"(?:location|country|region){SOON}?not supported|unsupported (?:location|country|region)",
     ),
     row(
@@ -315,6 +317,7 @@ TABLE = (
         r"model (?:is )?(?:not supported|unavailable)",
         rf"no (?:models?|endpoints?){SOON}?(?:found|available|loaded)",
     ),
+    row(Cause.SETUP, {500, 501, 503}, rf"(?:not|isn t|no){SOON}?(?:configured|installed)|not found on the server host"),
     row(
         Cause.LOADING,
         {503},
@@ -377,6 +380,9 @@ SHORT_NAMES: dict[tuple[str, type], list[str]] = {
     ("response_format", str): ["format", "formats"],  # of a sound
     ("stream", bool): ["streaming"],
 }
+NO_EYES = (
+    rf"(?:image|vision|multimodal)\w*{SOON}?not supported|(?:not|doesn t) support{SOON}?(?:image|vision|multimodal)"
+)
 ROLE_FAULT = rf"\b(system|conversation|assistant|user) (?:roles?|messages?|prompts?)(?: [^| ]+){{0,3}}? {COMPLAINT}\b"
 VALUE_FAULT = re.compile(
     r"\b(?:(?:unsupported|invalid) value|must be|should be|supported values?|expected|one of|at (?:most|least)"
@@ -400,27 +406,38 @@ def root_of(path: str) -> str:
     return names[0] if names else ""
 
 
+def is_named(name: str, value: object, words: str) -> bool:
+    """Whether a message complains about a field: by its name, or by a common word right beside a complaint."""
+    others = [*OTHER_NAMES, CAP] if name in (CAP, LATER_CAP) else []
+    common = [*SHORT_NAMES.get((name, type(value)), []), *([name] if name in COMMON_WORDS else [])]
+    exact = [other for other in (name, *others) if other not in common]
+    if exact and re.search(rf"\b(?:{'|'.join(map(re.escape, exact))})\b", words):
+        return True
+    named = "|".join(map(re.escape, common))
+    return bool(common and re.search(rf"\b(?:(?:{named}){SOON}?{COMPLAINT}|{COMPLAINT}{SOON}?(?:{named}))\b", words))
+
+
 def names_in(words: str, request: Mapping[str, Any]) -> Iterator[str]:
     """The fields of a request that a message complains about, in the order of the request."""
     for name, value in request.items():
         if name == "messages" and (found := re.search(ROLE_FAULT, words)):
             yield "system" if found[1] == "system" else name
-        if name in ("model", "messages", "prompt", "input"):
-            continue
-        others = [*OTHER_NAMES, CAP] if name in (CAP, LATER_CAP) else SHORT_NAMES.get((name, type(value)), [])
-        exact, near = "|".join(map(re.escape, (name, *others))), r"(?: [^| ]+){0,3} "
-        if name in COMMON_WORDS or others == SHORT_NAMES.get((name, type(value))):
-            exact = rf"(?:{exact}){near}?{COMPLAINT}|{COMPLAINT}{near}?(?:{exact})"
-        if re.search(rf"\b(?:{exact})\b", words):
+        elif name not in ("model", "messages", "prompt", "input") and is_named(name, value, words):
             yield name
+
+
+def has_pictures(request: Mapping[str, Any]) -> bool:
+    return any(isinstance(message.get("content"), list) for message in request.get("messages", ()))
 
 
 def find_field(refusal: Refusal, sent: Sent) -> NamedField | None:
     """The field that a refusal names, by `param`, by `loc`, or in its message. Only one that was sent counts."""
-    if refusal.status not in NAMED_STATUSES:
-        return None
     request = sent.request
     said = " | ".join(map(sent.cut, refusal.messages))
+    if has_pictures(request) and re.search(NO_EYES, said):  # llama.cpp says so with status 500
+        return NamedField("image_url", False, said)
+    if refusal.status not in NAMED_STATUSES:
+        return None
     structured = [OTHER_NAMES.get(root.lower(), root) for root in map(root_of, refusal.fields)]
     if LATER_CAP in request:
         structured = [LATER_CAP if name == CAP else name for name in structured]
@@ -440,6 +457,7 @@ ADVICE = {
     Cause.MONEY: "the provider's quota or money is used up: check its plan and billing",
     Cause.MODEL: "the provider doesn't offer this model: set {kind}_MODEL to one that it lists",
     Cause.PLACE: "check the URL ({kind}_BASE_URL or OPENAI_BASE_URL; is /v1 missing?) and {kind}_MODEL",
+    Cause.SETUP: "the server itself isn't set up: see its own log and settings",
     Cause.UNKNOWN: UNKNOWN_ADVICE,
 }
 CHECK_PROXY = "check the proxy's user and password, and whether it lets requests to the provider pass"
