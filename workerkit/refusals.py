@@ -266,7 +266,7 @@ def row(cause: Cause, statuses: Iterable[int], *words: str) -> Row:
 
 
 NEAR = r"(?: [^| ]+){0,6} "
-SOON = r"(?: [^| ]+){0,3} "
+SOON = r"(?: [^| ]+){0,4} "
 TABLE = (
     row(
         Cause.CONTENT,
@@ -411,6 +411,7 @@ def is_named(name: str, value: object, words: str) -> bool:
     others = [*OTHER_NAMES, CAP] if name in (CAP, LATER_CAP) else []
     common = [*SHORT_NAMES.get((name, type(value)), []), *([name] if name in COMMON_WORDS else [])]
     exact = [other for other in (name, *others) if other not in common]
+    exact += [name.replace("_", "")] if "_" in name else []  # in camel case
     if exact and re.search(rf"\b(?:{'|'.join(map(re.escape, exact))})\b", words):
         return True
     named = "|".join(map(re.escape, common))
