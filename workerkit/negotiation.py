@@ -56,7 +56,7 @@ def lower_cap(words: str, cap: int) -> int | None:
         if room <= 0:
             raise InvalidInput("the prompt is longer than the context", sentences.TOO_LONG)
         return min(room, cap - 1)
-    smaller = [number for number in map(int, re.findall(r"\d{1,9}", words)) if 0 < number < cap]
+    smaller = [number for number in map(int, re.findall(r"\b\d{1,9}\b", words)) if 0 < number < cap]
     return max(smaller, default=None)
 
 
@@ -95,7 +95,7 @@ class Negotiation:
 
     def __init__(self, learnt: Learnt, server: str, asked: Document, ours: Document, where: ProviderSettings) -> None:
         self.server, self.model = server, str(asked.get("model", ""))
-        self._learnt, self._asked, self._ours, self._where = learnt, asked, dict(ours), where
+        self._learnt, self._asked, self._ours, self._where = learnt, asked, ours, where
         self._rules = learnt.rules(server, self.model)
         self._changes: dict[str, str | None] = {}
         self._calls = 0
@@ -165,7 +165,7 @@ class Negotiation:
             return self._change_cap(named)
         if named.name == "size":
             return self._change_size(named)
-        if named.name not in self._ours or named.name in self._asked:
+        if not self._is_ours(named.name):
             return False
         if offered := [value for value in values_offered(named) if value != self.body[named.name]]:
             self.body[named.name] = offered[0]
@@ -176,6 +176,10 @@ class Negotiation:
         self._leave_out(named.name)
         self._changes[named.name] = None
         return True
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether the job didn't ask for it. The effort comes with the newer name of the cap."""
+        return name not in self._asked and (name in self._ours or name == EFFORT)
 
     def _change_cap(self, named: NamedField) -> bool:
         cap = self.body[named.name]
@@ -209,7 +213,6 @@ class Negotiation:
         self.body[to] = self.body.pop(name)
         if to == LATER_CAP:
             self.body[to] += self._where.thinking_tokens
-            self._ours.setdefault(EFFORT, LOWEST_EFFORT)
             self.body.setdefault(EFFORT, LOWEST_EFFORT)
 
     def _make_room(self) -> None:
@@ -223,7 +226,8 @@ class Negotiation:
 
     def _fault(self, named: NamedField, detail: str) -> JobError:
         """Why the job fails: the person hears of what the job asked for, the operator of everything else."""
-        if (named.name in self._asked and named.name != "model") or named.name in ("system", "image_url"):
+        own = CAP if named.name == LATER_CAP and CAP in self._asked else named.name
+        if (own in self._asked and named.name != "model") or named.name in ("system", "image_url"):
             return InvalidInput(f"{detail}: the job asked for it", self._sentence(named))
         value = f" (it is {self.body.get(named.name)!r})"
         setting = SETTINGS.get(named.name)

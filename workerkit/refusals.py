@@ -428,7 +428,8 @@ def names_in(words: str, request: Mapping[str, Any]) -> Iterator[str]:
 
 
 def has_pictures(request: Mapping[str, Any]) -> bool:
-    return any(isinstance(message.get("content"), list) for message in request.get("messages", ()))
+    messages = [message for message in request.get("messages", ()) if isinstance(message, Mapping)]
+    return any(isinstance(message.get("content"), list) for message in messages)
 
 
 def find_field(refusal: Refusal, sent: Sent) -> NamedField | None:
