@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import re
+import string
 import urllib.parse
 from collections.abc import Sequence
 
@@ -49,7 +50,8 @@ def inspect_picture(data: bytes) -> tuple[str, str]:
         raise FailJob(f"no picture: {type(error).__name__}", UNUSABLE) from None
 
 
-DATA_URL = re.compile(r"data:[\w/+.-]*(?:;[\w=.+-]+)*,")
+DATA_URL = re.compile(r"\s*data:[\w/+.-]*(?:;[\w=.+-]+)*,", re.IGNORECASE)
+STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def decode_picture(text: str) -> bytes:
@@ -59,10 +61,11 @@ def decode_picture(text: str) -> bytes:
         FailJob: it is none of these.
     """
     head = DATA_URL.match(text[:200])
-    if head and not head[0].endswith(";base64,"):
-        return urllib.parse.unquote_to_bytes(text[head.end() :])
-    plain = re.sub(r"\s+", "", text[head.end() if head else 0 :]).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        data = text[head.end() if head else 0 :].encode()
+        if head and not head[0].lower().endswith(";base64,"):
+            return urllib.parse.unquote_to_bytes(data)
+        plain = data.translate(STANDARD_ALPHABET, string.whitespace.encode()).rstrip(b"=")
+        return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
     except ValueError:
         raise FailJob("a picture that isn't base64", UNUSABLE) from None

@@ -7,19 +7,34 @@ Opus. Nothing is decoded here, so a sound takes no more memory than its bytes.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import re
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from workerkit.errors import FailJob
 from workerkit.sentences import NO_SOUND, UNUSABLE
 
 MAX_SOUND_S = 86_400.0
+MAX_ODD_PIECES = 200_000
+NOISE = "more noise than sound"
 
 
 def unusable(why: str) -> FailJob:
     return FailJob(f"no sound: {why}", UNUSABLE)
+
+
+class Patience:
+    """How many more pieces of a file are looked at that aren't sound: a hostile file has millions of them."""
+
+    def __init__(self, pieces: int = MAX_ODD_PIECES) -> None:
+        self.left = pieces
+
+    def spend(self, pieces: int = 1) -> None:
+        self.left -= pieces
+        if self.left < 0:
+            raise unusable(NOISE)
 
 
 # ── WAV: RIFF chunks (Microsoft's Multimedia Programming Interface 1.0) ──────────────────────────────────────────
@@ -44,11 +59,17 @@ def wav_chunks(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, 
 
 def wav_parts(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The format and the samples of each WAV, where several stand one behind the other."""
-    starts = [found.start() for found in RIFF.finditer(data)]
-    for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
-        chunks = {name: data[begins:ends] for name, begins, ends in wav_chunks(data, start, end)}
-        if len(chunks.get(b"fmt ", b"")) >= 16:
-            yield chunks[b"fmt "], chunks.get(b"data", b"")
+    patience = Patience()
+    starts = (found.start() for found in RIFF.finditer(data))
+    for start, end in itertools.pairwise(itertools.chain(starts, [len(data)])):
+        places = {b"fmt ": (end, end), b"data": (end, end)}
+        for name, begins, ends in wav_chunks(data, start, end):
+            patience.spend()
+            if places.get(name) == (end, end):
+                places[name] = begins, ends
+        form, samples = (data[slice(*place)] for place in places.values())
+        if len(form) >= 16:
+            yield form, samples
 
 
 def walk_wav(data: bytes) -> tuple[bytes, float]:
@@ -72,71 +93,109 @@ def with_true_sizes(data: bytes, form: bytes, samples: bytes) -> bytes:
     is_true = size == len(data) - 8 and struct.pack("<4sI", b"data", len(samples)) + samples[:64] in data
     if is_true and len(RIFF.findall(data)) == 1:
         return data
-    body = struct.pack("<4sI", b"fmt ", len(form)) + form + b"\0" * (len(form) % 2)
-    body += struct.pack("<4sI", b"data", len(samples)) + samples + b"\0" * (len(samples) % 2)
-    return struct.pack("<4sI4s", b"RIFF", len(body) + 4, b"WAVE") + body
+    chunks = [(b"fmt ", form), (b"data", samples)]
+    body = [struct.pack("<4sI", name, len(part)) + part + b"\0" * (len(part) % 2) for name, part in chunks]
+    return b"".join([struct.pack("<4sI4s", b"RIFF", sum(map(len, body)) + 4, b"WAVE"), *body])
 
 
 # ── MP3: frames of MPEG audio, layer III (ISO 11172-3, 13818-3) ──────────────────────────────────────────────────
 
 # Version 2.5, 2 or 1, layer III; neither a free bit rate nor a forbidden one.
 MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]")
-MAX_FALSE_SYNCS = 100_000
 KBPS_OF_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 KBPS_OF_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 RATES_OF_1 = (44_100, 48_000, 32_000)
-TAGS = {b"Xing", b"Info", b"VBRI"}  # in the first frame of a file, which has no sound
+RATE_PARTS = {3: 1, 2: 2, 0: 4}  # by the version's bits: 1, 2, 2.5
+INFO = re.compile(rb"Xing|Info|VBRI")  # in the first frame of a file, which has no sound
+INFO_FIELDS_BYTES = (4, 4, 100, 4)
+LAME_DELAYS_AT, ENCODERS = 21, (b"LAME", b"Lavf", b"Lavc")
+IS_APE_HEADER, APE_EDGE_BYTES = 0x20, 32
 
 
-@functools.cache
-def mp3_frame(version: int, third: int) -> tuple[int, float] | None:
-    """Length in bytes and seconds of a frame, by the version's bits and the third byte of its header."""
-    rate_index = third >> 2 & 3
-    if rate_index == 3:
-        return None
+class Mp3Frame(NamedTuple):
+    length: int
+    samples: int
+    rate: int
+
+
+def mp3_frame(version: int, third: int) -> Mp3Frame:
+    """What a frame is, by the version's bits and the third byte of its header."""
     is_1 = version == 3
-    rate = RATES_OF_1[rate_index] // {3: 1, 2: 2, 0: 4}[version]
+    rate = RATES_OF_1[third >> 2 & 3] // RATE_PARTS[version]
     kbps, samples = (KBPS_OF_1 if is_1 else KBPS_OF_2)[third >> 4], 1152 if is_1 else 576
-    return samples * kbps * 125 // rate + (third >> 1 & 1), samples / rate
+    return Mp3Frame(samples * kbps * 125 // rate + (third >> 1 & 1), samples, rate)
 
 
-def mp3_frame_at(data: bytes, at: int) -> tuple[int, float] | None:
-    """Length and seconds of the frame that begins here, or None."""
-    return mp3_frame(data[at + 1] >> 3 & 3, data[at + 2]) if MP3_SYNC.match(data, at) else None
+MP3_FRAMES = {
+    bytes([0xFF, 0xE2 | version << 3 | is_unprotected, third]): mp3_frame(version, third)
+    for version, is_unprotected, third in itertools.product(RATE_PARTS, (0, 1), range(0x10, 0xF0))
+    if third >> 2 & 3 != 3
+}
+
+
+def mp3_frame_at(data: bytes, at: int) -> Mp3Frame | None:
+    return MP3_FRAMES.get(data[at : at + 3])
 
 
 def tag_bytes(data: bytes, at: int) -> int:
     """The length of the tag that begins here (ID3v2, ID3v1, APE), or 0."""
     if data.startswith(b"ID3", at) and at + 10 <= len(data):
-        size = functools.reduce(lambda total, byte: total << 7 | byte & 0x7F, data[at + 6 : at + 10], 0)
-        return 10 + size + (10 if data[at + 5] & 0x10 else 0)
-    if data.startswith(b"APETAGEX", at) and at + 16 <= len(data):
-        return 32 + int.from_bytes(data[at + 12 : at + 16], "little")
+        first, second, third, fourth = data[at + 6 : at + 10]
+        return 10 + (first << 21 | second << 14 | third << 7 | fourth) + (10 if data[at + 5] & 0x10 else 0)
+    if data.startswith(b"APETAGEX", at) and at + APE_EDGE_BYTES <= len(data):
+        size = int.from_bytes(data[at + 12 : at + 16], "little")
+        return APE_EDGE_BYTES + (size if data[at + 23] & IS_APE_HEADER else 0)
     return 128 if data.startswith(b"TAG", at) else 0
 
 
-def next_mp3_frame(data: bytes, at: int) -> int:
+def next_mp3_frame(data: bytes, at: int, patience: Patience) -> int:
     """Where the next frame begins that another one, a tag or the end follows; the data's length if there is none."""
-    for tries, found in enumerate(MP3_SYNC.finditer(data, at)):
-        if tries > MAX_FALSE_SYNCS:
-            break
+    for found in MP3_SYNC.finditer(data, at):
+        patience.spend()
         if frame := mp3_frame_at(data, found.start()):
-            behind = found.start() + frame[0]
+            behind = found.start() + frame.length
             if behind == len(data) or mp3_frame_at(data, behind) or tag_bytes(data, behind):
                 return found.start()
     return len(data)
 
 
-def walk_mp3(data: bytes) -> float:
-    """The seconds of all frames, of joined files as well."""
-    at, seconds = 0, 0.0
-    while at < len(data) and seconds <= MAX_SOUND_S:
+def mp3_frames(data: bytes) -> Iterator[tuple[int, Mp3Frame]]:
+    """Each whole frame and where it begins. Other files have bytes that look like some, but most of theirs don't."""
+    at, noise_bytes, patience = 0, 0, Patience()
+    while at < len(data):
         if frame := mp3_frame_at(data, at):
-            if not any(tag in data[at + 4 : at + 42] for tag in TAGS):
-                seconds += frame[1]
-            at += frame[0]
+            if at + frame.length <= len(data):
+                yield at, frame
+            at += frame.length
+            continue
+        patience.spend()
+        if size := tag_bytes(data, at):
+            at += size
         else:
-            at = at + tag_bytes(data, at) if tag_bytes(data, at) else next_mp3_frame(data, at + 1)
+            begins = next_mp3_frame(data, at + 1, patience)
+            noise_bytes, at = noise_bytes + begins - at, begins
+    if noise_bytes > len(data) / 2:
+        raise unusable(NOISE)
+
+
+def added_samples(data: bytes, at: int) -> int:
+    """How many samples of silence the encoder has added at both ends, by the Xing or Info that begins here."""
+    flags = int.from_bytes(data[at + 4 : at + 8], "big")
+    at += 8 + sum(size for bit, size in enumerate(INFO_FIELDS_BYTES) if flags >> bit & 1)
+    if not data.startswith(ENCODERS, at):
+        return 0
+    both = int.from_bytes(data[at + LAME_DELAYS_AT : at + LAME_DELAYS_AT + 3], "big")
+    return (both >> 12) + (both & 0xFFF)
+
+
+def walk_mp3(data: bytes) -> float:
+    """The seconds of all frames, of joined files as well, without the silence that players leave out."""
+    seconds = 0.0
+    for at, (_, samples, rate) in mp3_frames(data):
+        info = INFO.search(data, at + 4, at + 42)
+        seconds += (-added_samples(data, info.start()) if info else samples) / rate
+        if seconds > MAX_SOUND_S:
+            break
     return seconds
 
 
@@ -150,7 +209,10 @@ def is_aac(data: bytes) -> bool:
 
 OPUS_RATE = 48_000
 SILK_MS, HYBRID_MS, CELT_MS = (10, 20, 40, 60), (10, 20), (2.5, 5, 10, 20)
-IS_CONTINUED, IS_FIRST_PAGE = 1, 2
+OGG_PAGE = b"OggS\0"
+IS_CONTINUED, IS_FIRST_PAGE, IS_LAST_PAGE = 1, 2, 4
+NO_PACKET_ENDS = -1
+MAX_OPUS_PACKETS = 2_000_000
 
 
 def opus_packet_s(packet: bytes) -> float:
@@ -161,34 +223,45 @@ def opus_packet_s(packet: bytes) -> float:
     return frame_ms * frames / 1000
 
 
-def ogg_pages(data: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """Each page's flags, and the beginnings of the packets that begin in it. One that is cut off is left out."""
-    at = data.find(b"OggS")
+def ogg_pages(data: bytes) -> Iterator[tuple[int, int, list[bytes]]]:
+    """Each page's flags and position, and the beginnings of the packets that end in it. One that is cut is left out."""
+    at, packet = data.find(OGG_PAGE), b""
     while at >= 0 and at + 27 <= len(data):
-        flags, segments = data[at + 5], data[at + 27 : at + 27 + data[at + 26]]
-        body = at + 27 + len(segments)
-        if body + sum(segments) > len(data):
+        flags, position, count = struct.unpack_from("<Bq12xB", data, at + 5)
+        segments = data[at + 27 : at + 27 + count]
+        begins, is_inside, packets = at + 27 + count, bool(flags & IS_CONTINUED), []
+        if begins + sum(segments) > len(data):
             return
-        begins, is_inside, packets = body, bool(flags & IS_CONTINUED), []
         for size in segments:
-            if not is_inside and size:
-                packets.append(data[begins : begins + min(size, 32)])
+            if not is_inside:
+                packet = data[begins : begins + min(size, 32)]
             begins, is_inside = begins + size, size == 255
-        yield flags, packets
-        at = data.find(b"OggS", begins)
+            if packet and not is_inside:
+                packets.append(packet)
+                packet = b""
+        yield flags, position, packets
+        at = data.find(OGG_PAGE, begins)
+
+
+def opus_page_s(flags: int, packets: list[bytes]) -> float:
+    """The seconds of a page's packets; below zero what players skip, as a stream's first page says."""
+    if not flags & IS_FIRST_PAGE:
+        return sum(opus_packet_s(packet) for packet in packets if not packet.startswith(b"OpusTags"))
+    if not packets or not packets[0].startswith(b"OpusHead") or len(packets[0]) < 12:
+        raise unusable("Ogg, but not Opus")
+    return -int.from_bytes(packets[0][10:12], "little") / OPUS_RATE
 
 
 def walk_opus(data: bytes) -> float:
-    """The seconds of all packets of all streams, without what players skip at the beginning of each."""
-    seconds = 0.0
-    for flags, packets in ogg_pages(data):
-        for packet in packets:
-            if flags & IS_FIRST_PAGE:
-                if not packet.startswith(b"OpusHead") or len(packet) < 12:
-                    raise unusable("Ogg, but not Opus")
-                seconds -= int.from_bytes(packet[10:12], "little") / OPUS_RATE
-            elif not packet.startswith(b"OpusTags"):
-                seconds += opus_packet_s(packet)
+    """The seconds of all packets of all streams, without what players skip at both ends of each."""
+    seconds, before, patience = 0.0, 0, Patience(MAX_OPUS_PACKETS)
+    for flags, position, packets in ogg_pages(data):
+        patience.spend(len(packets))
+        page_s = opus_page_s(flags, packets)
+        if flags & IS_LAST_PAGE and 0 < (position - before) / OPUS_RATE < page_s:
+            page_s = (position - before) / OPUS_RATE
+        before = before if position == NO_PACKET_ENDS else position
+        seconds += page_s
         if seconds > MAX_SOUND_S:
             break
     return seconds
@@ -197,18 +270,21 @@ def walk_opus(data: bytes) -> float:
 # ── FLAC: frames (RFC 9639, section 9) ───────────────────────────────────────────────────────────────────────────
 
 FLAC_MARK, STREAMINFO_BYTES = b"fLaC", 34
-FLAC_SYNC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22|\xff[\xf8\xf9]")
+# A header, or a frame: its size and rate aren't forbidden, nor its channels.
+FLAC_SYNC = re.compile(
+    rb"fLaC[\x00\x80]\x00\x00\x22"
+    rb"|\xff[\xf8\xf9][^\x00-\x0f\x1f\x2f\x3f\x4f\x5f\x6f\x7f\x8f\x9f\xaf\xbf\xcf\xdf\xef\xff][\x00-\xaf]"
+)
 SAMPLE_COUNT_BITS = 36
 
 
-@functools.cache
-def crc_8_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value << 1 ^ 0x07) & 0xFF if value & 0x80 else value << 1
-        table.append(value)
-    return table
+def crc_8_of(value: int) -> int:
+    for _ in range(8):
+        value = (value << 1 ^ 0x07) & 0xFF if value & 0x80 else value << 1
+    return value
+
+
+CRC_8 = bytes(map(crc_8_of, range(256)))
 
 
 def coded_number(data: bytes, at: int) -> tuple[int, int] | None:
@@ -233,19 +309,20 @@ def flac_frame_at(data: bytes, at: int) -> tuple[int, int] | None:
     number, end = numbered
     size_code, rate_code = header[2] >> 4, header[2] & 15
     extra = {6: 1, 7: 2}.get(size_code, 0)
-    uncommon = int.from_bytes(header[end : end + extra], "big") + 1
-    samples = {0: 0, 1: 192, 6: uncommon, 7: uncommon}.get(size_code)
-    if samples is None:
-        samples = 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
+    if extra:
+        samples = int.from_bytes(header[end : end + extra], "big") + 1
+    else:
+        samples = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
     end += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
-    check = functools.reduce(lambda value, byte: crc_8_table()[value ^ byte], header[:end], 0)
-    is_good = end < len(header) and check == header[end] and samples and rate_code != 15
-    return (number, samples) if is_good else None
+    check = 0
+    for byte in header[:end]:
+        check = CRC_8[check ^ byte]
+    return (number, samples) if header[end : end + 1] == bytes([check]) else None
 
 
 def walk_flac(data: bytes) -> tuple[bytes, float]:
     """The FLAC with its count of samples, and its duration. The frames of joined files are counted too."""
-    seconds, streams, rate, expected, counted = 0.0, 0, 0, 0, 0
+    seconds, streams, rate, expected, counted, patience = 0.0, 0, 0, 0, 0, Patience()
     for found in FLAC_SYNC.finditer(data):
         at = found.start()
         if found[0].startswith(FLAC_MARK):
@@ -254,6 +331,10 @@ def walk_flac(data: bytes) -> tuple[bytes, float]:
             is_by_sample = data[at + 1] & 1
             expected += frame[1] if is_by_sample else 1
             seconds, counted = seconds + frame[1] / rate, counted + frame[1]
+            continue
+        patience.spend()
+        if seconds > MAX_SOUND_S:
+            break
     return (with_sample_count(data, counted) if streams == 1 else data), seconds
 
 
