@@ -17,8 +17,9 @@ from workerkit.errors import FailJob
 from workerkit.sentences import NO_SOUND, UNUSABLE
 
 MAX_SOUND_S = 86_400.0
+MAX_FRAMES = 1_000_000  # 7 hours of MP3
 MAX_ODD_PIECES = 200_000
-NOISE = "more noise than sound"
+NOISE, TOO_LONG = "more noise than sound", "too long"
 
 
 def unusable(why: str) -> FailJob:
@@ -26,15 +27,15 @@ def unusable(why: str) -> FailJob:
 
 
 class Patience:
-    """How many more pieces of a file are looked at that aren't sound: a hostile file has millions of them."""
+    """How many more pieces of a file are looked at: a hostile one has millions, and each takes time."""
 
-    def __init__(self, pieces: int = MAX_ODD_PIECES) -> None:
-        self.left = pieces
+    def __init__(self, pieces: int = MAX_ODD_PIECES, what_it_is: str = NOISE) -> None:
+        self.left, self.what_it_is = pieces, what_it_is
 
     def spend(self, pieces: int = 1) -> None:
         self.left -= pieces
         if self.left < 0:
-            raise unusable(NOISE)
+            raise unusable(self.what_it_is)
 
 
 # ── WAV: RIFF chunks (Microsoft's Multimedia Programming Interface 1.0) ──────────────────────────────────────────
@@ -62,6 +63,7 @@ def wav_parts(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     patience = Patience()
     starts = (found.start() for found in RIFF.finditer(data))
     for start, end in itertools.pairwise(itertools.chain(starts, [len(data)])):
+        patience.spend()
         places = {b"fmt ": (end, end), b"data": (end, end)}
         for name, begins, ends in wav_chunks(data, start, end):
             patience.spend()
@@ -190,8 +192,9 @@ def added_samples(data: bytes, at: int) -> int:
 
 def walk_mp3(data: bytes) -> float:
     """The seconds of all frames, of joined files as well, without the silence that players leave out."""
-    seconds = 0.0
+    seconds, patience = 0.0, Patience(MAX_FRAMES, TOO_LONG)
     for at, (_, samples, rate) in mp3_frames(data):
+        patience.spend()
         info = INFO.search(data, at + 4, at + 42)
         seconds += (-added_samples(data, info.start()) if info else samples) / rate
         if seconds > MAX_SOUND_S:
@@ -212,7 +215,6 @@ SILK_MS, HYBRID_MS, CELT_MS = (10, 20, 40, 60), (10, 20), (2.5, 5, 10, 20)
 OGG_PAGE = b"OggS\0"
 IS_CONTINUED, IS_FIRST_PAGE, IS_LAST_PAGE = 1, 2, 4
 NO_PACKET_ENDS = -1
-MAX_OPUS_PACKETS = 2_000_000
 
 
 def opus_packet_s(packet: bytes) -> float:
@@ -254,9 +256,9 @@ def opus_page_s(flags: int, packets: list[bytes]) -> float:
 
 def walk_opus(data: bytes) -> float:
     """The seconds of all packets of all streams, without what players skip at both ends of each."""
-    seconds, before, patience = 0.0, 0, Patience(MAX_OPUS_PACKETS)
+    seconds, before, patience = 0.0, 0, Patience(MAX_FRAMES, TOO_LONG)
     for flags, position, packets in ogg_pages(data):
-        patience.spend(len(packets))
+        patience.spend(1 + len(packets))
         page_s = opus_page_s(flags, packets)
         if flags & IS_LAST_PAGE and 0 < (position - before) / OPUS_RATE < page_s:
             page_s = (position - before) / OPUS_RATE
@@ -276,6 +278,7 @@ FLAC_SYNC = re.compile(
     rb"|\xff[\xf8\xf9][^\x00-\x0f\x1f\x2f\x3f\x4f\x5f\x6f\x7f\x8f\x9f\xaf\xbf\xcf\xdf\xef\xff][\x00-\xaf]"
 )
 SAMPLE_COUNT_BITS = 36
+UNCOMMON_SIZE_BYTES, UNCOMMON_RATE_BYTES = {6: 1, 7: 2}, {12: 1, 13: 2, 14: 2}
 
 
 def crc_8_of(value: int) -> int:
@@ -308,12 +311,12 @@ def flac_frame_at(data: bytes, at: int) -> tuple[int, int] | None:
         return None
     number, end = numbered
     size_code, rate_code = header[2] >> 4, header[2] & 15
-    extra = {6: 1, 7: 2}.get(size_code, 0)
+    extra = UNCOMMON_SIZE_BYTES.get(size_code, 0)
     if extra:
         samples = int.from_bytes(header[end : end + extra], "big") + 1
     else:
         samples = 192 if size_code == 1 else 576 << size_code - 2 if size_code < 6 else 256 << size_code - 8
-    end += extra + {12: 1, 13: 2, 14: 2}.get(rate_code, 0)
+    end += extra + UNCOMMON_RATE_BYTES.get(rate_code, 0)
     check = 0
     for byte in header[:end]:
         check = CRC_8[check ^ byte]
@@ -322,7 +325,8 @@ def flac_frame_at(data: bytes, at: int) -> tuple[int, int] | None:
 
 def walk_flac(data: bytes) -> tuple[bytes, float]:
     """The FLAC with its count of samples, and its duration. The frames of joined files are counted too."""
-    seconds, streams, rate, expected, counted, patience = 0.0, 0, 0, 0, 0, Patience()
+    seconds, streams, rate, expected, counted = 0.0, 0, 0, 0, 0
+    patience, frames_left = Patience(), Patience(MAX_FRAMES, TOO_LONG)
     for found in FLAC_SYNC.finditer(data):
         at = found.start()
         if found[0].startswith(FLAC_MARK):
@@ -331,6 +335,7 @@ def walk_flac(data: bytes) -> tuple[bytes, float]:
             is_by_sample = data[at + 1] & 1
             expected += frame[1] if is_by_sample else 1
             seconds, counted = seconds + frame[1] / rate, counted + frame[1]
+            frames_left.spend()
             continue
         patience.spend()
         if seconds > MAX_SOUND_S:
