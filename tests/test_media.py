@@ -1,19 +1,19 @@
-"""What the bytes of a picture or a sound are, whatever the provider calls them."""
+"""What the bytes of a picture are, whatever the provider calls them."""
 
 from __future__ import annotations
 
+import base64
 import io
-import wave
+import urllib.parse
 
 import pytest
 from PIL import Image
 
-from testbed.answers import SOUND_DURATION_S, picture, picture_bomb, sound_flac, sound_mp3, sound_opus, sound_wav
+from testbed.answers import picture, picture_bomb
 from tests.lab import table
 from workerkit.errors import FailJob
-from workerkit.media import inspect_picture, nearest_size
+from workerkit.media import decode_picture, inspect_picture, nearest_size
 from workerkit.sentences import UNUSABLE
-from workerkit.sounds import inspect_sound
 
 # ── sizes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -76,53 +76,46 @@ def test_a_picture_of_too_many_pixels_fails_the_job(side: int, sentence: str) ->
     assert sentence in caught.value.sentence
 
 
-# ── sounds ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── base64 ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ALL_BYTES = bytes(range(256)) + b"="  # of a length that needs padding
+PLAIN = base64.b64encode(ALL_BYTES).decode()
+FOR_URLS = base64.urlsafe_b64encode(ALL_BYTES).decode()
 
 
 @table(
-    "data, sound_format",
-    ("WAV", sound_wav(), "wav"),
-    ("MP3", sound_mp3(), "mp3"),
-    ("MP3 with a title", b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + sound_mp3(), "mp3"),
-    ("FLAC", sound_flac(), "flac"),
-    ("Opus in Ogg", sound_opus(), "opus"),
+    "text",
+    ("plain", PLAIN),
+    ("in lines", base64.encodebytes(ALL_BYTES).decode()),
+    ("in lines as Windows ends them", PLAIN.replace("A", "A\r\n")),
+    ("the alphabet for URLs", FOR_URLS),
+    ("unpadded", PLAIN.rstrip("=")),
+    ("the alphabet for URLs, unpadded", FOR_URLS.rstrip("=")),
+    ("a data: URL", f"data:image/png;base64,{PLAIN}"),
+    ("a data: URL in lines", f"data:image/png;base64,\n{base64.encodebytes(ALL_BYTES).decode()}"),
+    ("a data: URL with a parameter", f"data:image/png;charset=utf-8;base64,{PLAIN}"),
+    ("a data: URL without a type", f"data:;base64,{PLAIN}"),
+    ("a data: URL in capitals, after a blank", f" DATA:image/png;BASE64,{PLAIN}"),
+    ("a data: URL of escaped base64", f"data:image/png;base64,{urllib.parse.quote(PLAIN, safe='')}"),
+    ("a data: URL with escapes alone", f"data:image/png,{urllib.parse.quote(ALL_BYTES)}"),
+    ("a data: URL with small escapes", "data:image/png," + "".join(f"%{byte:02x}" for byte in ALL_BYTES)),
 )
-def test_a_sounds_duration_and_format_are_read_from_its_bytes(data: bytes, sound_format: str) -> None:
-    same, duration_s, found = inspect_sound(data)
-    assert (same, found) == (data, sound_format)
-    assert duration_s == pytest.approx(SOUND_DURATION_S, abs=0.06)
-
-
-def with_comment(data: bytes, comment: bytes) -> bytes:
-    """The same WAV with a comment chunk before its samples."""
-    at = data.index(b"data", 12)
-    return data[:at] + b"LIST" + len(comment).to_bytes(4, "little") + comment + data[at:]
+def test_a_picture_is_read_from_any_form_of_base64(text: str) -> None:
+    assert decode_picture(text) == ALL_BYTES
 
 
 @table(
-    "data",
-    ("unknown sizes", sound_wav(streaming=True)),
-    ("a comment before the samples", with_comment(sound_wav(streaming=True), b"INFOICMT")),
-    ("a comment that says data", with_comment(sound_wav(streaming=True), b"INFOICMT with data in it")),
+    "text",
+    ("words", "no picture"),
+    ("a letter outside the alphabet", PLAIN[:8] + "!" + PLAIN[8:]),
+    ("a letter of another script", PLAIN[:8] + "é" + PLAIN[8:]),
+    ("half a character", "\ud83d"),
+    ("half a character in a data: URL", "data:image/png,\ud83d"),
+    ("one letter", "A"),
+    ("padding in the middle", "AA==AAAA"),
+    ("an address", "https://example.com/picture.png"),
 )
-def test_a_streamed_wav_gets_its_true_sizes(data: bytes) -> None:
-    fixed, duration_s, _ = inspect_sound(data)
-    assert duration_s == pytest.approx(SOUND_DURATION_S, abs=0.01)
-    with wave.open(io.BytesIO(fixed)) as sound:
-        assert sound.getnframes() / sound.getframerate() == pytest.approx(SOUND_DURATION_S)
-
-
-@table(
-    "data",
-    ("a page", b"<html>no sound</html>"),
-    ("garbage", b"\x01\x02\x03" * 100),
-    ("garbage that begins as an MP3", b"\xff\x00garbage" * 50),
-    ("a head alone", b"RIFF"),
-    ("no samples", sound_wav()[:44]),
-    ("a cut FLAC", b"fLaC" + bytes(3)),
-    ("a cut Ogg", sound_opus()[:40]),
-)
-def test_what_is_no_sound_fails_the_job(data: bytes) -> None:
-    with pytest.raises(FailJob) as caught:
-        inspect_sound(data)
+def test_what_is_no_base64_fails_the_job(text: str) -> None:
+    with pytest.raises(FailJob, match="base64") as caught:
+        decode_picture(text)
     assert caught.value.sentence == UNUSABLE
