@@ -387,7 +387,7 @@ def test_the_log_says_that_a_sound_is_aac(data: bytes) -> None:
     assert caught.value.sentence == UNUSABLE
 
 
-# Real files have fewer than 200,000 pieces that aren't sound. A test makes them, since each of pytest's processes would.
+# The files are made in the test, since each of pytest's processes would make them otherwise.
 @table(
     "beginning, piece",
     ("false beginnings of MP3 frames", b"", b"\xff\xfb\x90\x00"),

@@ -326,7 +326,8 @@ def flac_frame_at(data: bytes, at: int) -> tuple[int, int] | None:
 def walk_flac(data: bytes) -> tuple[bytes, float]:
     """The FLAC with its count of samples, and its duration. The frames of joined files are counted too."""
     seconds, streams, rate, expected, counted = 0.0, 0, 0, 0, 0
-    patience, frames_left = Patience(), Patience(MAX_FRAMES, TOO_LONG)
+    # A frame takes longer to read than those of other formats, and has more samples.
+    patience, frames_left = Patience(), Patience(MAX_FRAMES // 2, TOO_LONG)
     for found in FLAC_SYNC.finditer(data):
         at = found.start()
         if found[0].startswith(FLAC_MARK):
