@@ -747,7 +747,7 @@ async def image_generation(call: Call) -> Result:
     inputs: ImageInput = call.input
     request = {"model": call.model, "prompt": inputs.prompt, **inputs.passed_on()}
     if inputs.size:
-        request["size"] = nearest_size(inputs.size, call.settings.image_sizes or sizes_of(call.model))
+        request["size"] = nearest_size(inputs.size, call.settings.image_sizes or sizes_of(call.model, inputs.size))
     data, model = await call.provider.image(request)
     resolution, suffix = await asyncio.to_thread(inspect_picture, data)
     return Result({"model_used": model, "resolution": resolution}, Media(data, suffix, "image_url"))

@@ -28,7 +28,8 @@ PLAIN_NAME = re.compile(r"[\w./:@+-]{1,120}")
 OTHER_KINDS = re.compile(r"embed|rerank|moderation")  # models that answer none of the worker's calls
 FORGET_AFTER_S, ASK_AGAIN_S = 3600.0, 60.0
 
-# Sizes that a family of picture models offers, by a part of its name, behind any URL.
+# Sizes that a family of picture models offers, by a part of its name, behind any URL. From gpt-image-2 on others are
+# offered too: those with sides that 16 divides, of no extreme shape, neither small nor huge.
 FAMILY_SIZES: dict[str, tuple[str, ...]] = {
     "gpt-image": ("1024x1024", "1536x1024", "1024x1536"),
     "dall-e-3": ("1024x1024", "1792x1024", "1024x1792"),
@@ -38,9 +39,24 @@ FAMILY_SIZES: dict[str, tuple[str, ...]] = {
 Offered = Mapping[str, date | None]  # the models that a server lists, each with its last day if that is known
 
 
-def sizes_of(model: str) -> tuple[str, ...]:
-    """The sizes that a picture model is known to offer; none where any size may do."""
-    return next((sizes for family, sizes in FAMILY_SIZES.items() if family in model.lower()), ())
+FREE_SIZES = re.compile(r"gpt-image-([2-9]|\d\d)")
+MIN_PIXELS, MAX_PIXELS, MAX_SIDE, MAX_RATIO, SIDE_STEP = 655_360, 8_294_400, 3840, 3, 16
+
+
+def is_free_size(size: str) -> bool:
+    """Whether a size is one of the many that newer models of OpenAI offer."""
+    width, height = map(int, size.split("x"))
+    is_even = width % SIDE_STEP == 0 == height % SIDE_STEP
+    is_shape = max(width, height) <= min(MAX_SIDE, MAX_RATIO * min(width, height))
+    return is_even and is_shape and MIN_PIXELS <= width * height <= MAX_PIXELS
+
+
+def sizes_of(model: str, wanted: str) -> tuple[str, ...]:
+    """The sizes that a picture model is known to offer instead of this one; none if this one may do."""
+    name = model.lower()
+    if wanted != "auto" and FREE_SIZES.search(name) and is_free_size(wanted):
+        return ()
+    return next((sizes for family, sizes in FAMILY_SIZES.items() if family in name), ())
 
 
 def date_of(value: object) -> date | None:

@@ -28,6 +28,7 @@ WAIT_KEYS = frozenset({"retrydelay", "retry_after", "estimated_time"})
 MESSAGE_KEYS = re.compile(r"message|msg|error|detail|description|reason|raw|title")
 # What repeats the request, or leads elsewhere.
 IGNORED_KEYS = frozenset({"input", "ctx", "url", "documentation_url", "flagged_input", "prompt", "messages", "request"})
+TIMES = re.compile(r"(?<=\d)\s?[×*]\s?(?=\d)")  # between the sides of a size
 THOUSANDS = re.compile(r"(?<=\d)[,_](?=\d{3}\b)")
 MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000
 ERROR_STATUSES = range(400, 600)
@@ -52,7 +53,7 @@ class Refusal:
         elif isinstance(value, str) and key in CODE_KEYS:
             self.codes.append(value)
         elif isinstance(value, str) and MESSAGE_KEYS.search(key):
-            self.messages.append(THOUSANDS.sub("", value[:MAX_MESSAGE_CHARACTERS]))
+            self.messages.append(TIMES.sub("x", THOUSANDS.sub("", value[:MAX_MESSAGE_CHARACTERS])))
         if self.status == 0 and key in ("code", "status", "status_code") and (status := status_of(value)):
             self.status = status
 
