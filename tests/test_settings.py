@@ -154,7 +154,13 @@ def test_a_dotenv_file_of_another_user_is_a_fault_with_advice(
     ("the hard limit is no later than the soft", "CELERY_TIME_LIMIT", "90", "CELERY_SOFT_TIME_LIMIT"),
     ("neither true nor false", "DEBUG", "maybe", "valid boolean"),
     ("a pool that can't run this", "WORKER_POOL", "gevent", "'prefork', 'threads' or 'solo'"),
-    ("bytes that aren't UTF-8", "TEXT_MODEL", "m\udcf6del", "valid string"),
+    ("bytes that aren't UTF-8", "AUDIO_VOICE", "v\udcf6ice", "valid string"),
+    ("an effort that no model knows", "TEXT_REASONING_EFFORT", "much", "'none', 'minimal', 'low'"),
+    ("fewer than no tokens", "TEXT_THINKING_TOKENS", "-1", "greater than or equal to 0"),
+    ("a picture's URL instead of its host", "PICTURE_HOSTS", "http://cdn/pictures", "hosts, comma-separated"),
+    ("a host with a port in words", "PICTURE_HOSTS", "minio:port", "hosts, comma-separated"),
+    ("Azure without a path", "OPENAI_BASE_URL", "https://x.openai.azure.com", "azure.com/openai/v1"),
+    ("Azure without a version", "TEXT_BASE_URL", "https://x.openai.azure.com/openai/deployments/d", "api-version="),
     ("no slot", "WORKER_CONCURRENCY", "0", "greater than or equal to 1"),
     ("half a slot", "WORKER_CONCURRENCY", "1.5", "valid integer"),
     ("a lease that no keeper can renew in time", "LEASE_SECONDS", "1", "greater than or equal to 2"),
@@ -386,8 +392,29 @@ def test_a_provider_is_shown_without_its_credentials(where: ProviderSettings, la
     assert where.label == label
 
 
-def test_a_model_that_openai_ends_soon_is_shown_with_its_last_day() -> None:
-    assert "OpenAI ends this model on 2027-01-06" in bare_settings(openai_api_key="k").provider("audio").label
+def test_a_model_that_is_not_set_is_shown_as_one_to_be_chosen() -> None:
+    assert bare_settings(openai_api_key="k").provider("audio").label == "a model of its list at https://api.openai.com/v1"
+
+
+AZURE = "https://name.openai.azure.com/openai"
+BEARER, API_KEY = {"authorization": "Bearer k"}, {"api-key": "k"}
+
+
+@table(
+    "url, headers",
+    ("a server", "http://host/v1", BEARER),
+    ("Azure's newer interface", f"{AZURE}/v1", BEARER),
+    ("its older one", f"{AZURE}/deployments/d?api-version=2024-10-21", API_KEY),
+    ("a gateway with a version", "http://gateway/v1?api-version=1", {**API_KEY, **BEARER}),
+    ("user and password in the URL", "http://u:p@host/v1", {}),
+)
+def test_a_key_goes_where_the_server_looks_for_it(url: str, headers: dict[str, str]) -> None:
+    assert bare_settings(openai_base_url=url, openai_api_key="k").provider("text").key_headers == headers
+
+
+@table("values, cap", ("set", {"text_max_tokens": 9}, {"max_tokens": 9}), ("not set", {}, {}))
+def test_a_cap_is_sent_with_each_text_only_if_the_operator_set_it(values: dict[str, int], cap: dict[str, int]) -> None:
+    assert bare_settings(**values).usual_cap == cap
 
 
 @table(
