@@ -7,6 +7,7 @@ whole answer is read; what is half is never called done.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 import zlib
@@ -39,7 +40,7 @@ GZIP_CODINGS, DEFLATE, UNSUPPORTED_CODINGS = (
     "deflate",
     frozenset({"br", "zstd", "compress"}),
 )
-GZIP_BITS, ZLIB_BITS, RAW_BITS = 31, 15, -15
+GZIP_MAGIC, GZIP_BITS, ZLIB_BITS, RAW_BITS = b"\x1f\x8b", 31, 15, -15
 UNPACKED_AT_ONCE = 2**20
 
 
@@ -55,29 +56,51 @@ class Unpacker:
         codings = [one for one in named if one in GZIP_CODINGS | UNSUPPORTED_CODINGS or one == DEFLATE]
         if len(codings) > 1 or UNSUPPORTED_CODINGS.intersection(codings):
             raise OperatorFault(f"an answer encoded as {' and '.join(codings)}, which was not asked for")
-        self._bits = (GZIP_BITS if codings[0] in GZIP_CODINGS else ZLIB_BITS) if codings else 0
-        self._decoder = zlib.decompressobj(self._bits) if codings else None
-        self._has_begun = False
+        self._coding = codings[0] if codings else ""
+        self._decoder: zlib._Decompress | None = None
+        self._packed = b""  # what isn't unpacked yet
+        self._is_first = True
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the end of what is encoded hasn't come yet."""
+        return self._decoder is not None or (self._is_first and bool(self._packed))
 
     def unpack(self, piece: bytes) -> Iterator[bytes]:
         """Yields what a piece unpacks to, at most a megabyte at a time. Raises FailJob: it isn't encoded like that."""
-        if self._decoder is None:
+        if not self._coding:
             yield piece
             return
-        while piece:
+        self._packed += piece
+        while self._decoder or self._begin():
+            assert self._decoder
             try:
-                unpacked = self._decoder.decompress(piece, UNPACKED_AT_ONCE)
+                unpacked = self._decoder.decompress(self._packed, UNPACKED_AT_ONCE)
             except zlib.error:
-                if self._has_begun or self._bits != ZLIB_BITS:
-                    raise FailJob("an answer that isn't encoded as it says", UNUSABLE) from None
-                self._bits, self._decoder = RAW_BITS, zlib.decompressobj(RAW_BITS)  # as some servers mean `deflate`
-                continue
-            self._has_begun = True
-            piece = self._decoder.unconsumed_tail
-            if self._decoder.eof:  # a file of several parts is one text (RFC 1952, section 2.2)
-                piece, self._decoder = self._decoder.unused_data, zlib.decompressobj(self._bits)
+                raise FailJob("an answer that isn't encoded as it says", UNUSABLE) from None
+            self._packed = self._decoder.unconsumed_tail
+            if self._decoder.eof:
+                self._packed, self._decoder = self._decoder.unused_data, None
             if unpacked:
                 yield unpacked
+            if not self._packed and len(unpacked) < UNPACKED_AT_ONCE:  # else zlib may hold back more
+                return
+
+    def _begin(self) -> bool:
+        """Whether another part begins in what has come; two bytes tell. A text of several parts is one text.
+
+        It is unknown what follows the last part; other readers of gzip leave that out, too (RFC 1952, section 2.2).
+        """
+        if len(self._packed) < len(GZIP_MAGIC) or not (self._is_first or self._is_another_part()):
+            self._packed = self._packed[: len(GZIP_MAGIC)]
+            return False
+        is_zlib = self._packed[0] & 15 == zlib.DEFLATED and int.from_bytes(self._packed[:2], "big") % 31 == 0
+        bits = GZIP_BITS if self._coding in GZIP_CODINGS else ZLIB_BITS if is_zlib else RAW_BITS
+        self._decoder, self._is_first = zlib.decompressobj(bits), False
+        return True
+
+    def _is_another_part(self) -> bool:
+        return self._coding in GZIP_CODINGS and self._packed.startswith(GZIP_MAGIC)
 
 
 class Answer:
@@ -101,9 +124,12 @@ class Answer:
         return piece
 
     async def read(self, beginning: bytes = b"") -> bytes:
+        """All of it. Raises RetryJob: it is encoded, and the end of that is missing."""
         pieces = [beginning]
         while piece := await self.piece():
             pieces.append(piece)
+        if self._unpacker.is_cut_off:
+            raise RetryJob("an encoded answer that is cut off", BROKE_OFF)
         return b"".join(pieces)
 
     async def json(self) -> Any:
@@ -118,20 +144,16 @@ def is_json(data: bytes) -> bool:
     return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
 
 
+def load_json(data: bytes) -> Any:
+    """What JSON holds. Bytes that aren't UTF-8 are replaced. Raises ValueError, RecursionError: it is no JSON."""
+    return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace"))
+
+
 def parse_json(data: bytes) -> Any:
     """The answer's JSON. Raises OperatorFault: it is a web page. ValueError, RecursionError: it is no JSON."""
     if is_web_page(data):
         raise OperatorFault(WEB_PAGE)
-    return json.loads(data)
-
-
-def parse_documents(data: bytes) -> list[Any]:
-    """The objects of an answer that is JSON although a stream was asked for: one, a list, or one on each line."""
-    try:
-        whole = json.loads(data)
-    except ValueError:
-        whole = [json.loads(line) for line in data.splitlines() if line.strip()]
-    return whole if isinstance(whole, list) else [whole]
+    return load_json(data)
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,15 +219,39 @@ class EventReader:
         return lines
 
 
+WORD_IN_BRACKETS = re.compile(rb"\s*\[[A-Za-z _-]*\]\s*")
+
+
 def parse_event(data: bytes) -> list[Document]:
-    """The objects of an event. None for a ping, a null or a word, which carry no text.
+    """The objects of an event. None for a ping, a null or a word such as `[PING]`, which carry no text.
 
     Raises ValueError: it is a broken object. Bytes that aren't UTF-8 are replaced, as the HTML standard says.
     """
     if data[:1] != b"{" and not is_json(data):
         return []
-    found = json.loads(data.decode("utf-8", "replace"))
+    try:
+        found = load_json(data)
+    except ValueError:
+        if WORD_IN_BRACKETS.fullmatch(data):
+            return []
+        raise
     return [found] if isinstance(found, dict) else [one for one in found if isinstance(one, dict)]
+
+
+def parse_documents(data: bytes) -> tuple[list[Any], bool]:
+    """The objects of an answer that is JSON although a stream was asked for, and whether it is at its end.
+
+    One object or a list is whole. Of objects on lines the last may be cut off, and the end is `[DONE]` as in a stream.
+    """
+    try:
+        whole = load_json(data)
+    except ValueError:
+        *lines, last = [line for line in data.splitlines() if line.strip()]
+        documents = [document for line in lines for document in parse_event(line)]
+        with contextlib.suppress(ValueError):
+            documents += parse_event(last)
+        return documents, last.strip() == LAST_EVENT
+    return whole if isinstance(whole, list) else [whole], True
 
 
 # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,38 +262,39 @@ BROKEN_REASONS = re.compile(
     r"(.*_)?error|failed?|abort(ed)?|cancell?ed|timeout|insufficient_system_resource|.*malformed.*"
 )
 FORBIDDEN_REASONS = re.compile(
-    r"content_?filter(ed)?|safety|recitation|blocklist|prohibited_content|spii|sensitive|refusal"
+    r"content_?filter(ed)?|guardrail_intervened|safety|recitation|blocklist|prohibited_content|spii|sensitive|refusal"
 )
-CUT_REASONS = re.compile(r"length|model_length|max_(output_|completion_|new_)?tokens")
+CUT_REASONS = re.compile(r"(model_)?length|model_context_window_exceeded|max_(output_|completion_|new_)?tokens")
 THOUGHT_PARTS = frozenset({"thinking", "reasoning", "reasoning_content", "redacted_thinking"})
 
 
 def text_of(content: object) -> str:
-    """The text of a message, which is a string, null, or a list of parts. Thinking is none of it.
-
-    Raises TypeError: it is something else.
-    """
+    """The text of a message, which is a string, null, or a list of parts. Raises TypeError: it is something else."""
     if isinstance(content, str):
         return content
-    if not content:
-        return ""
-    parts = content if isinstance(content, list) else [content]
-    texts = [part if isinstance(part, str) else as_part(part).get("text") for part in parts if not has_thought(part)]
-    if not all(isinstance(text, str) for text in texts if text is not None):
-        raise TypeError("a part that isn't text")
-    if texts and all(text is None for text in texts):
-        raise TypeError("parts without text")
-    return "".join(text for text in texts if text)
+    parts = content if isinstance(content, list) else [content] if content else []
+    return "".join(part if isinstance(part, str) else text_of_part(part) for part in parts)
 
 
-def as_part(part: object) -> Document:
-    if not isinstance(part, dict):
+def text_of_part(part: object) -> str:
+    """The text of a part. Thinking is none, and parts of other types, such as references, have none.
+
+    Raises TypeError: it is no part of a message.
+    """
+    if not isinstance(part, dict) or not {"type", "text"} & part.keys():
         raise TypeError("a content that isn't text")
-    return part
+    text = None if part.get("type") in THOUGHT_PARTS else part.get("text")
+    if not isinstance(text, str | None):
+        raise TypeError("a part that isn't text")
+    return text or ""
 
 
-def has_thought(part: object) -> bool:
-    return isinstance(part, dict) and part.get("type") in THOUGHT_PARTS
+def reason_of(choice: Document) -> str:
+    """The word for why a text ended, in lower case; empty if it goes on. Raises TypeError: it is something else."""
+    reason = choice.get("finish_reason") or ""
+    if not isinstance(reason, str):
+        raise TypeError("a finish_reason that isn't text")
+    return "" if reason.lower() in NO_REASON else reason.lower()
 
 
 class Completion:
@@ -256,7 +303,7 @@ class Completion:
     def __init__(self, model: str) -> None:
         self._model, self._tokens = model, 0
         self._parts: list[str] = []
-        self._length = 0
+        self.length = 0  # of the text so far, in characters
         self._has_begun = self._has_deltas = self._is_refused = False
         self._reason = ""
         self.is_marked_done = False  # by `[DONE]`, or since the answer was one whole object
@@ -277,31 +324,34 @@ class Completion:
             FailJob: the text is too long. TypeError, LookupError, AttributeError: the event has another shape.
         """
         self._note_figures(chunk)
-        piece, choices = "", chunk.get("choices")
+        piece, reason, choices = "", "", chunk.get("choices")
         for choice in choices or ():
             index = choice.get("index")
             if not isinstance(index, int) or index == 0:
-                piece += self._add_choice(choice)
+                piece += self._text_of_choice(choice)
+                reason = reason_of(choice) or reason
         self._has_begun |= bool(choices)
-        self._length += len(piece)
-        if self._length > MAX_TEXT_CHARACTERS:
+        self.length += len(piece)
+        if self.length > MAX_TEXT_CHARACTERS:
             raise FailJob(f"a text of over {MAX_TEXT_CHARACTERS} characters", TOO_LARGE)
         if piece:
             self._parts.append(piece)
+        if reason and not (self.is_finished and BROKEN_REASONS.fullmatch(reason)):  # a fault behind the end is none
+            self._reason = reason
         return piece
 
     def _note_figures(self, chunk: Document) -> None:
         model, usage = chunk.get("model"), chunk.get("usage")
         if model != self._model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARACTERS:
             self._model = model if model.isprintable() else self._model
-        if usage:
+        if isinstance(usage, dict):
             total, asked, made = (usage.get(f"{name}_tokens") for name in ("total", "prompt", "completion"))
             if total is None and isinstance(asked, int) and isinstance(made, int):
                 total = asked + made
             if isinstance(total, int) and 0 < total < MAX_TOKENS:
                 self._tokens = total
 
-    def _add_choice(self, choice: Document) -> str:
+    def _text_of_choice(self, choice: Document) -> str:
         """The text of a choice. Some servers repeat the whole `message` behind the last delta, which is left out."""
         delta = choice.get("delta") or {}
         content = delta.get("content")
@@ -311,11 +361,6 @@ class Completion:
             delta = choice.get("message") or delta
             content = delta.get("content") or choice.get("text")  # `text` is of the older completions interface
         self._is_refused |= isinstance(delta.get("refusal"), str) and bool(delta["refusal"])
-        reason = choice.get("finish_reason")
-        if reason is not None and not isinstance(reason, str):
-            raise TypeError("a finish_reason that isn't text")
-        if reason and reason.lower() not in NO_REASON:
-            self._reason = reason.lower()
         return text_of(content)
 
     @property

@@ -7,6 +7,7 @@ answers.py.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -72,6 +73,8 @@ class Provider(Protocol):
 
 MAX_REFUSAL_BYTES = 2**18
 READ_TO_END_S, AFTER_THE_END_S = 0.25, 2.0
+BLANK = codecs.BOM_UTF8 + b" \t\r\n"
+NEGOTIABLE = (FieldRefused, ModelGone, Unexplained)  # only before the first piece of text
 REDIRECTS = range(300, 400)
 MODELS_S = 3.0
 
@@ -241,28 +244,28 @@ class OpenAIProvider:
     async def _read_text(
         self, answer: Answer, completion: Completion, on_delta: Callable[[str], None], body: Document
     ) -> None:
-        beginning = await answer.piece()
-        while beginning and not beginning.strip(b"\xef\xbb\xbf \r\n\t") and (piece := await answer.piece()):
-            beginning += piece
+        beginning = b""
+        while not beginning and (piece := await answer.piece()):
+            beginning = piece.lstrip(BLANK)
         if is_web_page(beginning):
             raise OperatorFault(WEB_PAGE)
         if is_json(beginning):
-            for document in parse_documents(await answer.read(beginning)):
+            documents, completion.is_marked_done = parse_documents(await answer.read(beginning))
+            for document in documents:
                 self._take(document, completion, on_delta, answer, body)
-            completion.is_marked_done = True
             return
         await self._read_events(answer, beginning, completion, on_delta, body)
 
     async def _read_events(
         self, answer: Answer, piece: bytes, completion: Completion, on_delta: Callable[[str], None], body: Document
     ) -> None:
-        events, ends_at = EventReader(), None
+        events, ends_at, length = EventReader(), None, -1
         while piece and not events.is_ended:
             for event in events.feed(piece):
                 for document in parse_event(event):
                     self._take(document, completion, on_delta, answer, body)
-            if completion.is_finished and ends_at is None:
-                ends_at = asyncio.get_running_loop().time() + AFTER_THE_END_S
+            if completion.is_finished and completion.length > length:  # a few servers give the reason with each piece
+                ends_at, length = asyncio.get_running_loop().time() + AFTER_THE_END_S, completion.length
             piece = await next_piece(answer, ends_at) if not events.is_ended else b""
         if events.is_ended:
             await read_to_end(answer)
@@ -279,7 +282,7 @@ class OpenAIProvider:
         """Adds an object of an answer to the text, and passes its piece on. Raises JobError: it is an error."""
         if is_error(document) and not completion.is_finished:
             error = judge(read_refusal(0, document), body, "text", answer.headers)
-            raise RetryJob(error.detail) if completion.has_text and isinstance(error, FieldRefused) else error
+            raise RetryJob(error.detail) if completion.has_text and isinstance(error, NEGOTIABLE) else error
         if isinstance(document, dict) and (delta := completion.add(document)):
             on_delta(delta)
 
