@@ -108,7 +108,7 @@ BEHAVIOURS: Final = (
     Behaviour(1, "[notpicture]", (IMAGE,), is_good=False),
     Behaviour(1, "[truncated]", (IMAGE,), is_good=False),
     Behaviour(1, "[empty]", is_good=False),
-    Behaviour(1, "[filter]", (TEXT,), is_good=False),
+    Behaviour(1, "[finish content_filter]", (TEXT,), is_good=False),
     Behaviour(1, "[html]", is_good=False),
     Behaviour(1, "[shape list]", (TEXT, IMAGE), is_good=False),
 )

@@ -8,23 +8,30 @@ provider:
     [pace 0.02]                  seconds between the chunks of a stream
     [say some words]             the text is exactly these words
     [status 500]                 an error in OpenAI's form; [status 429 retry-after=1] adds that header
-    [refuse max_tokens seed]     a 400 that names one of these fields, as long as the request has one of them
+    [refuse max_tokens seed]     a 400 that names one of these fields, as long as the request has one of them;
+                                 `as=detail` and the like says so in another form: REFUSALS has them all
+    [gone some-model]            a 404 as long as the request asks for this model
     [redirect http://...]        a 302 that leads there
     [html]                       status 200 with a page of HTML
     [type text/plain]            another content type
     [hang]                       never answers
     [cut]                        cuts the connection in the middle of the answer
-    [half]                       the answer ends in good order, but has no finish_reason
+    [half]                       the answer ends in good order, but has neither a finish_reason nor [DONE]
+    [finish length]              the finish_reason is this; without a word there is none, but [DONE]
+    [think 50]                   this many words of thinking come before the text, within its cap
+    [json] [json lines|list]     JSON although a stream was asked for: one object, or its events as lines or a list
     [drip] [drip 0.1]            one byte each second, or at this interval
     [linger 30]                  the connection stays open for 30 s after the last event of a stream
     [empty]                      no text, picture or sound in the answer
     [endless]                    the answer never ends
     [big 500]                    an answer of 500 MB
     [gzip 1000]                  a small compressed body that unpacks to 1000 MB
+    [packed] [packed deflate]    the answer is encoded, by gzip or as this says
     [tiny 1000000]               a stream of this many events of one letter each
     [line 30]                    a stream with an event of 30 MB in one line
-    [sse crlf|cr|pings|error]    other line ends, empty events and comments in between, or an error in each event
-    [filter]                     the finish_reason is content_filter
+    [sse crlf|cr|pings|error|late|bare]
+                                 other line ends, empty events and comments in between, an error in each event or
+                                 behind the end, or no [DONE]
     [no-usage]                   no token counts
     [shape list|null|text|broken|types|edges|nan|deep|utf8|error]
                                  JSON that is not what the interface promises; SHAPES has them all
@@ -32,7 +39,6 @@ provider:
     [notpicture] [truncated]     bytes that are not a picture, or half of a picture
     [bomb] [bomb 30000x30000]    a small file whose picture is huge
     [url] [url http://...]       the answer names the URL of the picture instead of containing it in base64
-    [wav-streaming]              a WAV whose header has 0xFFFFFFFF for the sizes
 
 Directives combine. One with `times=N` applies only to the first N calls with this same prompt. Beside a bare `[url]`
 the other directives apply to the *file* behind the URL, and the JSON that names it is correct.
@@ -61,16 +67,16 @@ from PIL import Image
 # --- directives ---------------------------------------------------------------------------------------------
 
 FAULTS: Final = frozenset(
-    {"status", "cut", "half", "html", "shape", "empty", "endless", "hang", "redirect", "filter"}
+    {"status", "cut", "half", "html", "shape", "empty", "endless", "hang", "redirect", "gone"}
     | {"notpicture", "truncated", "bomb", "gzip", "raw"}
 )
 DIRECTIVES: Final = (
     FAULTS
     | {"delay", "tokens", "pace", "say", "big", "drip", "tiny", "line", "type"}
-    | {"url", "wav-streaming", "no-usage", "sse", "linger", "refuse"}
+    | {"url", "no-usage", "sse", "linger", "refuse", "finish", "think", "json", "packed"}
 )
 _DIRECTIVE: Final = re.compile(r"\[([a-z-]+)(?:\s+([^\]]*))?\]")
-_OPTION: Final = re.compile(r"(?<!\S)(times|retry-after)=(\S+)")
+_OPTION: Final = re.compile(r"(?<!\S)(times|retry-after|as)=(\S+)")
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Directive:
     argument: str = ""
     times: float = math.inf  # the number of calls with this prompt to which it applies
     retry_after: str = ""
+    form: str = ""
 
 
 def parse_directives(prompt: str) -> dict[str, Directive]:
@@ -92,7 +99,7 @@ def parse_directives(prompt: str) -> dict[str, Directive]:
             options = dict(_OPTION.findall(argument))
             rest = _OPTION.sub("", argument).strip()
             times = float(options.get("times", math.inf))
-            found[name] = Directive(rest, times, options.get("retry-after", ""))
+            found[name] = Directive(rest, times, options.get("retry-after", ""), options.get("as", ""))
     return found
 
 
@@ -297,9 +304,9 @@ def _event(document: object) -> bytes:
 
 def _finish_reason(plan: Plan, is_cut_short: bool) -> str | None:
     """Return the finish_reason of the text."""
-    if "half" in plan:
-        return None
-    return "content_filter" if "filter" in plan else "length" if is_cut_short else "stop"
+    if "half" in plan or "finish" in plan:
+        return plan.text("finish") or None
+    return "length" if is_cut_short else "stop"
 
 
 @dataclass(frozen=True)
@@ -310,13 +317,14 @@ class Completion:
     model: str
     words: list[str]
     finish_reason: str | None
+    thoughts: list[str]
 
     @property
     def usage(self) -> Body | None:
         """The token counts, or None where the plan says that there are none."""
         if "no-usage" in self.plan:
             return None
-        spent, made = len(self.plan.prompt.split()), len(self.words)
+        spent, made = len(self.plan.prompt.split()), len(self.words) + len(self.thoughts)
         return {"prompt_tokens": spent, "completion_tokens": made, "total_tokens": spent + made}
 
     def envelope(self, kind: str, choices: list[Body], **more: object) -> Body:
@@ -328,6 +336,8 @@ class Completion:
         """Return the answer as one JSON document."""
         padding = _padding(self.plan)
         message = {"role": "assistant", "content": _GAP if padding else "".join(self.words)}
+        if self.thoughts:
+            message["reasoning_content"] = "".join(self.thoughts)
         choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
         more = {"usage": self.usage} if self.usage else {}
         return _json_answer(self.envelope("chat.completion", [choice], **more), padding or ())
@@ -337,31 +347,46 @@ class Completion:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return _event(self.envelope("chat.completion.chunk", [choice]))
 
-    def events(self, include_usage: bool) -> Iterator[bytes]:
-        """Yield the events of a stream: the role, each word, the finish_reason, the usage and the end mark."""
-        words: Iterable[str] = self.words
+    def _all_words(self) -> Iterable[str]:
+        """Return the words of the text, or the filling of a huge or endless one."""
         if "endless" in self.plan:
-            words = itertools.cycle(self.words or [" more"])
+            return itertools.cycle(self.words or [" more"])
+        return _padding(self.plan) or self.words
+
+    def events(self, include_usage: bool) -> Iterator[bytes]:
+        """Yield the events of a stream: role, thoughts, words, finish_reason, usage and the end mark."""
         if "tiny" in self.plan:
             yield from tiny_events(int(self.plan.number("tiny", 1)))
         if "line" in self.plan:
             yield from _one_line(int(self.plan.number("line", 1)))
         yield self.chunk({"role": "assistant", "content": ""})
-        for word in _padding(self.plan.without("endless")) or words:
-            yield self.chunk({"content": word})
+        yield from (self.chunk({"reasoning_content": thought}) for thought in self.thoughts)
+        yield from (self.chunk({"content": word}) for word in self._all_words())
         if self.finish_reason:
             yield self.chunk({}, self.finish_reason)
+        if "half" not in self.plan:
             if include_usage and self.usage:
                 yield _event(self.envelope("chat.completion.chunk", [], usage=self.usage))
-            yield b"data: [DONE]\n\n"
+            yield DONE
+
+    def documents(self) -> Answer:
+        """Return the events as JSON without a stream: one on each line, or a list of them."""
+        lines = [event.removeprefix(b"data: ").strip() for event in self.events(True) if event != DONE]
+        if self.plan.text("json") == "list":
+            return Answer("application/json", [b"[" + b",\n".join(lines) + b"]"])
+        return Answer("application/x-ndjson", [b"\n".join([*lines, b"[DONE]"])])
 
 
+DONE: Final = b"data: [DONE]\n\n"
+_OVERLOADED: Final[Body] = {"error": {"message": "It is overloaded (testbed).", "code": "overloaded"}}
 # How `[sse NAME]` changes each event of a stream.
 DIALECTS: Final[Mapping[str, Callable[[bytes], bytes]]] = {
     "crlf": lambda event: event.replace(b"\n", b"\r\n"),
     "cr": lambda event: event.replace(b"\n", b"\r"),
     "pings": lambda event: b": still here\n\nevent: ping\n\ndata:\n\nid: 7\nretry: 10\n" + event,
     "error": lambda event: event.replace(b'"choices"', b'"error": {"message": "overloaded"}, "choices"'),
+    "late": lambda event: _event(_OVERLOADED) + event if event == DONE else event,
+    "bare": lambda event: b"" if event == DONE else event,
 }
 
 
@@ -384,9 +409,14 @@ def chat_answer(body: Body, plan: Plan, _origin: str) -> Answer:
     """Return the answer to a chat completion, as a stream if the request wants one."""
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or sys.maxsize
     words = [] if "empty" in plan else words_for(plan)
-    reason = _finish_reason(plan, len(words) > limit)
-    completion = Completion(plan, str(body.get("model", "")), words[:limit], reason)
-    if body.get("stream"):
+    thoughts = [" hm"] * min(int(plan.number("think", 0)), limit)
+    left = limit - len(thoughts)
+    completion = Completion(
+        plan, str(body.get("model", "")), words[:left], _finish_reason(plan, len(words) > left), thoughts
+    )
+    if plan.text("json"):
+        return completion.documents()
+    if body.get("stream") and "json" not in plan:
         options = body.get("stream_options") or {}
         events = completion.events(bool(options.get("include_usage")))
         return Answer("text/event-stream", map(DIALECTS.get(plan.text("sse"), bytes), events))
@@ -443,9 +473,6 @@ def file_answer(body: Body, plan: Plan, _origin: str) -> Answer:
 
 def speech_answer(body: Body, plan: Plan, _origin: str) -> Answer:
     """Return the answer to a request for a sound. It is WAV where the wanted format is not in SOUNDS."""
-    if "wav-streaming" in plan:
-        data = sound_wav(streaming=True)
-        return Answer("audio/wav", [data[index : index + 4096] for index in range(0, len(data), 4096)])
     content_type, make = SOUNDS.get(str(body.get("response_format") or "mp3"), SOUNDS["wav"])
     return _bytes_answer(content_type, b"" if "empty" in plan else make(), plan)
 
@@ -476,7 +503,7 @@ SHAPES: Final[dict[str, Callable[[], str]]] = {
     "types": lambda: json.dumps(_WRONG_TYPES),
     "edges": lambda: json.dumps(_WRONG_EDGES),
     "nan": lambda: json.dumps(_NO_NUMBERS),
-    "error": lambda: json.dumps({"error": {"message": "It is overloaded (testbed).", "code": "overloaded"}}),
+    "error": lambda: json.dumps(_OVERLOADED),
     "utf8": lambda: '{"choices": [{"delta": {"content": "\udcff\udcfe\udcc0"}, "finish_reason": "stop"}]}',
 }
 
@@ -509,6 +536,46 @@ RAW_ANSWERS: Final[dict[str, Callable[[], Iterable[bytes]]]] = {
     "chunk-size-endless": lambda: itertools.chain([_CHUNKED], itertools.repeat(b"0" * 65_536)),
     "trailer-endless": lambda: itertools.chain([_CHUNKED, b"2\r\n{}\r\n0\r\n"], itertools.repeat(b"X: y\r\n" * 8192)),
 }
+
+
+def _error(field: str, message: str, **named: object) -> Body:
+    """Return an error in OpenAI's form."""
+    return {"error": {"message": f"Unsupported parameter: {message}", "type": "invalid_request_error", **named}}
+
+
+# How `[refuse FIELD as=NAME]` refuses a field: a status, a content type, and the body for a field and a prompt.
+REFUSALS: Final[dict[str, tuple[int, str, Callable[[str, str], object]]]] = {
+    "": (400, "json", lambda field, prompt: _error(field, prompt, param=field, code="unsupported_parameter")),
+    "message": (400, "json", lambda field, prompt: _error(field, f"'{field}' (testbed): {prompt}", param=None)),
+    "detail": (
+        422,
+        "json",
+        lambda field, prompt: {"detail": [{"loc": ["body", field], "msg": "Extra", "input": prompt}]},
+    ),
+    "text": (400, "text", lambda field, prompt: f"{field} is not supported (testbed): {prompt}"),
+    "answer": (200, "json", lambda field, prompt: _error(field, prompt, param=field, code=400)),
+    "stream": (200, "event", lambda field, prompt: _error(field, prompt, param=field, code=400)),
+}
+_REFUSAL_TYPES: Final = {"json": "application/json", "text": "text/plain", "event": "text/event-stream"}
+
+
+def refusal(plan: Plan, field: str) -> tuple[int, Answer]:
+    """Return a refusal of a field in the form that the plan says, and its status. It repeats the prompt."""
+    status, kind, body_for = REFUSALS[plan.directives["refuse"].form]
+    body = body_for(field, plan.prompt)
+    data = str(body).encode() if kind == "text" else _event(body) if kind == "event" else json.dumps(body).encode()
+    return status, Answer(_REFUSAL_TYPES[kind], [data])
+
+
+PACKINGS: Final = {"gzip": ("gzip", 31), "deflate": ("deflate", 15), "raw": ("deflate", -15)}
+
+
+def packed(chunks: Iterable[bytes], bits: int) -> Iterator[bytes]:
+    """Yield the chunks encoded, each so that it can be unpacked at once."""
+    packer = zlib.compressobj(6, zlib.DEFLATED, bits)
+    for chunk in chunks:
+        yield packer.compress(chunk) + packer.flush(zlib.Z_SYNC_FLUSH)
+    yield packer.flush()
 
 
 @lru_cache(maxsize=2)

@@ -21,6 +21,7 @@ from testbed.answers import (
     CREATED_AT,
     FAULTS,
     MEGABYTE,
+    PACKINGS,
     RAW_ANSWERS,
     Answer,
     Body,
@@ -30,8 +31,10 @@ from testbed.answers import (
     first_half,
     gzip_bomb,
     image_answer,
+    packed,
     parse_directives,
     prompt_of,
+    refusal,
     shape_answer,
     speech_answer,
 )
@@ -58,6 +61,7 @@ class Call:
     ended_at: float | None = None
     outcome: Outcome = "running"
     query: str = ""
+    api_key: str | None = None  # in the header where Azure has it
 
     @property
     def duration_s(self) -> float:
@@ -81,12 +85,11 @@ class Exchange:
     call: Call
 
 
-def error_response(status: int, message: str, retry_after: str = "", field: str | None = None) -> web.Response:
-    """Return an error in OpenAI's form. It can name the field of the request that is wrong."""
+def error_response(status: int, message: str, retry_after: str = "", code: str | None = None) -> web.Response:
+    """Return an error in OpenAI's form."""
     kind = {401: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
     kind = "invalid_request_error" if status in {400, 404, 413, 422} else kind
-    code = "invalid_api_key" if status == 401 else "unsupported_parameter" if field else None
-    error = {"message": message, "type": kind, "param": field, "code": code}
+    error = {"message": message, "type": kind, "param": None, "code": "invalid_api_key" if status == 401 else code}
     headers = {"Retry-After": retry_after} if retry_after else {}
     return web.json_response({"error": error}, status=status, headers=headers)
 
@@ -111,6 +114,8 @@ class Provider:
         self.host = host
         self.port = port or free_port()
         self.api_key = api_key
+        self.models: tuple[str, ...] | None = MODELS  # None: it doesn't list them
+        self.lists_given = 0  # how often it was asked for them
         self._calls: list[Call] = []
         self._calls_by_prompt: Counter[str] = Counter()
         self._files: dict[str, tuple[Body, Plan]] = {}
@@ -147,10 +152,11 @@ class Provider:
         return [call for call in self.calls if prompt_fragment in call.prompt]
 
     def clear(self) -> None:
-        """Delete the record of calls. For `times=N` the count begins again."""
+        """Delete the record of calls, and offer the usual models. For `times=N` the count begins again."""
         with self._lock:
             self._calls.clear()
             self._calls_by_prompt.clear()
+            self.models, self.lists_given = MODELS, 0
 
     def start(self) -> Provider:
         """Start to listen, unless the provider does already. Raises: OSError, when the port is taken."""
@@ -209,7 +215,8 @@ class Provider:
             "/v1/audio/speech": speech_answer,
         }
         for path, answerer in answerers.items():
-            for one in (path, f"/accounts/{{account}}{path}"):
+            azure = f"/openai/deployments/{{name}}{path.removeprefix('/v1')}"
+            for one in (path, f"/accounts/{{account}}{path}", azure):
                 application.router.add_post(one, self._generation(answerer))
         for one in ("/v1/models", "/accounts/{account}/v1/models"):
             application.router.add_get(one, self._list_models)
@@ -221,8 +228,11 @@ class Provider:
         """Respond with the list of models."""
         if not self._is_authorized(request):
             return _key_error(request)
+        self.lists_given += 1
+        if self.models is None:
+            return error_response(404, "There is no such page.")
         common = {"object": "model", "created": CREATED_AT, "owned_by": "testbed"}
-        models = [{"id": name, **common} for name in MODELS]
+        models = [{"id": name, **common} for name in self.models]
         return web.json_response({"object": "list", "data": models})
 
     async def _list_calls(self, _request: web.Request) -> web.Response:
@@ -267,7 +277,7 @@ class Provider:
         authorization = request.headers.get("Authorization")
         connection = request.transport and request.transport.get_extra_info("peername")
         call = Call(request.path, prompt, str(body.get("model", "")), body, authorization, time.time(), connection)
-        call.query = request.rel_url.raw_query_string
+        call.query, call.api_key = request.rel_url.raw_query_string, request.headers.get("api-key")
         with self._lock:
             self._calls.append(call)
         return call
@@ -300,9 +310,9 @@ class Provider:
             await asyncio.sleep(plan.number("delay", 1))
         if failure := await _fail_as_a_whole(exchange.request, plan):
             return failure
-        if refused := [field for field in plan.text("refuse").split() if field in exchange.body]:
+        if refused := _refuse(exchange, plan):
             exchange.call.finish("fault")
-            return error_response(400, f"Unsupported parameter (testbed): {plan.prompt}", field=refused[0])
+            return refused
         if "raw" in plan:
             return await _send_raw(exchange, RAW_ANSWERS[plan.text("raw", "nothing")]())
         try:
@@ -311,7 +321,7 @@ class Provider:
             exchange.call.finish("fault")
             return error_response(400, f"Invalid request: {error}")
         answer = Answer(plan.text("type", answer.content_type), answer.chunks)
-        if len(answer.chunks_known) == 1 and "cut" not in plan and "drip" not in plan:
+        if len(answer.chunks_known) == 1 and not {"cut", "drip", "packed"} & plan.directives.keys():
             return web.Response(body=answer.chunks_known[0], content_type=answer.content_type)
         return await _send_in_chunks(exchange, answer, plan)
 
@@ -347,6 +357,17 @@ async def _fail_as_a_whole(request: web.Request, plan: Plan) -> web.StreamRespon
     return None
 
 
+def _refuse(exchange: Exchange, plan: Plan) -> web.Response | None:
+    """Return the refusal of a field or of the model, or None where the plan takes what was asked for."""
+    if "gone" in plan and plan.text("gone") == exchange.body.get("model"):
+        return error_response(404, "The model does not exist (testbed).", code="model_not_found")
+    for field in plan.text("refuse").split():
+        if field in exchange.body:
+            status, answer = refusal(plan, field)
+            return web.Response(status=status, body=answer.chunks_known[0], content_type=answer.content_type)
+    return None
+
+
 async def _send_raw(exchange: Exchange, pieces: Iterable[bytes]) -> web.StreamResponse:
     """Write bytes to the connection without the HTTP library, as fast as the client reads, and close it."""
     transport = exchange.request.transport
@@ -366,8 +387,11 @@ async def _send_raw(exchange: Exchange, pieces: Iterable[bytes]) -> web.StreamRe
 async def _send_in_chunks(exchange: Exchange, answer: Answer, plan: Plan) -> web.StreamResponse:
     """Send an answer chunk by chunk, at the pace of the plan, and cut it where the plan says so."""
     response = web.StreamResponse(headers={"Content-Type": answer.content_type})
-    await response.prepare(exchange.request)
     chunks, pace_s = answer.chunks, plan.number("pace", 0)
+    if "packed" in plan:
+        response.headers["Content-Encoding"], bits = PACKINGS[plan.text("packed", "gzip")]
+        chunks = packed(chunks, bits)
+    await response.prepare(exchange.request)
     if "cut" in plan:
         chunks = first_half(chunks)
     if "drip" in plan:
