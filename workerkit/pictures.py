@@ -99,7 +99,9 @@ class PictureFetcher:
                         raise host_error(answer.status)
                     url = urllib.parse.urljoin(url, answer.headers.get("location", ""))
         except aiohttp.ClientHttpProxyError as error:
-            raise proxy_error(error.status) from None
+            fault = proxy_error(error.status)
+            is_passing = isinstance(fault, RetryJob)  # but it counts, since the picture is made and paid for
+            raise (RetryJob(fault.detail, CANT_BE_FETCHED) if is_passing else fault) from None
         except (aiohttp.ClientError, OSError) as error:  # of the picture's host, which is not the provider
             raise RetryJob(type(error).__name__, CANT_BE_FETCHED) from None
         raise FailJob("a picture's URL that redirects for ever", PICTURE_GONE)
