@@ -10,7 +10,7 @@ provider:
     [status 500]                 an error in OpenAI's form; [status 429 retry-after=1] adds that header
     [refuse max_tokens seed]     a 400 that names one of these fields, as long as the request has one of them;
                                  `as=detail` and the like says so in another form: REFUSALS has them all
-    [gone some-model]            a 404 as long as the request asks for this model
+    [gone some-model]            a 404 as long as the request asks for this model; `*` stands for any
     [redirect http://...]        a 302 that leads there
     [html]                       status 200 with a page of HTML
     [type text/plain]            another content type

@@ -359,7 +359,7 @@ async def _fail_as_a_whole(request: web.Request, plan: Plan) -> web.StreamRespon
 
 def _refuse(exchange: Exchange, plan: Plan) -> web.Response | None:
     """Return the refusal of a field or of the model, or None where the plan takes what was asked for."""
-    if "gone" in plan and plan.text("gone") == exchange.body.get("model"):
+    if "gone" in plan and plan.text("gone") in ("*", exchange.body.get("model")):
         return error_response(404, "The model does not exist (testbed).", code="model_not_found")
     for field in plan.text("refuse").split():
         if field in exchange.body:

@@ -22,8 +22,8 @@ Kind = Callable[[str], Ask]
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def at_url(url: str, key: str = KEY, **more: Any) -> ProviderSettings:
-    return ProviderSettings(url, key, "default-model", (), **more)
+def at_url(url: str, key: str = KEY, model: str = "default-model", **more: Any) -> ProviderSettings:
+    return ProviderSettings(url, key, model, (), **more)
 
 
 def where(provider: Provider, key: str = KEY, **more: Any) -> ProviderSettings:
@@ -86,7 +86,7 @@ async def server(answer: Serve) -> AsyncIterator[str]:
         yield "http://{}:{}".format(*listening.sockets[0].getsockname())
 
 
-def http_answer(body: bytes = b"", status: int = 200, **headers: str) -> bytes:
+def http_answer(body: bytes = b"", status: int | str = 200, **headers: str) -> bytes:
     """An answer of HTTP, whose connection ends with it."""
     named = {"content-length": str(len(body)), "connection": "close", **headers}
     lines = [f"HTTP/1.1 {status} Answer", *(f"{name.replace('_', '-')}: {value}" for name, value in named.items())]

@@ -234,7 +234,7 @@ def test_json_instead_of_a_stream_is_one_object_a_list_or_one_on_each_line(
 
 def events_in(pieces: Iterable[bytes]) -> list[bytes]:
     """The data of the events, as the worker reads them to the end of the stream."""
-    reader, found = EventReader(), []
+    reader, found = EventReader(), list[bytes]()
     for piece in pieces:
         found += reader.feed(piece)
     return found + list(reader.finish())

@@ -152,7 +152,7 @@ def test_a_relative_url_is_relative_to_the_provider(url: str, path: str) -> None
             named = url.format(host=provider_url.removeprefix("http://"))
             host.answers = {path: http_answer(PNG)}
             host.answers["/v1/images/generations"] = http_answer(json.dumps({"data": [{"url": named}]}).encode())
-            return (await image("A city")(ours))[0]
+            return bytes((await image("A city")(ours))[0])
 
     assert asyncio.run(fetch()) == PNG
     assert host.paths[1] == path
@@ -445,7 +445,7 @@ def picture_in(item: object) -> bytes:
     async def fetch() -> bytes:
         host = Scripted({"*": http_answer(json.dumps({"data": [item]}).encode())})
         async with server(host) as url, opened(at_url(url)) as ours:
-            return (await image("A city")(ours))[0]
+            return bytes((await image("A city")(ours))[0])
 
     return asyncio.run(fetch())
 
