@@ -519,10 +519,11 @@ def test_a_model_on_the_allow_list_is_used(provider: Provider, model: str | None
     assert provider.calls[0].body["model"] == used
 
 
-@table("model", ("unknown", "dear"), ("empty", ""), ("another type's", "testbed-model"))
+@table("model", ("unknown", "dear"), ("empty", ""), ("another type's", "pictures"))
 def test_a_model_off_the_list_is_refused_with_the_list(provider: Provider, model: str) -> None:
+    settings = serving(provider, text_models="small", image_models="pictures")
     with pytest.raises(FailJob) as caught:
-        generate(TEXT, {"prompt": "Hi", "model": model}, serving(provider, text_models="small"))
+        generate(TEXT, {"prompt": "Hi", "model": model}, settings)
     assert caught.value.sentence == "This model isn't offered. Choose one of: testbed-model, small."
     assert provider.calls == []
 
@@ -916,7 +917,7 @@ def test_however_a_handler_ends_it_is_an_outcome(
     ("the third", some_job(attempt=3), RetryJob(), 22.5, 45),
     ("as the provider asks", some_job(attempt=3), RetryJob(after_s=7), 7, 7),
     ("at once, if it says so", some_job(attempt=1), RetryJob(after_s=0), 0, 0),
-    ("no longer than the cap", some_job(attempt=1), RetryJob(after_s=3600), 120, 120),
+    ("to its cap while it is away", some_job(attempt=1), RetryJob(after_s=3600, is_counted=False), 120, 120),
     ("uncounted, whatever the tries", some_job(attempt=4), RetryJob(after_s=7, is_counted=False), 7, 7),
 )
 def test_a_retry_gets_its_wait(runtime: Runtime, job: Job, error: RetryJob, least_s: float, most_s: float) -> None:
@@ -927,16 +928,18 @@ def test_a_retry_gets_its_wait(runtime: Runtime, job: Job, error: RetryJob, leas
 
 
 @table(
-    "attempt, age_s, sentence",
-    ("the tries are used up", 4, 0, "The provider is busy; given up after 4 tries."),
-    ("the wait would end too late", 2, 580, "given up after 2 tries."),
-    ("even after the first", 1, 580, "given up after one try."),
+    "attempt, age_s, after_s, says",
+    ("the tries are used up", 4, 0, 30, "The provider is busy; given up after 4 tries."),
+    ("our wait would end too late", 2, 599, None, "given up after 2 tries."),
+    ("even after the first", 1, 599, None, "given up after one try."),
+    ("the provider's would end too late", 1, 580, 30, "The provider is busy. Please try again after "),
+    ("the provider's is longer than is waited", 1, 0, 3600, "The provider is busy. Please try again after "),
 )
-def test_a_retry_beyond_the_bounds_is_a_failure(runtime: Runtime, attempt: int, age_s: float, sentence: str) -> None:
+def test_a_retry_beyond_the_bounds_fails(runtime: Runtime, attempt: int, age_s: int, after_s: int, says: str) -> None:
     job = some_job(attempt=attempt, first_started_at=ago(age_s))
-    outcome = worker.within_bounds(runtime, job, RetryJob("HTTP 503", after_s=30))
+    outcome = worker.within_bounds(runtime, job, RetryJob("HTTP 503", after_s=after_s))
     assert isinstance(outcome, FailJob)
-    assert sentence in outcome.sentence
+    assert says in outcome.sentence
 
 
 @pytest.mark.parametrize("outcome", [Result({}), FailJob(), HandBack(), DropJob()])

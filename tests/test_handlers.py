@@ -36,8 +36,15 @@ def test_text_parameters_are_passed_on(provider: Provider) -> None:
 
 def test_what_isnt_given_isnt_sent(provider: Provider) -> None:
     body = body_of(provider, "text_generation", {"prompt": "Hi", "temperature": None, "unknown_field": 1})
-    assert set(body) == {"model", "messages", "max_tokens", "stream", "stream_options"}
-    assert body["max_tokens"] == bare_settings().text_max_tokens
+    assert set(body) == {"model", "messages", "stream", "stream_options"}
+
+
+@table("asked, cap", ("none", None, 50), ("less", 20, 20))
+def test_the_operators_cap_is_sent_where_it_is_set_and_a_job_asks_for_no_other(
+    provider: Provider, asked: int | None, cap: int
+) -> None:
+    body = body_of(provider, "text_generation", {"prompt": "Hi", "max_tokens": asked}, text_max_tokens=50)
+    assert body["max_tokens"] == cap
 
 
 def test_a_zero_temperature_is_a_temperature(provider: Provider) -> None:
@@ -61,7 +68,11 @@ def test_a_picture_in_a_message_is_passed_on(provider: Provider) -> None:
 
 def test_picture_parameters_are_passed_on(provider: Provider) -> None:
     body = body_of(provider, "image_generation", {"prompt": "A city", "size": "256x128", "quality": "hd"})
-    assert body == {"model": "testbed-model", "prompt": "A city", "n": 1, "size": "256x128", "quality": "hd"}
+    assert body == {"model": "testbed-model", "prompt": "A city", "size": "256x128", "quality": "hd"}
+
+
+def test_a_picture_of_no_size_is_of_the_models_own(provider: Provider) -> None:
+    assert body_of(provider, "image_generation", {"prompt": "A city"}) == {"model": "testbed-model", "prompt": "A city"}
 
 
 def test_sound_parameters_are_passed_on(provider: Provider) -> None:

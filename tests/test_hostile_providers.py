@@ -22,8 +22,8 @@ from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
 from tests.lab import AUDIO, IMAGE, TEXT
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
-from tests.site import JOBS, REFUSED, Site, open_api, worker_settings
-from workerkit.sentences import TOO_LARGE, TOOK_TOO_LONG, UNUSABLE
+from tests.site import JOBS, Site, open_api, worker_settings
+from workerkit.sentences import NO_PICTURE, NO_SOUND, NOT_SET_UP, TOO_LARGE, TOOK_TOO_LONG, UNUSABLE
 
 # ── poison ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -31,6 +31,7 @@ MAX_GROWTH_MB = 200  # with answers of 32 MiB
 MAX_S = 20
 UNREACHABLE = "The provider can't be reached; given up after 2 tries. Please try again later."
 NOT_FETCHED = "The picture can't be fetched; given up after 2 tries. Please try again later."
+BUSY = "The provider is busy; given up after 2 tries. Please try again later."
 BROKE_OFF = "The provider broke off; given up after 2 tries. Please try again later."
 PICTURE_TOO_LARGE = "The provider's picture is too large."
 COMPLETED = None
@@ -43,23 +44,26 @@ POISON: list[tuple[str, str, str | None]] = [
     (TEXT, "[line 40]", TOO_LARGE),
     (TEXT, "[line 30]", TOO_LARGE),
     (TEXT, "[tiny 10000]", COMPLETED),
-    *[(kind, "[gzip 300]", UNUSABLE) for kind in JOBS],
-    (IMAGE, "[url] [gzip 300]", UNUSABLE),
+    *[(kind, "[gzip 300]", TOO_LARGE) for kind in JOBS],
+    (IMAGE, "[url] [gzip 300]", TOO_LARGE),
     (IMAGE, "[bomb 30000x30000]", UNUSABLE),
     (IMAGE, "[url] [bomb 30000x30000]", UNUSABLE),
     (IMAGE, "[bomb 7000x7000]", PICTURE_TOO_LARGE),
-    *[(TEXT, f"[shape {said}]", UNUSABLE) for said in ("deep", "types", "utf8", "error", "text", "list", "null")],
-    *[(IMAGE, f"[shape {said}]", UNUSABLE) for said in ("deep", "types", "utf8", "error", "nan")],
-    *[(TEXT, f"[shape {said}]", COMPLETED) for said in ("nan", "edges")],
+    *[(TEXT, f"[shape {said}]", UNUSABLE) for said in ("deep", "types", "text", "list", "null")],
+    *[(IMAGE, f"[shape {said}]", UNUSABLE) for said in ("deep", "types", "nan")],
+    (IMAGE, "[shape utf8]", NO_PICTURE),
+    *[(kind, "[shape error]", BUSY) for kind in JOBS],
+    *[(TEXT, f"[shape {said}]", COMPLETED) for said in ("nan", "edges", "utf8")],
     (AUDIO, "[shape deep]", UNUSABLE),
     *[(kind, "[type text/html]", COMPLETED) for kind in JOBS],
-    *[(kind, "[html]", UNUSABLE) for kind in JOBS],
-    *[(kind, "[status 204]", UNUSABLE) for kind in JOBS],
-    *[(kind, "[status 304]", REFUSED) for kind in JOBS],
+    *[(kind, "[html]", NOT_SET_UP) for kind in JOBS],
+    *[(kind, "[status 204]", UNUSABLE) for kind in (TEXT, IMAGE)],
+    (AUDIO, "[status 204]", NO_SOUND),
+    *[(kind, "[status 304]", NOT_SET_UP) for kind in JOBS],
     (TEXT, "[status 199] to the limit", TOOK_TOO_LONG),
     *[(TEXT, f"[raw {said}]", UNREACHABLE) for said in RAW_ANSWERS if said not in {*ENDLESS, "switching"}],
     *[(TEXT, f"[raw {said}] to the limit", TOOK_TOO_LONG) for said in ENDLESS],
-    (TEXT, "[raw switching]", REFUSED),
+    (TEXT, "[raw switching]", NOT_SET_UP),
     *[(IMAGE, f"[url] [raw {said}]", NOT_FETCHED) for said in ("header-10mb", "chunk-garbage", "length-short")],
     (TEXT, "[half]", BROKE_OFF),
     (TEXT, "[cut]", UNREACHABLE),
@@ -148,16 +152,17 @@ def test_what_a_provider_says_about_an_answer_has_the_contracts_types(site: Site
     assert output == {"generated_text": "words", "model_used": "testbed-model", "tokens_used": 1}
 
 
-REDIRECTS = [*[(kind, "[redirect http://{address}/]") for kind in JOBS], (IMAGE, "[url] [redirect http://{address}/]")]
+REDIRECTS = [(kind, "[redirect http://{address}/]", NOT_SET_UP) for kind in JOBS]
+REDIRECTS += [(IMAGE, "[url] [redirect http://{address}/]", UNUSABLE)]
 
 
-@pytest.mark.parametrize(("job_type", "said"), REDIRECTS)
-def test_a_redirect_to_another_host_is_not_followed(site: Site, job_type: str, said: str) -> None:
+@pytest.mark.parametrize(("job_type", "said", "sentence"), REDIRECTS)
+def test_a_redirect_to_another_host_is_not_followed(site: Site, job_type: str, said: str, sentence: str) -> None:
     with socket.create_server((LOOPBACK, 0)) as other:
         other.setblocking(False)
         prompt = said.format(address=f"{LOOPBACK}:{other.getsockname()[1]}")
         job = site.api.submit(job_type, {"prompt": prompt, "text": prompt})
-        assert site.api.wait(job)["error_message"] == REFUSED
+        assert site.api.wait(job)["error_message"] == sentence
         with pytest.raises(BlockingIOError):
             other.accept()
 

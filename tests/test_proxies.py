@@ -250,7 +250,7 @@ def test_a_picture_takes_its_own_way(
     async def look_up(_host: str, _port: int) -> str:
         return "127.0.0.1"  # as if this were a public address
 
-    monkeypatch.setattr("workerkit.provider.public_address", look_up)
+    monkeypatch.setattr("workerkit.pictures.public_address", look_up)
     proxy = HttpProxy(provider.port)
     url = f"http://pictures.example:{provider.port}/a.png"
     with pytest.raises(JobError, match="HTTP 404 for the picture's URL"):  # the provider has no such file
@@ -402,7 +402,7 @@ def test_a_picture_that_an_unsupported_proxy_leads_to_is_the_operators_fault(
     async def look_up(_host: str, _port: int) -> str:
         return "93.184.216.34"
 
-    monkeypatch.setattr("workerkit.provider.public_address", look_up)
+    monkeypatch.setattr("workerkit.pictures.public_address", look_up)
     with pytest.raises(OperatorFault, match="all_proxy should be an HTTP proxy"):
         through(
             HttpProxy(0),
