@@ -1553,7 +1553,7 @@ async def generate(runtime: Runtime, attempt: Attempt, progress: Progress) -> Re
         raise HandBack("its lease ran out before it asked the provider")
     try:
         async with asyncio.timeout_at(ends_at) as deadline:
-            attempt.provider = await provider.with_model(where)
+            attempt.provider = await provider.with_model(where.serving(getattr(inputs, "model", None)))
             return await handler.run(Call(job, inputs, settings, provider, attempt.provider, progress))
     except TimeoutError:
         if deadline.expired():

@@ -393,7 +393,9 @@ def test_a_provider_is_shown_without_its_credentials(where: ProviderSettings, la
 
 
 def test_a_model_that_is_not_set_is_shown_as_one_to_be_chosen() -> None:
-    assert bare_settings(openai_api_key="k").provider("audio").label == "a model of its list at https://api.openai.com/v1"
+    assert (
+        bare_settings(openai_api_key="k").provider("audio").label == "a model of its list at https://api.openai.com/v1"
+    )
 
 
 AZURE = "https://name.openai.azure.com/openai"

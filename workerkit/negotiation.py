@@ -120,6 +120,12 @@ class Negotiation:
     def note_call(self) -> None:
         self._calls += 1
 
+    def use_model(self, model: str) -> None:
+        """Begins again with another model. The calls so far count."""
+        self.model, self._asked = model, {**self._asked, "model": model}
+        self._rules, self._changes = self._learnt.rules(self.server, model), {}
+        self._begin()
+
     def confirm(self) -> None:
         """Keeps what was changed, since the request so changed was answered."""
         if self._changes:

@@ -33,7 +33,7 @@ from workerkit.errors import Document, FailJob, JobError, OperatorFault, RetryJo
 from workerkit.logs import logger
 from workerkit.media import decode_picture
 from workerkit.models import Choices, Offered, choose, parse_models
-from workerkit.negotiation import EFFORT, MAX_CALLS, Learnt, Negotiation
+from workerkit.negotiation import EFFORT, Learnt, Negotiation
 from workerkit.pictures import PictureFetcher, origin_of, origins_of
 from workerkit.proxies import proxy_for
 from workerkit.refusals import FieldRefused, ModelGone, Unexplained, is_error, judge, read_refusal
@@ -169,10 +169,9 @@ class OpenAIProvider:
 
         Returns the answer and the model that was asked.
         """
-        talk, calls = Negotiation(self._learnt, self.base_url, asked, ours, self._where), 0
+        talk = Negotiation(self._learnt, self.base_url, asked, ours, self._where)
         while True:
             talk.note_call()
-            calls += 1
             try:
                 made = await send(talk)
                 talk.confirm()
@@ -186,12 +185,18 @@ class OpenAIProvider:
                 talk.confirm()  # it wasn't refused, so the next attempt begins where this one ends
                 raise
             except ModelGone:
-                if calls >= MAX_CALLS or not self._choices.drop(self.base_url, kind, talk.model):
+                if not await self._choose_again(kind, talk):
                     raise
-                where = await self.with_model(replace(self._where, kind=kind, model=""))
-                if where.model == talk.model:  # the server lists it all the same
-                    raise
-                talk = Negotiation(self._learnt, self.base_url, {**asked, "model": where.model}, ours, self._where)
+
+    async def _choose_again(self, kind: ProviderKind, talk: Negotiation) -> bool:
+        """Turns to another model after the server has refused the one that was chosen. False: there is none."""
+        if not talk.may_go_on or not self._choices.drop(self.base_url, kind, talk.model):
+            return False
+        where = await self.with_model(replace(self._where, kind=kind, model=""))
+        if where.model == talk.model:  # the server lists it all the same
+            return False
+        talk.use_model(where.model)
+        return True
 
     # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -11,7 +11,7 @@ import sys
 import urllib.parse
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -288,6 +288,11 @@ class ProviderSettings:
     thinking_tokens: int = 4096  # beside those of the answer, for a model that thinks before it answers
     reasoning_effort: str = ""  # how hard such a model thinks; empty: the least
     picture_hosts: tuple[str, ...] = ()  # inside the operator's network
+
+    def serving(self, wanted: str | None) -> ProviderSettings:
+        """The same settings with the model that a job names, if none is set and the job may name this one."""
+        is_allowed = not self.model and wanted in self.allowed_models
+        return replace(self, model=wanted) if is_allowed and wanted else self
 
     @property
     def is_openai(self) -> bool:
