@@ -8,6 +8,7 @@ provider:
     [pace 0.02]                  seconds between the chunks of a stream
     [say some words]             the text is exactly these words
     [status 500]                 an error in OpenAI's form; [status 429 retry-after=1] adds that header
+    [loading]                    a 503 that says that the model is loading
     [refuse max_tokens seed]     a 400 that names one of these fields, as long as the request has one of them;
                                  `as=detail` and the like says so in another form: REFUSALS has them all
     [gone some-model]            a 404 as long as the request asks for this model; `*` stands for any
@@ -67,7 +68,7 @@ from PIL import Image
 # --- directives ---------------------------------------------------------------------------------------------
 
 FAULTS: Final = frozenset(
-    {"status", "cut", "half", "html", "shape", "empty", "endless", "hang", "redirect", "gone"}
+    {"status", "loading", "cut", "half", "html", "shape", "empty", "endless", "hang", "redirect", "gone"}
     | {"notpicture", "truncated", "bomb", "gzip", "raw"}
 )
 DIRECTIVES: Final = (

@@ -346,6 +346,8 @@ async def _fail_as_a_whole(request: web.Request, plan: Plan) -> web.StreamRespon
         status = int(plan.number("status", 500))
         message = f"The server had an error while processing your request (testbed): {plan.prompt}"
         return _key_error(request, plan.prompt) if status == 401 else error_response(status, message, plan.retry_after)
+    if "loading" in plan:
+        return error_response(503, "Loading model")
     if "redirect" in plan:
         return web.Response(status=302, headers={"Location": plan.text("redirect", "http://127.0.0.1:9/")})
     if "gzip" in plan:

@@ -167,6 +167,21 @@ def test_a_redirect_to_another_host_is_not_followed(site: Site, job_type: str, s
             other.accept()
 
 
+def test_a_model_that_is_loading_costs_no_try_and_the_person_reads_it(site: Site) -> None:
+    job = site.api.text("[loading times=4] loaded")  # twice as often as a job has tries here
+    assert site.api.wait(job, timeout_s=60)["status"] == "completed"
+    said = [update["message"] for update in site.api.updates(job)]
+    assert sum(message.startswith("The model is starting; trying again in") for message in said) == 4
+    assert len(site.provider.calls_for("loaded")) == 5
+
+
+def test_a_provider_that_asks_to_wait_too_long_fails_the_job_at_once_and_says_when(site: Site) -> None:
+    ended = site.api.wait(site.api.text("[status 429 retry-after=3600] patience"))
+    assert ended["status"] == "failed"
+    assert re.fullmatch(r"The provider is busy\. Please try again after .*\d\d:\d\d UTC\.", ended["error_message"])
+    assert len(site.provider.calls_for("patience")) == 1
+
+
 # ── a provider that is away ──────────────────────────────────────────────────────────────────────────────────────
 
 TWENTY = {f"number {number} of twenty": Step("") for number in range(20)}

@@ -43,11 +43,19 @@ def picture_as(format_name: str) -> bytes:
     return buffer.getvalue()
 
 
+def two_pictures() -> bytes:
+    """A JPEG that holds another one, as cameras with two lenses make it."""
+    first, second = Image.new("RGB", (40, 30)), Image.new("RGB", (40, 30), "red")
+    first.save(buffer := io.BytesIO(), "MPO", save_all=True, append_images=[second])
+    return buffer.getvalue()
+
+
 @table(
     "data, resolution, suffix",
     ("PNG", picture(40, 30), "40x30", "png"),
     ("JPEG", picture_as("JPEG"), "40x30", "jpg"),
     ("WebP", picture_as("WEBP"), "40x30", "webp"),
+    ("several JPEGs in one file", two_pictures(), "40x30", "jpg"),
 )
 def test_a_pictures_resolution_and_format_are_read_from_its_bytes(data: bytes, resolution: str, suffix: str) -> None:
     assert inspect_picture(data) == (resolution, suffix)

@@ -45,7 +45,7 @@ def inspect_picture(data: bytes) -> tuple[str, str]:
             if width * height > MAX_PICTURE_PIXELS:
                 raise FailJob(f"a picture of {width}x{height}", "The provider's picture is too large.")
             picture.load()
-            return f"{width}x{height}", PICTURE_SUFFIXES[str(picture.format)]
+            return f"{width}x{height}", PICTURE_SUFFIXES.get(str(picture.format), "jpg")  # MPO: several JPEGs in one
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FailJob(f"no picture: {type(error).__name__}", UNUSABLE) from None
 
