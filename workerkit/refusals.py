@@ -486,7 +486,8 @@ class ModelGone(OperatorFault):
 
 def safe_tokens(refusal: Refusal, sent: Sent) -> list[str]:
     """Codes and types that may be logged: plain words that are no part of what was sent."""
-    found = [token for token in refusal.codes if SAFE_TOKEN.fullmatch(token) and not sent.holds(token)]
+    codes = [code for code in refusal.codes if code != str(refusal.status)]
+    found = [token for token in codes if SAFE_TOKEN.fullmatch(token) and not sent.holds(token)]
     return list(dict.fromkeys(found))[:3]
 
 
