@@ -11,6 +11,7 @@ import click
 
 from worker import NODE, app, configure
 from worker_commands.models_in_use import ModelInUse, models_in_use
+from worker_commands.terminal import printable
 from workerkit import __version__
 from workerkit.proxies import USUAL_PORTS, ProxyFault, proxy_of
 from workerkit.settings import PROVIDER_KINDS, Settings, load_settings, redact_url
@@ -31,9 +32,9 @@ def print_models(models: Iterable[ModelInUse]) -> None:
     for one in models:
         setting = f"{one.where.kind.upper()}_MODEL"
         if one.is_chosen:
-            print(f"  {setting}={one.where.model} was chosen, since it isn't set: put this line into .env")
+            print(printable(f"  {setting}={one.where.model} was chosen, since it isn't set: put this line into .env"))
         if one.fault:
-            print(f"  WARNING: {one.where.kind}: {one.fault}.")
+            print(printable(f"  WARNING: {one.where.kind}: {one.fault}."))
 
 
 def print_connections(settings: Settings) -> None:
@@ -47,7 +48,7 @@ def print_connections(settings: Settings) -> None:
         "limits": f"{settings.celery_soft_time_limit:g} s, killed after {settings.celery_time_limit:g} s",
         "artifacts": f"{redact_url(settings.artifact_url)}, served at {redact_url(settings.artifact_base_url)}",
         **{kind: settings.provider(kind).label for kind in PROVIDER_KINDS},
-        **{one.where.kind: one.where.label for one in models},
+        **{one.where.kind: printable(one.where.label) for one in models},
     }
     if proxies := ", ".join(proxies_in_use()):
         rows["proxies"] = proxies
