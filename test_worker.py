@@ -421,7 +421,7 @@ def test_each_rescue_is_twice_as_far_up_to_ten_minutes(runtime: Runtime) -> None
     ("the first attempt", {}, False),
     ("the last attempt", {"worker__attempt": 4}, True),
     ("its time is over", first_started(601), True),
-    ("its own limit is longer", {**first_started(601), "worker__limits": [900, 800]}, False),
+    ("its own limit is longer", {**first_started(601), "worker__limits": [9000, 8000]}, False),
     ("an older worker's", {"worker": None}, False),
 )
 def test_a_job_is_past_its_bounds_by_attempts_or_by_time(
