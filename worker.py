@@ -1577,14 +1577,15 @@ async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
             await progress.finish()
         return result
     except asyncio.CancelledError:
-        raise attempt.reason or DropJob("cancelled") from None
-    except JobError:
-        raise
-    except Exception as error:  # a defect of the handler; its text may hold a prompt, its place can't
-        detail, sentence = f"{type(error).__name__} at {place_of(error)}", JobError.default_sentence
-        raise OperatorFault(detail, sentence) from None
+        error: JobError = attempt.reason or DropJob("cancelled")
+    except JobError as raised:
+        error = raised
+    except Exception as defect:  # of the handler; its text may hold a prompt, its place can't
+        error = OperatorFault(f"{type(defect).__name__} at {place_of(defect)}", JobError.default_sentence)
     finally:
         progress.stop()
+    error.__context__ = None  # the frames that an error came through hold the answer, and their task holds the error
+    raise error.with_traceback(None)
 
 
 def find_kept(runtime: Runtime, job: Job) -> Result | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import socket
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,14 +22,16 @@ from testbed.api import WorkerProcess
 from testbed.processes import LOOPBACK, poll
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
-from tests.lab import AUDIO, IMAGE, TEXT
+from tests.lab import AUDIO, IMAGE, TEXT, claim, insert
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
 from tests.site import JOBS, Site, open_api, worker_settings
+from worker import Attempt, Runtime, run
+from workerkit.errors import JobError
 from workerkit.sentences import NO_PICTURE, NO_SOUND, NOT_SET_UP, TOO_LARGE, TOOK_TOO_LONG, UNUSABLE
 
 # ── poison ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_GROWTH_MB = 200  # with answers of 32 MiB
+MAX_GROWTH_MB = 100  # with answers of 32 MiB
 MAX_S = 20
 UNREACHABLE = "The provider can't be reached; given up after 2 tries. Please try again later."
 NOT_FETCHED = "The picture can't be fetched; given up after 2 tries. Please try again later."
@@ -144,6 +148,21 @@ def test_whatever_a_provider_sends_costs_bounded_time_and_memory(
     assert site.goes_on()
     assert site.worker.children() == [patient.child]
     assert "Traceback" not in site.log()
+
+
+@pytest.mark.parametrize("said", ["[big 40]", "[gzip 40]"])
+def test_an_answer_that_cant_be_used_is_let_go_at_once(light_runtime: Runtime, said: str) -> None:
+    job = claim(light_runtime, insert(light_runtime, job_type=AUDIO, input_data={"text": said}))
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        assert isinstance(run(light_runtime, Attempt(job, lease_s=30)), JobError)
+        kept = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, "*/testbed/*")])
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert sum(trace.size for trace in kept.traces) < 2**20
 
 
 @pytest.mark.parametrize("shape", ["nan", "edges"])
