@@ -31,7 +31,7 @@ from workerkit.sentences import NO_PICTURE, NO_SOUND, NOT_SET_UP, TOO_LARGE, TOO
 
 # ── poison ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-MAX_GROWTH_MB = 100  # with answers of 32 MiB
+MAX_GROWTH_MB = 150  # with answers of 32 MiB
 MAX_S = 20
 UNREACHABLE = "The provider can't be reached; given up after 2 tries. Please try again later."
 NOT_FETCHED = "The picture can't be fetched; given up after 2 tries. Please try again later."
