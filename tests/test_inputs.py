@@ -458,7 +458,7 @@ def test_an_input_of_your_own_takes_a_field_that_its_base_refuses() -> None:
         {"prompt": "Hi", "response_format": {"x": float("inf")}},
         "response_format should hold only what JSON can",
     ),
-    ("a schema too deep", TextInput, {"prompt": "Hi", "response_format": deep(5000)}, "and not be nested too deeply"),
+    ("a schema too deep", TextInput, {"prompt": "Hi", "response_format": deep(5000)}, "not be nested over 50 levels"),
     ("no words for a picture", ImageInput, {"size": "512x512"}, "prompt field required"),
     ("a size in words", ImageInput, {"prompt": "Hi", "size": "big"}, "size should be a width and a height in pixels"),
     ("no width", ImageInput, {"prompt": "Hi", "size": "0x512"}, "size should be a width and a height in pixels"),

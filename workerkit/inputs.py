@@ -42,12 +42,22 @@ MAX_DATA_URLS_BYTES = 8_000_000
 MAX_URL_CHARACTERS = 8_192
 
 MAX_PLACE_CHARACTERS = 100
+MAX_DEPTH = 50  # of a response_format
 
 
 def check_words(value: str) -> str:
     if not value.strip():
         raise ValueError("should not be blank")
     return value
+
+
+def is_deeper_than(levels: int, value: object) -> bool:
+    """Whether lists and objects are nested deeper. Python's own limit differs from version to version."""
+    layer = [value]
+    for _ in range(levels):
+        inner = [one.values() if isinstance(one, dict) else one for one in layer if isinstance(one, (dict, list))]
+        layer = [child for children in inner for child in children]
+    return any(isinstance(one, (dict, list)) for one in layer)
 
 
 def fault_at(place: tuple[int | str, ...], kind: LiteralString, what: str) -> ValidationError:
@@ -326,10 +336,12 @@ class TextInput(JobInput):
     def check_response_format(cls, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("should be an object, such as one with the `type` 'json_object'")
+        if is_deeper_than(MAX_DEPTH, value):
+            raise ValueError(f"should not be nested over {MAX_DEPTH} levels deep")
         try:
             length = len(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError("should hold only what JSON can, and not be nested too deeply") from None
+        except (TypeError, ValueError):
+            raise ValueError("should hold only what JSON can") from None
         if length > MAX_PROMPT_CHARACTERS:
             raise ValueError(f"should have at most {MAX_PROMPT_CHARACTERS} characters as JSON")
         return value
