@@ -147,7 +147,8 @@ AT_LEAST = "The maximum context length is 4096, and your prompt contains at leas
     ("in backticks", "`max_tokens` must be less than or equal to `512`", 512),
     ("with thousands", "max_tokens must be at most 2,048", 2048),
     ("no number", "max_tokens is too large for this model", None),
-    ("a number that isn't the prompt's", AT_LEAST, 4096),
+    ("a number that isn't the prompt's", AT_LEAST, None),
+    ("it is too small", "max_tokens must be at least 16", None),
 )
 def test_a_cap_that_is_too_large_is_lowered_or_left_out(message: str, cap: int | None) -> None:
     server = refusing_value("max_tokens", 5000, message)
@@ -206,7 +207,8 @@ OFFERED = {"param": "size", "message": "Supported values are: '1024x1024', '1536
     ("the nearest of a list", "500x510", OFFERED, "1024x1024"),
     ("by its shape", "600x400", OFFERED, "1536x1024"),
     ("no list", "500x510", unsupported("size"), None),
-    ("a rule", "500x510", "Invalid size '500x510'. Width and height must both be divisible by 16.", None),
+    ("a rule", "500x510", "Invalid size '500x510'. Width and height must both be divisible by 16.", "496x512"),
+    ("the model's own choice", "auto", OFFERED, None),
 )
 def test_a_size_becomes_the_nearest_that_is_offered_or_the_models_own(
     asked_size: str, refusal: Any, size: str | None

@@ -17,7 +17,7 @@ from workerkit import sentences
 from workerkit.errors import Document, InvalidInput, JobError, OperatorFault
 from workerkit.media import nearest_size
 from workerkit.refusals import CAP, LATER_CAP, FieldRefused, NamedField, Unexplained
-from workerkit.settings import Effort, ProviderSettings
+from workerkit.settings import IMAGE_SIZE, Effort, ProviderSettings
 
 MAX_CALLS = 3  # in an attempt
 FORGET_AFTER_S = 3600.0
@@ -42,6 +42,11 @@ PROMPT_TOKENS = (
 )
 
 
+def is_too_small(words: str) -> bool:
+    """Whether a refusal wants a larger cap."""
+    return bool(re.search(r"\b(?:below|at least|minimum|greater than)\b", words))
+
+
 def lower_cap(words: str, cap: int) -> int | None:
     """The cap of a text that a refusal leaves room for; None if it can't be told.
 
@@ -55,9 +60,24 @@ def lower_cap(words: str, cap: int) -> int | None:
         room = int(context[1]) - int(prompt[1])
         if room <= 0:
             raise InvalidInput("the prompt is longer than the context", sentences.TOO_LONG)
-        return min(room, cap - 1)
+        return min(room, cap - 1) or None
+    if context or is_too_small(words):
+        return None
     smaller = [number for number in map(int, re.findall(r"\b\d{1,9}\b", words)) if 0 < number < cap]
     return max(smaller, default=None)
+
+
+def other_size(words: str, size: str) -> str | None:
+    """The nearest picture size that a refusal allows, by a list or by what divides its sides; None if it says none."""
+    if size == "auto":
+        return None
+    if offered := [one for one in re.findall(rf"\b{IMAGE_SIZE}\b", words) if one != size]:
+        return nearest_size(size, offered)
+    step = re.search(r"(?:divisible by|multiples? of) ([1-9]\d{0,2})\b", words)
+    if step is None:
+        return None
+    rounded = "x".join(str(max(1, round(int(side) / int(step[1]))) * int(step[1])) for side in size.split("x"))
+    return rounded if rounded != size else None
 
 
 # ── what was learnt ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -202,13 +222,9 @@ class Negotiation:
         return True
 
     def _change_size(self, named: NamedField) -> bool:
-        """The nearest size that is offered. A server that takes none gets none, and the result says what it made."""
-        offered = [
-            size.replace(" ", "").replace("×", "x") for size in re.findall(r"\d{2,4} ?[x×] ?\d{2,4}", named.words)
-        ]
-        offered = [size for size in offered if size != self.body["size"]]
-        if offered:
-            self.body["size"] = nearest_size(self.body["size"], offered)
+        """The nearest size that is allowed. A server that takes none gets none, and the result says what it made."""
+        if size := other_size(named.words, self.body["size"]):
+            self.body["size"] = size
         else:
             self._leave_out("size")
         return True

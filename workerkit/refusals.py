@@ -8,6 +8,7 @@ prompts. They are never shown or logged.
 from __future__ import annotations
 
 import email.utils
+import html
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
 from workerkit import sentences
@@ -27,11 +29,12 @@ FIELD_KEYS = frozenset({"param", "parameter", "loc", "field"})
 WAIT_KEYS = frozenset({"retrydelay", "retry_after", "estimated_time"})
 MESSAGE_KEYS = re.compile(r"message|msg|error|detail|description|reason|raw|title")
 # What repeats the request, or leads elsewhere.
-IGNORED_KEYS = frozenset({"input", "ctx", "url", "documentation_url", "flagged_input", "prompt", "messages", "request"})
+IGNORED_KEYS = frozenset(
+    {"input", "ctx", "url", "documentation_url", "flagged_input", "prompt", "messages", "request", "body"}
+)
 TIMES = re.compile(r"(?<=\d)\s?[×*]\s?(?=\d)")  # between the sides of a size
 THOUSANDS = re.compile(r"(?<=\d)[,_](?=\d{3}\b)")
 MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000
-ERROR_STATUSES = range(400, 600)
 
 
 @dataclass
@@ -177,13 +180,17 @@ def wait_asked_for(headers: Mapping[str, str], refusal: Refusal) -> float | None
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-CUT, SHINGLE = "·", 3
-MAX_SENT_WORDS = 200_000
+CUT, END, SHINGLE = "·", "|", 3
+MAX_SENT_WORDS, MAX_CUT_WORDS = 200_000, 50
+NONE: frozenset[str] = frozenset()
+ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")
+WORD = re.compile(r"\w+|[.;!?](?=\s|$)|\n")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, and `|` where a sentence ends."""
-    return ["|" if word[0] in ".;!?\n" else word for word in re.findall(r"\w+|[.;!?](?=\s|$)|\n", text.lower())]
+    """The words of a text in lower case, and `|` where a sentence ends. Text escaped for JSON or HTML has the same."""
+    plain = ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else "\n", html.unescape(text))
+    return [END if word[0] in ".;!?\n" else word for word in WORD.findall(plain.lower())]
 
 
 def strings_of(value: object) -> Iterator[str]:
@@ -203,32 +210,46 @@ def strings_of(value: object) -> Iterator[str]:
 class Sent:
     """The texts of a request, to be cut out of what the server says about it.
 
-    A server may repeat a part of a prompt, so three words in a row that the request has are cut as well.
+    A server may repeat a part of a prompt, so three words in a row that the request has are cut as well. The part may
+    begin and end within a word.
     """
 
     def __init__(self, request: Document) -> None:
         self.request = request
         self._short: set[tuple[str, ...]] = set()
-        self._shingles: set[tuple[str, ...]] = set()
+        self._followers: dict[tuple[str, str], set[str]] = {}
+        self._leaders: dict[tuple[str, str], set[str]] = {}
         for text in strings_of(request):
-            words = words_of(text)[:MAX_SENT_WORDS]
-            if len(words) < SHINGLE:
+            words = [word for word in words_of(text)[:MAX_SENT_WORDS] if word != END]
+            if 0 < len(words) < SHINGLE:
                 self._short.add(tuple(words))
-            self._shingles.update(zip(words, words[1:], words[2:], strict=False))
-        self._short.discard(())
+            for first, second, third in zip(words, words[1:], words[2:], strict=False):
+                self._followers.setdefault((first, second), set()).add(third)
+                self._leaders.setdefault((second, third), set()).add(first)
 
     def cut(self, text: str) -> str:
         """The words of a message that the request doesn't have, separated by blanks."""
-        words = words_of(text)
-        is_echo = [False] * len(words)
-        for size, known in ((1, self._short), (2, self._short), (SHINGLE, self._shingles)):
+        found = words_of(text)
+        places = [place for place, word in enumerate(found) if word != END]
+        for at in self._echoes([found[place] for place in places]):
+            found[places[at]] = CUT
+        return " ".join(found)
+
+    def _echoes(self, words: list[str]) -> Iterator[int]:
+        """The places of the words that repeat the request."""
+        for size in (1, 2):
             for at in range(len(words) - size + 1):
-                if tuple(words[at : at + size]) in known:
-                    is_echo[at : at + size] = [True] * size
-        return " ".join(CUT if echo else word for word, echo in zip(words, is_echo, strict=True))
+                if tuple(words[at : at + size]) in self._short:
+                    yield from range(at, at + size)
+        for at, (first, second, third) in enumerate(zip(words, words[1:], words[2:], strict=False)):
+            followers, leaders = self._followers.get((first, second), NONE), self._leaders.get((second, third), NONE)
+            is_cut_behind = any(word.startswith(third) for word in islice(followers, MAX_CUT_WORDS))
+            is_cut_before = any(word.endswith(first) for word in islice(leaders, MAX_CUT_WORDS))
+            if third in followers or is_cut_behind or is_cut_before:
+                yield from range(at, at + SHINGLE)
 
     def holds(self, token: str) -> bool:
-        return any(token in text for text in strings_of(self.request))
+        return any(token.lower() in text.lower() for text in strings_of(self.request))
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,7 +270,6 @@ class Cause(StrEnum):
 
 
 IN_ANSWER = 0  # the status of an error in an answer of status 200 that names none
-NO_REFUSAL: frozenset[int] = frozenset()
 BAD_REQUESTS = frozenset({IN_ANSWER, 400, 403, 404, 413, 422, 451})
 
 
@@ -287,7 +307,7 @@ TABLE = (
         r"(?:request|prompt|input|messages?|payload|entity|text|body|query) (?:is |are )?too (?:long|large|big)",
         rf"reduce{NEAR}(?:length|messages|prompt|input|size)|maximum (?:input|prompt|allowed|model)? ?length",
         rf"(?:input|prompt){NEAR}(?:tokens|characters|length){NEAR}exceed\w*",
-        rf"exceed\w*{NEAR}(?:token|input|character) limit",
+        rf"exceed\w*{NEAR}(?:token|input|character) limit|(?:token|input|character)s? limit{SOON}?exceed\w*",
         rf"(?:tokens|input|prompt|length){NEAR}exceeds?{NEAR}(?:maximum|limit|allowed)",
         rf"(?:inputs?|prompt){NEAR}(?:less|fewer|more) than \d+ (?:tokens|characters)",
     ),
@@ -297,6 +317,7 @@ TABLE = (
         BAD_REQUESTS | {401, 402, 429},
         r"insufficient (?:quota|balance|funds?|credits?|account balance)|billing\w*|arrear\w*|payment required",
         rf"(?:exceed\w*|reached|out of|over){NEAR}(?:quota|credits?|balance|budget)|quota (?:exceeded|exhausted)",
+        rf"(?:balance|quota|credits?|funds){SOON}?(?:insufficient|exhausted|depleted|used up|too low)",
         r"current quota|credit balance|(?:not enough|more|no) (?:credits?|balance)|spend\w* limit",
         r"budget (?:has been )?exceeded|\w*(?:余额不足|欠费)\w*",
     ),
@@ -316,7 +337,8 @@ TABLE = (
         rf"models?{SOON}?(?:not (?:found|exist\w*|available|loaded|recogni[sz]ed)|does not exist|doesn t exist)",
         rf"models?{SOON}?(?:deprecated|decommissioned|retired|discontinued|shut ?down|removed|disabled)",
         r"model (?:is )?(?:not supported|unavailable)",
-        rf"no (?:models?|endpoints?){SOON}?(?:found|available|loaded)",
+        rf"no (?:models?|endpoints?){SOON}?(?:found|available|loaded)|(?:failed|unable) to load{SOON}?model",
+        r"not a chat model|unsupported model",
     ),
     row(Cause.SETUP, {500, 501, 503}, rf"(?:not|isn t|no){SOON}?(?:configured|installed)|not found on the server host"),
     row(
