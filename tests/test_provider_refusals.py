@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import time
 from email.utils import formatdate
@@ -510,12 +511,18 @@ def test_a_prompt_that_is_repeated_changes_no_class(status: int, template: str, 
     assert echoing(status, template, trap, trap) == echoing(status, template, "", "Hello")
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(TRAPS), st.sampled_from(REFUSALS), st.integers(0, 40), st.sampled_from([str.upper, repr, str]))
-def test_nor_does_a_part_of_it(trap: str, refusal: tuple[int, str], cut: int, shown: Any) -> None:
-    words = trap.split()
-    part = " ".join(words[: max(3, len(words) - cut % len(words))])
-    assert echoing(*refusal, shown(part), trap) == echoing(*refusal, "", "Hello")
+def shown_as(text: str) -> st.SearchStrategy[str]:
+    """A part of a text, from and up to any of its letters, as servers show it."""
+    forms = (str, str.upper, repr, json.dumps, html.escape, lambda part: f"«{part}…»")
+    bounds = st.tuples(st.integers(0, len(text) // 3), st.integers(len(text) * 2 // 3, len(text)))
+    return st.builds(lambda bound, form: form(text[slice(*bound)]), bounds, st.sampled_from(forms))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from(TRAPS[:-1]), st.sampled_from(REFUSALS))
+def test_nor_does_a_part_of_it(data: st.DataObject, trap: str, refusal: tuple[int, str]) -> None:
+    said = data.draw(shown_as(trap))
+    assert echoing(*refusal, said, trap) == echoing(*refusal, "", "Hello")
 
 
 @table(

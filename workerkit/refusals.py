@@ -29,9 +29,8 @@ FIELD_KEYS = frozenset({"param", "parameter", "loc", "field"})
 WAIT_KEYS = frozenset({"retrydelay", "retry_after", "estimated_time"})
 MESSAGE_KEYS = re.compile(r"message|msg|error|detail|description|reason|raw|title")
 # What repeats the request, or leads elsewhere.
-IGNORED_KEYS = frozenset(
-    {"input", "ctx", "url", "documentation_url", "flagged_input", "prompt", "messages", "request", "body"}
-)
+IGNORED_KEYS = frozenset({"input", "ctx", "url", "documentation_url", "flagged_input"})
+IGNORED_KEYS |= {"prompt", "messages", "request", "body"}
 TIMES = re.compile(r"(?<=\d)\s?[×*]\s?(?=\d)")  # between the sides of a size
 THOUSANDS = re.compile(r"(?<=\d)[,_](?=\d{3}\b)")
 MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000
