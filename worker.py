@@ -1549,11 +1549,11 @@ async def generate(runtime: Runtime, attempt: Attempt, progress: Progress) -> Re
     provider, where = runtime.providers.get(handler.provider), settings.provider(handler.provider)
     attempt.provider, ends_at = where, asyncio.get_running_loop().time() + attempt.time_left_s()
     await provider.ready(attempt.time_left_s() / 4)  # most of the limit is left for the answer
+    attempt.provider = await provider.with_model(where.serving(getattr(inputs, "model", None)))
     if not attempt.is_lease_fresh():  # looked at again, right before a call that costs money
         raise HandBack("its lease ran out before it asked the provider")
     try:
         async with asyncio.timeout_at(ends_at) as deadline:
-            attempt.provider = await provider.with_model(where.serving(getattr(inputs, "model", None)))
             return await handler.run(Call(job, inputs, settings, provider, attempt.provider, progress))
     except TimeoutError:
         if deadline.expired():
