@@ -114,8 +114,7 @@ class Provider:
         self.host = host
         self.port = port or free_port()
         self.api_key = api_key
-        self.models: tuple[str, ...] | None = MODELS  # None: it doesn't list them
-        self.lists_given = 0  # how often it was asked for them
+        self._offer_the_usual()
         self._calls: list[Call] = []
         self._calls_by_prompt: Counter[str] = Counter()
         self._files: dict[str, tuple[Body, Plan]] = {}
@@ -124,6 +123,11 @@ class Provider:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started: Future[None] = Future()
         self._is_stopping = False
+
+    def _offer_the_usual(self) -> None:
+        """Offer one model. A test may change what is offered; `models_fault` is a directive for the list."""
+        self.models: tuple[str, ...] | None = MODELS  # None: it doesn't list them
+        self.models_fault, self.lists_given = "", 0
 
     @property
     def url(self) -> str:
@@ -156,7 +160,7 @@ class Provider:
         with self._lock:
             self._calls.clear()
             self._calls_by_prompt.clear()
-            self.models, self.lists_given = MODELS, 0
+            self._offer_the_usual()
 
     def start(self) -> Provider:
         """Start to listen, unless the provider does already. Raises: OSError, when the port is taken."""
@@ -224,11 +228,13 @@ class Provider:
         application.router.add_get("/calls", self._list_calls)
         return application
 
-    async def _list_models(self, request: web.Request) -> web.Response:
+    async def _list_models(self, request: web.Request) -> web.StreamResponse:
         """Respond with the list of models."""
         if not self._is_authorized(request):
             return _key_error(request)
         self.lists_given += 1
+        if failure := await _fail_as_a_whole(request, Plan("", parse_directives(self.models_fault))):
+            return failure
         if self.models is None:
             return error_response(404, "There is no such page.")
         common = {"object": "model", "created": CREATED_AT, "owned_by": "testbed"}

@@ -13,7 +13,7 @@ from celery.worker.consumer.consumer import INVALID_TASK_ERROR  # type: ignore[a
 
 from tests.lab import SECRET, table
 from workerkit import logs
-from workerkit.logs import LibraryNoiseFilter, RepeatedFaultLog, on_one_line, place_of, without_reject
+from workerkit.logs import LibraryNoiseFilter, OncePerCause, RepeatedFaultLog, on_one_line, place_of, without_reject
 
 
 def line(message: object, *args: object, error: BaseException | None = None, name: str = "celery") -> logging.LogRecord:
@@ -66,6 +66,37 @@ def test_a_line_of_celery_that_names_a_task_always_passes(at: list[float]) -> No
     noise = LibraryNoiseFilter()
     lines = [line("Hard time limit (%ss) exceeded for %s[%s]", 9, "process_job", task_id) for task_id in "ab"]
     assert [noise.filter(record) for record in lines] == [True, True]
+
+
+def test_a_cause_is_an_error_once_a_minute_and_an_information_meanwhile() -> None:
+    now = [1000.0]
+    causes, levels = OncePerCause(lambda: now[0]), []
+    for now[0] in (1000.0, 1001.0, 1059.0, 1060.0, 1061.0):
+        levels.append(logging.getLevelName(causes.level(logging.ERROR, "a wrong key")))
+    assert levels == ["ERROR", "INFO", "INFO", "ERROR", "INFO"]
+
+
+def test_another_cause_is_an_error_beside_it() -> None:
+    causes = OncePerCause()
+    assert [causes.level(logging.ERROR, cause) for cause in ("a key", "a model")] == [logging.ERROR] * 2
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO, logging.WARNING])
+def test_what_is_no_error_keeps_its_level(level: int) -> None:
+    causes = OncePerCause()
+    assert [causes.level(level, "busy") for _ in range(2)] == [level] * 2
+
+
+def test_a_critical_line_is_said_once_a_minute_too() -> None:
+    causes = OncePerCause()
+    assert [causes.level(logging.CRITICAL, "x") for _ in range(2)] == [logging.CRITICAL, logging.INFO]
+
+
+def test_any_number_of_causes_takes_bounded_memory() -> None:
+    causes = OncePerCause()
+    levels = {causes.level(logging.ERROR, f"cause {number}") for number in range(3 * OncePerCause.MAX_CAUSES)}
+    assert levels == {logging.ERROR}
+    assert len(causes._next_at) <= OncePerCause.MAX_CAUSES
 
 
 # ── the lines of libraries ───────────────────────────────────────────────────────────────────────────────────────

@@ -1,245 +1,211 @@
-"""Which model serves where none is set, and what is said about those that end or aren't offered."""
+"""Which model serves where none is set, what is known about the end of those in use, and how the list is asked for."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import date, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, get_args
 
 import pytest
 
 from testbed.provider import Provider
-from tests.lab import table
-from workerkit.errors import OperatorFault
-from workerkit.models import CURRENT, Choices, choose, date_of, parse_models, remark, sizes_of
+from tests.lab import AUDIO, IMAGE, KEY, TEXT, generate, serving, table
+from workerkit.errors import FailJob, OperatorFault
+from workerkit.models import CURRENT, MAX_NAMES, READ_ON, Choices, choose, date_of, parse_models, remark, sizes_of
 from workerkit.provider import Memory, OpenAIProvider
-from workerkit.settings import ProviderSettings
+from workerkit.refusals import ModelGone
+from workerkit.sentences import NOT_SET_UP
+from workerkit.settings import ProviderKind, ProviderSettings
 
-OPENAI, SERVER = ProviderSettings("", "key", "", ()), ProviderSettings("http://server/v1", "", "", ())
-LIST_READ_ON = date(2026, 11, 27)
-FIRST, SECOND, *_ = CURRENT["text"]
+ENDS = date(2027, 1, 14)
+KINDS: tuple[ProviderKind, ...] = get_args(ProviderKind)
+TEXTS = list(CURRENT["text"])
 
 
-# ── what a server lists ──────────────────────────────────────────────────────────────────────────────────────────
+def openai(kind: ProviderKind = "text", model: str = "") -> ProviderSettings:
+    return ProviderSettings("", KEY, model, (), kind)
+
+
+def server(kind: ProviderKind = "text", url: str = "http://server/v1") -> ProviderSettings:
+    return ProviderSettings(url, "", "", (), kind)
+
+
+# ── the list of a server ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "document, offered",
+    ("OpenAI", {"object": "list", "data": [{"id": "a", "shutdown_date": "2027-01-14"}]}, {"a": ENDS}),
+    ("no end is known", {"data": [{"id": "a", "shutdown_date": None}, {"id": "b"}]}, {"a": None, "b": None}),
+    ("a list alone", [{"id": "a"}, {"id": "b"}], {"a": None, "b": None}),
+    ("names alone", {"data": ["a", "b"]}, {"a": None, "b": None}),
+    ("by another key", {"models": [{"name": "a"}]}, {"a": None}),
+    ("odd items among them", {"data": [None, 7, {"id": 7}, {"id": ""}, {}, {"id": "a"}]}, {"a": None}),
+)
+def test_the_models_that_a_server_lists(document: Any, offered: dict[str, date | None]) -> None:
+    assert parse_models(document) == offered
+
+
+@pytest.mark.parametrize(
+    "document", [None, 7, "models", {}, {"error": "no"}, {"data": 7}, {"data": []}, {"data": None}]
+)
+def test_another_answer_or_an_empty_one_is_no_list_of_models(document: Any) -> None:
+    with pytest.raises((TypeError, LookupError, AttributeError)):
+        parse_models(document)
 
 
 @table(
     "value, day",
-    ("OpenAI's", "2027-01-06", date(2027, 1, 6)),
-    ("with a time", "2027-01-06T00:00:00Z", date(2027, 1, 6)),
-    ("a Unix time", 1_799_193_600, date(2027, 1, 6)),
-    ("none", None, None),
-    ("words", "soon", None),
-    ("a huge number", 10**30, None),
-    ("true is no number", True, None),
+    ("a day", "2027-01-14", ENDS),
+    ("a time", "2027-01-14T00:00:00Z", ENDS),
+    ("seconds since 1970", datetime(2027, 1, 14, tzinfo=UTC).timestamp(), ENDS),
+    ("null", None, None),
+    ("nothing", "", None),
+    ("a word", "soon", None),
+    ("a day that there isn't", "2027-02-30", None),
+    ("true is no time", True, None),
+    ("a time that no clock has", 1e30, None),
+    ("not a number", float("nan"), None),
+    ("a list", [], None),
 )
 def test_the_day_on_which_a_model_ends(value: object, day: date | None) -> None:
     assert date_of(value) == day
 
 
-@table(
-    "document, names",
-    ("OpenAI's", {"data": [{"id": "a", "shutdown_date": None}, {"id": "b"}]}, ["a", "b"]),
-    ("a list", [{"id": "a"}], ["a"]),
-    ("names alone", {"data": ["a", "b"]}, ["a", "b"]),
-    ("another word", {"models": [{"name": "a"}]}, ["a"]),
-    ("none", {"data": [], "models": []}, []),
-)
-def test_the_models_of_a_list(document: Any, names: list[str]) -> None:
-    assert list(parse_models(document)) == names
+# ── the list of current models ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_no_current_model_ends_within_half_a_year_of_the_day_on_which_the_list_was_read(kind: ProviderKind) -> None:
+    """Of speech none lasts: OpenAI ends all models of /audio/speech on 2027-01-06, and names no other."""
+    assert not {model: ends for model, ends in CURRENT[kind].items() if ends and ends < READ_ON + timedelta(days=180)}
+
+
+def test_each_kind_has_a_current_model() -> None:
+    assert all(CURRENT[kind] for kind in KINDS)
 
 
 # ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @table(
-    "where, offered, gone, model",
-    ("OpenAI's first", OPENAI, dict.fromkeys([SECOND, FIRST]), (), FIRST),
-    ("the first that the key may use", OPENAI, {SECOND: None}, (), SECOND),
-    ("without a list", OPENAI, None, (), FIRST),
-    ("the next after one that is gone", OPENAI, None, (FIRST,), SECOND),
-    ("a server's only one", SERVER, {"only": None}, (), "only"),
-    ("beside one that embeds", SERVER, {"text-embedding-x": None, "bge-reranker": None, "chat": None}, (), "chat"),
-    ("a server without a list may take any name", SERVER, None, (), FIRST),
+    "where, offered, gone, chosen",
+    ("OpenAI: the first that it offers", openai(), {TEXTS[1]: None, TEXTS[0]: None, "x": None}, [], TEXTS[0]),
+    ("OpenAI: the second, if it lacks the first", openai(), {"x": None, TEXTS[1]: None}, [], TEXTS[1]),
+    ("OpenAI: none that it refused", openai(), {TEXTS[0]: None, TEXTS[1]: None}, [TEXTS[0]], TEXTS[1]),
+    ("OpenAI without a list", openai(), None, [], TEXTS[0]),
+    ("OpenAI without a list, after a refusal", openai(), None, [TEXTS[0]], TEXTS[1]),
+    ("OpenAI by its URL", server(url="https://api.openai.com/v1/"), {TEXTS[0]: None, "x": None}, [], TEXTS[0]),
+    ("OpenAI's pictures", openai("image"), None, [], next(iter(CURRENT["image"]))),
+    ("another server's only one", server(), {"local": None}, [], "local"),
+    ("beside those of other kinds", server(), {"local": None, "text-embedding-3": None, "x-rerank": None}, [], "local"),
+    ("another server without a list", server(), None, [], TEXTS[0]),
+    ("the one that is left", server(), {"a": None, "b": None}, ["a"], "b"),
 )
-def test_a_model_that_is_not_set_is_chosen(
-    where: ProviderSettings, offered: dict[str, Any] | None, gone: tuple[str, ...], model: str
+def test_a_model_is_chosen(
+    where: ProviderSettings, offered: dict[str, date | None] | None, gone: list[str], chosen: str
 ) -> None:
-    assert choose(where, offered, gone) == model
+    assert choose(where, offered, gone) == chosen
 
 
 @table(
-    "where, offered, said",
-    ("several", SERVER, {"a/b:7b": None, "c": None}, "offers 2 models: set TEXT_MODEL to one of: a/b:7b, c"),
-    ("names that could forge a line", SERVER, {"a\nERROR": None, "b": None}, "set TEXT_MODEL to one of: b"),
-    ("none", SERVER, {}, "offers 0 models: set TEXT_MODEL to a model, since it lists none"),
-    ("none of OpenAI's that are known", OPENAI, {"whisper": None}, f"offers none of {FIRST}"),
+    "where, offered, gone, advice",
+    ("several", server(), ["b", "a"], [], "http://server/v1 offers 2 models: set TEXT_MODEL to one of: b, a"),
+    ("none", server("image"), [], [], "offers 0 models: set IMAGE_MODEL to one that it takes"),
+    ("none but what it refused", server(), ["a"], ["a"], "offers 0 models: set TEXT_MODEL to one that it takes"),
+    ("none of another kind", server(), ["x-embed"], [], "offers 0 models"),
+    ("OpenAI offers none of ours", openai("audio"), ["x"], [], "offers none of gpt-4o-mini-tts: set AUDIO_MODEL"),
+    ("OpenAI refused all of ours", openai(), ["x"], TEXTS, "set TEXT_MODEL"),
 )
-def test_where_it_cant_be_told_the_operator_reads_the_choices(
-    where: ProviderSettings, offered: dict[str, Any], said: str
+def test_where_none_can_be_chosen_the_operator_reads_the_choices(
+    where: ProviderSettings, offered: list[str], gone: list[str], advice: str
 ) -> None:
+    with pytest.raises(OperatorFault, match="set ") as caught:
+        choose(where, dict.fromkeys(offered), gone)
+    assert advice in caught.value.detail
+
+
+def test_the_choices_hold_no_name_that_could_forge_a_line_and_not_too_many() -> None:
+    odd = ["a\nERROR forged", "b c", "\x1b[2J", "x" * 500, "org/model:7b@q4+x-1.0"]
     with pytest.raises(OperatorFault) as caught:
-        choose(where, offered)
-    assert said in caught.value.detail
+        choose(server(), dict.fromkeys([*odd, *(f"m{number}" for number in range(100))]))
+    names = caught.value.detail.partition("one of: ")[2].split(", ")
+    assert names == ["org/model:7b@q4+x-1.0", *(f"m{number}" for number in range(MAX_NAMES - 1))]
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
-def test_no_model_of_the_short_list_ends_within_180_days(kind: Any) -> None:
-    """OpenAI ends all models for speech on 2027-01-06 and names none after them, so those can't be tested."""
-    ends = [day for day in CURRENT[kind].values() if day]
-    assert all(day - LIST_READ_ON > timedelta(days=180) for day in ends)
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
 
-
-# ── what is said about one in use ────────────────────────────────────────────────────────────────────────────────
-
-SOON = date(2027, 1, 6)
+    def __call__(self) -> float:
+        return self.now
 
 
 @table(
-    "where, model, offered, said",
-    ("all well", OPENAI, "m", {"m": None}, ""),
-    ("not listed", SERVER, "m", {"a": None}, "m isn't among the 1 models that are offered"),
-    ("no list", SERVER, "m", None, ""),
-    ("it ends soon", SERVER, "m", {"m": SOON}, "m ends on 2027-01-06: set another TEXT_MODEL before"),
-    ("it has ended", OPENAI, "m", {"m": date(2026, 10, 23)}, "m ended on 2026-10-23"),
-    ("it ends later", OPENAI, "m", {"m": date(2027, 6, 1)}, ""),
+    "is_certain, after_s, is_kept",
+    ("from a list: for good", True, 10**9, True),
+    ("without a list: for a minute", False, 59, True),
+    ("then it is asked for again", False, 60, False),
 )
-def test_a_remark_about_a_model(
-    where: ProviderSettings, model: str, offered: dict[str, date | None] | None, said: str
+def test_how_long_a_choice_holds(is_certain: bool, after_s: float, is_kept: bool) -> None:
+    choices = Choices(clock := Clock())
+    choices.keep("server", "text", "m", is_certain=is_certain)
+    clock.now += after_s
+    assert (choices.get("server", "text") == "m") is is_kept
+
+
+def test_a_choice_is_that_of_one_server_and_kind() -> None:
+    choices = Choices()
+    choices.keep("server", "text", "m", is_certain=True)
+    assert choices.get("server", "image") is choices.get("another", "text") is None
+
+
+def test_a_model_that_is_refused_is_not_chosen_for_an_hour() -> None:
+    choices = Choices(clock := Clock())
+    choices.keep("server", "text", "m", is_certain=True)
+    assert choices.drop("server", "text", "m")
+    assert (choices.get("server", "text"), choices.gone("server"), choices.gone("another")) == (None, ["m"], [])
+    clock.now += 3600
+    assert choices.gone("server") == []
+
+
+@table(
+    "kept, is_certain, refused",
+    ("a model that the job named", "m", True, "n"),
+    ("one that was chosen without a list", "m", False, "m"),
+)
+def test_only_a_model_of_the_list_is_dropped(kept: str, is_certain: bool, refused: str) -> None:
+    choices = Choices()
+    choices.keep("server", "text", kept, is_certain=is_certain)
+    assert not choices.drop("server", "text", refused)
+    assert choices.get("server", "text") == kept
+
+
+# ── what is wrong with a model in use ────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "where, model, offered, today, said",
+    ("nothing", server(), "m", {"m": None}, ENDS, ""),
+    ("it isn't offered", server(), "m", {"a": None, "b": None}, ENDS, "m isn't among the 2 models that are offered"),
+    ("it has ended", server(), "m", {"m": ENDS}, date(2027, 1, 15), "m ended on 2027-01-14: set another TEXT_MODEL"),
+    ("it ends today", server(), "m", {"m": ENDS}, ENDS, "m ends on 2027-01-14"),
+    ("it ends in 60 days", server(), "m", {"m": ENDS}, date(2026, 11, 15), "m ends on 2027-01-14"),
+    ("it ends in 61 days", server(), "m", {"m": ENDS}, date(2026, 11, 14), ""),
+    ("the list has no end, but ours has", openai("audio"), "gpt-4o-mini-tts", None, READ_ON, "ends on 2027-01-06"),
+    ("of that name elsewhere", server("audio"), "gpt-4o-mini-tts", None, READ_ON, ""),
+    ("no list", server(), "m", None, ENDS, ""),
+)
+def test_what_is_wrong_with_a_model_in_use(
+    where: ProviderSettings, model: str, offered: dict[str, date | None] | None, today: date, said: str
 ) -> None:
-    assert remark(where, model, offered, date(2026, 12, 1)).startswith(said)
-    assert bool(said) == bool(remark(where, model, offered, date(2026, 12, 1)))
+    found = remark(where, model, offered, today)
+    assert said in found
+    assert bool(found) is bool(said)
 
-
-def test_the_end_of_openais_speech_models_is_known_without_a_list() -> None:
-    where = ProviderSettings("", "key", "", (), kind="audio")
-    assert "ends on 2027-01-06" in remark(where, "gpt-4o-mini-tts", None, date(2026, 12, 1))
-
-
-# ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-Routes = dict[str, Callable[[dict[str, Any]], tuple[int, Any]]]
-
-
-@contextmanager
-def serving(routes: Routes) -> Iterator[tuple[str, list[str]]]:
-    """A server with these routes. Yields its base URL, and the routes that were asked, with the model."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
-        def do_GET(self) -> None:
-            self.do_POST()
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
-            asked.append(f"{self.path.rpartition('/')[2]} {body.get('model', '')}".strip())
-            status, answer = routes[self.path](body)
-            data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-        server.shutdown()
-
-
-def say_hello(body: dict[str, Any]) -> tuple[int, Any]:
-    return 200, {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}
-
-
-def texts(where: ProviderSettings, times: int = 1, memory: Memory | None = None) -> list[str]:
-    """Asks for texts as jobs do, each with the model that is chosen for it."""
-
-    async def ask() -> list[str]:
-        provider, made = OpenAIProvider(where, 2**20, memory), []
-        try:
-            for _ in range(times):
-                model = (await provider.with_model(where)).model
-                request = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
-                made.append((await provider.text(request, lambda _: None)).text)
-        finally:
-            await provider.close()
-        return made
-
-    return asyncio.run(ask())
-
-
-def test_a_servers_only_model_is_asked_for_once_and_serves_all_jobs(provider: Provider) -> None:
-    texts(ProviderSettings(provider.url, "", "", ()), times=3)
-    assert [call.model for call in provider.calls] == ["testbed-model"] * 3
-
-
-@table(
-    "models",
-    ("not there", lambda _: (404, {"detail": "Not Found"})),
-    ("broken", lambda _: (500, b"")),
-    ("a page", lambda _: (200, b"<html></html>")),
-    ("another shape", lambda _: (200, {"data": 5})),
-)
-def test_no_job_waits_for_a_list_that_cant_be_had(models: Callable[[dict[str, Any]], tuple[int, Any]]) -> None:
-    with serving({"/v1/models": models, "/v1/chat/completions": say_hello}) as (url, asked):
-        assert texts(ProviderSettings(url, "", "", ()), times=2) == ["Hello", "Hello"]
-    assert asked == ["models", f"completions {FIRST}", f"completions {FIRST}"]
-
-
-def test_a_list_that_does_not_come_holds_up_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workerkit.provider.MODELS_S", 0.2)
-    over = threading.Event()
-
-    def hang(_body: dict[str, Any]) -> tuple[int, Any]:
-        over.wait(20)
-        return 200, {}
-
-    with serving({"/v1/models": hang, "/v1/chat/completions": say_hello}) as (url, _):
-        try:
-            assert texts(ProviderSettings(url, "", "", ())) == ["Hello"]
-        finally:
-            over.set()
-
-
-def test_a_chosen_model_that_is_gone_is_replaced_within_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse_the_first(body: dict[str, Any]) -> tuple[int, Any]:
-        gone = {"error": {"code": "model_not_found", "message": "The model does not exist"}}
-        return (404, gone) if body["model"] == FIRST else say_hello(body)
-
-    both = {"data": [{"id": FIRST}, {"id": SECOND}]}
-    with serving({"/v1/models": lambda _: (200, both), "/v1/chat/completions": refuse_the_first}) as (url, asked):
-        monkeypatch.setattr("workerkit.settings.OPENAI_URL", url)
-        monkeypatch.setattr("workerkit.provider.OPENAI_URL", url)
-        assert texts(OPENAI, times=2) == ["Hello", "Hello"]
-    assert asked == ["models", f"completions {FIRST}", "models", f"completions {SECOND}", f"completions {SECOND}"]
-
-
-def test_a_model_that_is_set_and_gone_is_the_operators_fault() -> None:
-    gone = {"error": {"code": "model_not_found", "message": "no"}}
-    with serving({"/v1/chat/completions": lambda _: (404, gone)}) as (url, asked):
-        with pytest.raises(OperatorFault, match="TEXT_MODEL"):
-            texts(ProviderSettings(url, "", "mine", ()))
-    assert asked == ["completions mine"]
-
-
-def test_a_choice_without_a_list_holds_for_a_minute_and_one_from_a_list_for_good() -> None:
-    now = [0.0]
-    choices = Choices(lambda: now[0])
-    choices.keep("a", "text", "guessed", is_certain=False)
-    choices.keep("b", "text", "listed", is_certain=True)
-    now[0] = 59.0
-    assert choices.get("a", "text") == "guessed"
-    now[0] = 60.0
-    assert (choices.get("a", "text"), choices.get("b", "text")) == (None, "listed")
-
-
-# ── sizes of pictures ────────────────────────────────────────────────────────────────────────────────────────────
 
 THREE = ("1024x1024", "1536x1024", "1024x1536")
 
@@ -257,3 +223,127 @@ THREE = ("1024x1024", "1536x1024", "1024x1536")
 )
 def test_the_sizes_that_a_family_of_models_offers(model: str, wanted: str, sizes: tuple[str, ...]) -> None:
     assert sizes_of(model, wanted) == sizes
+
+
+# ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(where: ProviderSettings, ask: Callable[[OpenAIProvider], Awaitable[Any]], memory: Memory | None = None) -> Any:
+    async def call() -> Any:
+        provider = OpenAIProvider(where, 2**20, memory)
+        try:
+            return await ask(provider)
+        finally:
+            await provider.close()
+
+    return asyncio.run(call())
+
+
+def texts(
+    where: ProviderSettings, count: int = 1, prompt: str = "Hello"
+) -> Callable[[OpenAIProvider], Awaitable[list[str]]]:
+    """Asks for so many texts at a time, each as a job does. Returns the models of the answers."""
+
+    async def ask(provider: OpenAIProvider) -> list[str]:
+        async def one() -> str:
+            chosen = await provider.with_model(where)
+            messages = [{"role": "user", "content": prompt}]
+            return (await provider.text({"model": chosen.model, "messages": messages}, lambda _: None)).model
+
+        return await asyncio.gather(*(one() for _ in range(count)))
+
+    return ask
+
+
+@pytest.mark.parametrize("job", [(TEXT, {"prompt": "x"}), (IMAGE, {"prompt": "x"}), (AUDIO, {"text": "x"})])
+def test_with_a_url_alone_the_servers_only_model_serves(provider: Provider, job: tuple[str, dict[str, str]]) -> None:
+    result = generate(*job, serving(provider))
+    assert result.output["model_used"] == provider.calls[0].model == "testbed-model"
+
+
+def test_the_list_is_asked_for_once_for_many_jobs_at_a_time(provider: Provider) -> None:
+    where, memory = server(url=provider.url), Memory()
+    assert run(where, texts(where, 20), memory) == ["testbed-model"] * 20
+    assert run(where, texts(where, 20), memory) == ["testbed-model"] * 20
+    assert provider.lists_given == 1
+
+
+def test_the_choice_is_logged_as_a_line_for_the_settings(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "worker")
+    run(where := server(url=provider.url), texts(where))
+    assert caplog.messages == ["TEXT_MODEL=testbed-model was chosen, since it isn't set; put this into .env"]
+
+
+def test_a_model_that_is_set_needs_no_list(provider: Provider) -> None:
+    generate(TEXT, {"prompt": "x"}, serving(provider, text_model="mine"))
+    assert (provider.lists_given, provider.calls[0].model) == (0, "mine")
+
+
+def test_several_models_are_the_operators_fault_and_nothing_is_asked(provider: Provider) -> None:
+    provider.models = ("small", "large")
+    with pytest.raises(OperatorFault, match="set TEXT_MODEL to one of: small, large") as caught:
+        generate(TEXT, {"prompt": "x"}, serving(provider))
+    assert caught.value.sentence == NOT_SET_UP
+    assert not provider.calls
+
+
+@pytest.mark.parametrize("fault", ["[status 404]", "[status 500]", "[html]", "[redirect http://x/]", "[gzip 3]"])
+def test_where_the_list_cant_be_had_a_job_is_done_all_the_same(provider: Provider, fault: str) -> None:
+    provider.models_fault = fault
+    run(where := server(url=provider.url), texts(where, 3))
+    assert [call.model for call in provider.calls] == [TEXTS[0]] * 3
+    assert provider.lists_given == 1
+
+
+def test_a_list_that_never_comes_is_waited_for_once_and_shortly(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workerkit.provider.MODELS_S", 0.3)
+    provider.models_fault = "[hang]"
+    began = time.monotonic()
+    run(where := server(url=provider.url), texts(where, 5))
+    assert time.monotonic() - began < 2
+    assert (len(provider.calls), provider.lists_given) == (5, 1)
+
+
+def test_the_list_is_asked_for_again_after_a_minute_without(provider: Provider) -> None:
+    where, memory = server(url=provider.url), Memory(choices=Choices(clock := Clock()))
+    provider.models_fault = "[status 500]"
+    run(where, texts(where), memory)
+    provider.models_fault = ""
+    assert run(where, texts(where), memory) == [TEXTS[0]]
+    clock.now += 60
+    assert run(where, texts(where), memory) == ["testbed-model"]
+
+
+@pytest.fixture
+def as_openai(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> Provider:
+    """The provider in OpenAI's place, with all current models."""
+    for module in ("provider", "settings"):
+        monkeypatch.setattr(f"workerkit.{module}.OPENAI_URL", provider.url)
+    provider.models = tuple(TEXTS)
+    return provider
+
+
+def test_a_model_that_is_gone_is_replaced_within_the_attempt(as_openai: Provider) -> None:
+    ask, memory = texts(openai(), prompt=f"[gone {TEXTS[0]}]"), Memory()
+    assert [run(openai(), ask, memory) for _ in range(2)] == [[TEXTS[1]], [TEXTS[1]]]
+    assert [call.model for call in as_openai.calls] == [TEXTS[0], TEXTS[1], TEXTS[1]]
+
+
+def test_models_that_are_all_gone_cost_three_calls_at_most(as_openai: Provider) -> None:
+    with pytest.raises(ModelGone):
+        run(openai(), texts(openai(), prompt="[gone *]"))
+    assert len(as_openai.calls) == 3
+
+
+def test_a_model_that_is_set_is_not_replaced_when_it_is_gone(as_openai: Provider) -> None:
+    with pytest.raises(FailJob, match="set TEXT_MODEL"):
+        run(where := openai(model=TEXTS[0]), texts(where, prompt="[gone *]"))
+    assert len(as_openai.calls) == 1
+
+
+def test_the_only_model_of_another_server_is_asked_once_if_it_is_gone(provider: Provider) -> None:
+    with pytest.raises(OperatorFault, match="set TEXT_MODEL"):
+        run(where := server(url=provider.url), texts(where, prompt="[gone *]"))
+    assert len(provider.calls) == 1

@@ -1,395 +1,583 @@
-"""What a server is asked for after it refused a field, how often, and what of it is remembered."""
+"""What is asked for instead when a model server refuses a field: what may change, what is learnt, how often is asked.
+
+The servers here are functions that refuse a request or don't; the worker's own loop asks them.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tests.lab import table
-from workerkit import sentences
-from workerkit.errors import FailJob, InvalidInput, OperatorFault
-from workerkit.negotiation import MAX_CALLS, Learnt, Negotiation
-from workerkit.refusals import FieldRefused, Unexplained, judge, read_refusal
+from workerkit.answers import MORE_ROOM, Answer, Completion, OnlyThought
+from workerkit.errors import FailJob, InvalidInput, JobError, OperatorFault, RetryJob
+from workerkit.negotiation import LOWEST_EFFORT, MAX_CALLS, Learnt, Negotiation, lower_cap, other_size
+from workerkit.provider import Memory, OpenAIProvider
+from workerkit.refusals import Unexplained, judge, read_refusal, words_of
+from workerkit.sentences import ONLY_THOUGHT, TOO_LONG
 from workerkit.settings import ProviderSettings
 
 Body = dict[str, Any]
-Server = Callable[[Body], Any]  # the error's message, or a whole body, if it refuses; else nothing
+Server = Callable[[Body], Body | None]  # a request's refusal, as a body of status 400; or None: it is answered
+WHERE: Body = {"base_url": "http://server/v1", "api_key": "", "model": "", "allowed_models": ()}
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "Write about the harbour."}]}
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+SPOKEN = {"model": "m", "input": "Write about the harbour."}
+DRAWN = {"model": "m", "prompt": "The harbour."}
 
-URL, HOUR_S = "http://server/v1", 3600.0
-WHERE = ProviderSettings(URL, "", "m", (), thinking_tokens=1000)
-TEXT: Body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
-PICTURE: Body = {"model": "m", "prompt": "A harbour"}
-SOUND: Body = {"model": "m", "input": "Good morning"}
-STREAM: Body = {"stream": True, "stream_options": {"include_usage": True}}
-VOICE: Body = {"voice": "alloy", "response_format": "mp3"}
+
+@contextlib.asynccontextmanager
+async def opened(where: ProviderSettings, memory: Memory) -> AsyncIterator[OpenAIProvider]:
+    provider = OpenAIProvider(where, 2**20, memory)
+    try:
+        yield provider
+    finally:
+        await provider.close()
+
+
+class Talk:
+    """Asks a server for something, as often as the worker does; `sent` are the requests that reached it."""
+
+    def __init__(self, server: Server, memory: Memory | None = None, kind: Any = "text", **where: Any) -> None:
+        self.sent: list[Body] = []
+        self._server, self._memory, self._kind = server, memory or Memory(), kind
+        self._where = ProviderSettings(**{**WHERE, **where})
+
+    async def _send(self, talk: Negotiation) -> None:
+        self.sent.append(dict(talk.body))
+        if refusal := self._server(talk.body):
+            raise judge(read_refusal(400, json.dumps(refusal).encode()), talk.body, self._kind, {})
+
+    def ask(self, asked: Body, ours: Body | None = None) -> list[Body]:
+        """The requests until one was answered. Raises JobError: none was."""
+
+        async def negotiate() -> None:
+            async with opened(self._where, self._memory) as provider:
+                await provider._negotiate(self._kind, asked, ours or {}, self._send)
+
+        self.sent.clear()
+        asyncio.run(negotiate())
+        return list(self.sent)
+
+    def fault(self, asked: Body, ours: Body | None = None) -> JobError:
+        with pytest.raises(JobError) as caught:
+            self.ask(asked, ours)
+        return caught.value
+
+
+def unsupported(*names: str) -> Server:
+    """Refuses the first of these fields that the request has."""
+
+    def refuse(body: Body) -> Body | None:
+        name = next((name for name in names if name in body), None)
+        text = f"Unsupported parameter: '{name}' is not supported with this model."
+        return {"error": {"message": text, "param": name, "code": "unsupported_parameter"}} if name else None
+
+    return refuse
+
+
+def says(message: str, name: str, *, unless: Callable[[Any], bool] = lambda _: False) -> Server:
+    """Refuses a field with this message, unless its value fits."""
+    return lambda body: {"error": {"message": message}} if name in body and not unless(body[name]) else None
+
+
+def either(*servers: Server) -> Server:
+    return lambda body: next((refusal for server in servers if (refusal := server(body))), None)
+
+
+def takes_all(_body: Body) -> None:
+    return None
+
+
+def takes_nothing(message: str, code: str | None = None) -> Server:
+    return lambda _: {"error": {"message": message, "code": code}}
+
+
+# ── what is sent ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_asked_for_and_what_is_ours_is_sent_and_nothing_else() -> None:
+    assert Talk(takes_all).ask(ASKED, STREAMED) == [{**STREAMED, **ASKED}]
+
+
+def test_what_the_job_asked_for_wins_over_ours() -> None:
+    [sent] = Talk(takes_all).ask({**SPOKEN, "voice": "sage"}, {"voice": "alloy"})
+    assert sent["voice"] == "sage"
+
+
+def test_a_request_is_not_changed_for_its_caller() -> None:
+    asked, ours = {**ASKED, "max_tokens": 200}, dict(STREAMED)
+    Talk(unsupported("max_tokens", "stream_options")).ask(asked, ours)
+    assert (asked, ours) == ({**ASKED, "max_tokens": 200}, STREAMED)
+
+
+# ── leaving out, renaming, replacing ─────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "refused, left_out",
+    ("the figures", ["stream_options"], {"stream_options"}),
+    ("streaming, and the figures with it", ["stream"], {"stream", "stream_options"}),
+    ("one after the other", ["stream_options", "max_tokens"], {"stream_options", "max_tokens"}),
+)
+def test_a_field_of_ours_is_left_out(refused: list[str], left_out: set[str]) -> None:
+    last = Talk(unsupported(*refused)).ask(ASKED, {**STREAMED, "max_tokens": 90})[-1]
+    assert {"max_tokens", "stream", "stream_options"} - last.keys() == left_out
+
+
+@table("asked, ours", ("asked by the job", {"max_tokens": 200}, {}), ("set by the operator", {}, {"max_tokens": 200}))
+def test_a_renamed_cap_has_room_for_thinking_and_the_lowest_effort(asked: Body, ours: Body) -> None:
+    first, last = Talk(unsupported("max_tokens"), thinking_tokens=1000).ask({**ASKED, **asked}, ours)
+    assert first["max_tokens"] == 200
+    assert last == {**ASKED, "max_completion_tokens": 1200, "reasoning_effort": LOWEST_EFFORT}
+
+
+def test_the_operators_effort_stays_where_the_cap_is_renamed() -> None:
+    talk = Talk(unsupported("max_tokens"), reasoning_effort="high")
+    last = talk.ask({**ASKED, "max_tokens": 200}, {"reasoning_effort": "high"})[-1]
+    assert last["reasoning_effort"] == "high"
+
+
+def test_an_effort_of_ours_that_is_refused_is_left_out_or_replaced_by_the_lowest_that_is_offered() -> None:
+    offers = says("'reasoning_effort' does not support 'low'; supported values are 'high' and 'medium'",
+                  "reasoning_effort", unless=lambda value: value == "medium")  # fmt: skip
+    asked = {**ASKED, "max_tokens": 200}
+    assert Talk(either(unsupported("max_tokens"), offers)).ask(asked)[-1]["reasoning_effort"] == "medium"
+    last = Talk(unsupported("max_tokens", "reasoning_effort")).ask(asked)[-1]
+    assert last == {**ASKED, "max_completion_tokens": 4296}
+
+
+@table(
+    "words, cap, lower",
+    ("OpenAI", "max_tokens is too large: 5000. This model supports at most 4096 completion tokens", 5000, 4096),
+    ("Groq", "`max_tokens` must be less than or equal to `1024`", 5000, 1024),
+    ("Anthropic", "max_tokens: 64000 > 32000, which is the maximum allowed", 64000, 32000),
+    ("DeepSeek", "the valid range of max_tokens is [1, 8192]", 10_000, 8192),
+    ("vLLM, context less prompt", "context length is 4096 tokens and your request has 4000 input tokens", 200, 96),
+    ("vLLM of old", "context length is 16384 tokens, requested 19591 (9591 in the messages)", 10_000, 6793),
+    ("OpenRouter", "context length is 131072 tokens. You requested 148000 (130000 of text input)", 18_000, 1072),
+    ("only the least of the prompt", "context length is 8192 tokens and at least 193 input tokens", 8000, None),
+    ("a context alone", "the available context size is 8192 tokens", 9000, None),
+    ("no number", "max_tokens is too large", 200, None),
+    ("larger numbers alone", "max_tokens is too large: at most 4096", 200, None),
+    ("a cap that is too small", "integer below minimum value: expected 16, got 5; see error 3", 5, None),
+    ("a number that no cap has", "max_tokens must be below " + "9" * 30, 200, None),
+    ("the whole room", "context length is 4096 tokens, 4095 input tokens", 200, 1),
+)  # fmt: skip
+def test_a_refusal_says_how_low_a_cap_has_to_be(words: str, cap: int, lower: int | None) -> None:
+    assert lower_cap(" ".join(words_of(words)), cap) == lower
+
+
+@table("asked, ours", ("asked by the job", {"max_tokens": 5000}, {}), ("set by the operator", {}, {"max_tokens": 5000}))
+def test_a_cap_over_the_models_is_lowered(asked: Body, ours: Body) -> None:
+    server = says("max_tokens is too large: at most 4096", "max_tokens", unless=lambda cap: cap <= 4096)
+    assert [body["max_tokens"] for body in Talk(server).ask({**ASKED, **asked}, ours)] == [5000, 4096]
+
+
+def test_a_cap_for_which_no_number_is_said_is_left_out_since_less_fits() -> None:
+    server = says("Please reduce the length of the messages or completion.", "max_tokens")
+    assert Talk(server).ask({**ASKED, "max_tokens": 5000})[-1] == ASKED
+
+
+def test_an_input_that_is_too_long_whatever_the_cap_is_said_so() -> None:
+    talk = Talk(takes_nothing("no", "context_length_exceeded"))
+    assert talk.fault({**ASKED, "max_tokens": 200}).sentence == TOO_LONG
+    assert len(talk.sent) == 2
+
+
+def test_an_input_that_alone_is_longer_than_the_context_is_said_so_at_once() -> None:
+    server = says("maximum context length is 100 tokens, your request has 120 input tokens", "max_tokens")
+    talk = Talk(server)
+    assert talk.fault({**ASKED, "max_tokens": 200}).sentence == TOO_LONG
+    assert len(talk.sent) == 1
+
+
+def test_an_input_found_too_long_at_the_last_call_is_not_blamed_on_the_cap() -> None:
+    talk = Talk(either(unsupported("stream", "max_tokens"), takes_nothing("no", "context_length_exceeded")))
+    assert talk.fault({**ASKED, "max_tokens": 200}, STREAMED).sentence == TOO_LONG
+    assert len(talk.sent) == MAX_CALLS
+
+
+@table(
+    "words, size, other",
+    ("a list", "supported values are '1024x1024', '1536x1024' and 'auto'", "1920x1080", "1536x1024"),
+    ("with blanks", "use 512 x 512 or 256 x 256", "300x300", "256x256"),
+    ("a step", "width and height must both be divisible by 16", "1792x936", "1792x928"),
+    ("a step, in other words", "sides must be multiples of 64", "500x500", "512x512"),
+    ("a step that it has already", "must be divisible by 8", "512x512", None),
+    ("none", "argument not supported", "512x512", None),
+    ("the same alone", "512x512 isn't supported", "512x512", None),
+    ("sizes that are none", "use 00x00 or 0x9", "512x512", None),
+    ("auto is no size to be near of", "supported values are '1024x1024'", "auto", None),
+)
+def test_the_nearest_size_that_a_refusal_allows(words: str, size: str, other: str | None) -> None:
+    assert other_size(" ".join(words_of(words)), size) == other
+
+
+def test_a_size_becomes_the_nearest_that_the_server_offers() -> None:
+    server = says("Invalid size: use 1024x1024 or 1536x1024", "size", unless=lambda size: size == "1536x1024")
+    sent = Talk(server, kind="image").ask({**DRAWN, "size": "1920x1080"})
+    assert [body["size"] for body in sent] == ["1920x1080", "1536x1024"]
+
+
+def test_a_server_that_takes_no_size_gets_none() -> None:
+    assert Talk(unsupported("size"), kind="image").ask({**DRAWN, "size": "512x512"})[-1] == DRAWN
+
+
+def test_another_sound_format_that_can_be_named_takes_the_place_of_ours() -> None:
+    server = says("response_format should be 'wav' or 'pcm'", "response_format", unless="wav".__eq__)
+    last = Talk(server, kind="audio").ask(SPOKEN, {"voice": "alloy", "response_format": "mp3"})[-1]
+    assert last["response_format"] == "wav"
+
+
+def test_a_server_that_knows_no_sound_formats_gets_none() -> None:
+    last = Talk(unsupported("response_format"), kind="audio").ask(SPOKEN, {"response_format": "mp3"})[-1]
+    assert last == SPOKEN
+
+
+# ── whose fault it is ────────────────────────────────────────────────────────────────────────────────────────────
+
+FORMAT = {"type": "json_object"}
+
+
+@table(
+    "kind, asked",
+    ("temperature", "text", {**ASKED, "temperature": 0.2}),
+    ("top_p", "text", {**ASKED, "top_p": 0.5}),
+    ("seed", "text", {**ASKED, "seed": 7}),
+    ("stop", "text", {**ASKED, "stop": ["END"]}),
+    ("response_format", "text", {**ASKED, "response_format": FORMAT}),
+    ("quality", "image", {**DRAWN, "quality": "hd"}),
+    ("speed", "audio", {**SPOKEN, "speed": 1.5}),
+    ("voice", "audio", {**SPOKEN, "voice": "sage"}),
+)
+def test_what_the_job_asked_for_fails_it_by_name(kind: str, asked: Body) -> None:
+    name = list(asked)[-1]
+    talk = Talk(unsupported(name), kind=kind)
+    fault = talk.fault(asked)
+    assert isinstance(fault, InvalidInput)
+    expected = f"The input can't be used: this model doesn't take this `{name}`; leave it out, or change it."
+    assert fault.sentence == expected
+    assert len(talk.sent) == 1
+
+
+def test_a_sound_format_that_the_job_asked_for_fails_by_the_name_that_the_job_has_for_it() -> None:
+    server = says("response_format should be 'wav' or 'flac'", "response_format")
+    fault = Talk(server, kind="audio").fault({**SPOKEN, "response_format": "mp3"})
+    assert fault.sentence == "The input can't be used: this model doesn't take this `format`; use one of: wav, flac."
+
+
+def test_the_qualities_that_a_server_offers_are_said() -> None:
+    server = says("Invalid value for quality; supported values are: 'low', 'medium' and 'high'", "quality")
+    fault = Talk(server, kind="image").fault({**DRAWN, "quality": "hd"})
+    assert fault.sentence.endswith("`quality`; use one of: low, medium, high.")
+
+
+def test_a_cap_that_the_job_asked_for_fails_by_its_own_name_where_the_server_takes_neither() -> None:
+    talk = Talk(unsupported("max_tokens", "max_completion_tokens"))
+    fault = talk.fault({**ASKED, "max_tokens": 200})
+    assert isinstance(fault, InvalidInput)
+    assert "`max_tokens`" in fault.sentence
+    assert len(talk.sent) == 2
+
+
+def test_a_cap_that_is_too_small_fails_since_without_it_the_text_would_be_longer() -> None:
+    server = says("Invalid 'max_tokens': integer below minimum value. Expected 16, got 5.", "max_tokens")
+    assert "`max_tokens`" in Talk(server).fault({**ASKED, "max_tokens": 5}).sentence
+
+
+def test_a_system_message_that_a_model_doesnt_take_is_named() -> None:
+    system = [{"role": "system", "content": "Be kind."}, *ASKED["messages"]]
+    fault = Talk(says("System role not supported", "messages")).fault({**ASKED, "messages": system})
+    assert isinstance(fault, InvalidInput)
+    assert "`system`" in fault.sentence
+
+
+@table(
+    "kind, asked, ours, where, setting",
+    ("the voice", "audio", SPOKEN, {"voice": "alloy"}, {}, "AUDIO_VOICE"),
+    ("a sound format", "audio", SPOKEN, {"response_format": "mp3"}, {}, "AUDIO_FORMAT"),
+    ("the effort", "text", ASKED, {"reasoning_effort": "high"}, {"reasoning_effort": "high"}, "TEXT_REASONING_EFFORT"),
+)
+def test_what_the_operator_set_is_the_operators_fault_and_names_the_setting(
+    kind: str, asked: Body, ours: Body, where: Body, setting: str
+) -> None:
+    [(name, value)] = ours.items()
+    talk = Talk(says(f"{name}: unsupported value, must be another", name), kind=kind, **where)
+    fault = talk.fault(asked, ours)
+    assert isinstance(fault, OperatorFault)
+    assert fault.detail.endswith(f"set {setting} to what this server and model take (it is {value!r})")
+    assert len(talk.sent) == 1
+
+
+def test_an_effort_of_the_operators_is_not_replaced_by_another() -> None:
+    server = says("'reasoning_effort' does not support 'high'; supported values are 'low'", "reasoning_effort")
+    fault = Talk(server, reasoning_effort="high").fault(ASKED, {"reasoning_effort": "high"})
+    assert "TEXT_REASONING_EFFORT" in fault.detail
+
+
+def test_a_cap_of_the_operators_that_is_refused_to_the_end_names_its_setting() -> None:
+    lower = iter(range(4000, 0, -1))
+
+    def server(_body: Body) -> Body:
+        return {"error": {"message": f"max_tokens must be at most {next(lower)}"}}
+
+    talk = Talk(server)
+    assert "set TEXT_MAX_TOKENS" in talk.fault(ASKED, {"max_tokens": 5000}).detail
+    assert len(talk.sent) == MAX_CALLS
+
+
+def test_what_is_refused_for_no_known_reason_is_asked_once() -> None:
+    talk = Talk(takes_nothing("no"))
+    assert type(talk.fault(ASKED, STREAMED)) is Unexplained
+    assert len(talk.sent) == 1
+
+
+@table(
+    "refusal",
+    ("of a field", {"error": {"message": "Unsupported parameter: 'stream_options'", "code": 400}}),
+    ("for no known reason", {"error": {"message": "no", "code": 400}}),
+    ("of the model", {"error": {"message": "x", "code": "model_not_found"}}),
+)
+def test_an_error_behind_the_first_piece_of_a_text_is_not_negotiated(refusal: Body) -> None:
+    completion, answer = Completion("m"), cast(Answer, SimpleNamespace(headers={}))
+    completion.add({"choices": [{"delta": {"content": "Once"}}]})
+
+    async def take() -> None:
+        async with opened(ProviderSettings(**WHERE), Memory()) as provider:
+            provider._take(refusal, completion, print, answer, {**ASKED, **STREAMED})
+
+    with pytest.raises(RetryJob):
+        asyncio.run(take())
+
+
+# ── what was learnt ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Clock:
-    """A clock that the test sets."""
-
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = 1000.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def unsupported(name: str, **more: Any) -> Any:
-    message = f"Unsupported parameter: '{name}' is not supported with this model."
-    return {"error": {"message": message, "param": name, "code": "unsupported_parameter", **more}}
+CAPPED = {**ASKED, "max_tokens": 200}
 
 
-def refusing(*names: str) -> Server:
-    """A server that refuses these fields, one after the other."""
-    return lambda body: next((unsupported(name) for name in names if name in body), None)
-
-
-def refusing_value(name: str, value: object, refusal: Any) -> Server:
-    """A server that refuses one value of a field."""
-    return lambda body: refusal if body.get(name) == value else None
-
-
-def negotiate(server: Server, asked: Body, ours: Body, learnt: Learnt, where: ProviderSettings = WHERE) -> list[Body]:
-    """The bodies that were sent, until one was answered. Raises what ends the job."""
-    talk, sent = Negotiation(learnt, URL, asked, ours, where), []
-    while True:
-        talk.note_call()
-        sent.append(dict(talk.body))
-        assert len(sent) <= MAX_CALLS
-        if not (refused := server(talk.body)):
-            talk.confirm()
-            return sent
-        body = refused if isinstance(refused, dict) else {"error": refused}
-        error = judge(read_refusal(400, json.dumps(body).encode()), talk.body, "text", {})
-        assert isinstance(error, (FieldRefused, Unexplained))
-        talk.mend(error)
-
-
-def last(server: Server, asked: Body, ours: Body, where: ProviderSettings = WHERE) -> Body:
-    return negotiate(server, asked, ours, Learnt(), where)[-1]
-
-
-def fault(server: Server, asked: Body, ours: Body, where: ProviderSettings = WHERE) -> FailJob:
-    with pytest.raises(FailJob) as caught:
-        negotiate(server, asked, ours, Learnt(), where)
-    return caught.value
-
-
-def answers_all(body: Body) -> None:
-    """A server that takes anything."""
-
-
-# ── what is ours ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_request_is_sent_as_it_is_at_first() -> None:
-    assert negotiate(answers_all, TEXT, STREAM, Learnt()) == [{**STREAM, **TEXT}]
+def calls(server: Server, memory: Memory, asked: Body = CAPPED, ours: Body = STREAMED, **more: Any) -> int:
+    return len(Talk(server, memory, **more).ask(asked, ours))
 
 
 @table(
-    "names, left",
-    ("how to stream", ("stream_options",), {"stream": True}),
-    ("to stream, and so how as well", ("stream",), {}),
-    ("one after the other", ("stream_options", "stream"), {}),
+    "server, first",
+    ("a rename", unsupported("max_tokens"), 2),
+    ("a field of ours", unsupported("stream_options"), 2),
+    ("both", unsupported("max_tokens", "stream_options"), 3),
+    ("both, the other way round", unsupported("stream_options", "max_tokens"), 3),
+    ("with the effort", unsupported("max_tokens", "reasoning_effort"), 3),
 )
-def test_a_field_of_ours_that_is_refused_is_left_out(names: tuple[str, ...], left: Body) -> None:
-    assert last(refusing(*names), TEXT, STREAM) == {**TEXT, **left}
+def test_a_second_request_asks_right_at_once(server: Server, first: int) -> None:
+    memory = Memory()
+    assert [calls(server, memory) for _ in range(3)] == [first, 1, 1]
 
 
-def test_what_the_job_asks_for_wins_over_ours() -> None:
-    assert last(answers_all, {**SOUND, "voice": "nova"}, VOICE)["voice"] == "nova"
+def test_what_two_requests_learnt_apart_holds_together_in_any_order() -> None:
+    memory = Memory()
+    calls(unsupported("reasoning_effort"), memory, ASKED, {"reasoning_effort": "low"})
+    calls(unsupported("max_tokens", "reasoning_effort"), memory)
+    assert calls(unsupported("max_tokens", "reasoning_effort"), memory) == 1
 
 
-# ── the cap of a text ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@table("asked, ours", ("the job's", {"max_tokens": 200}, {}), ("the operator's", {}, {"max_tokens": 200}))
-def test_a_cap_that_is_refused_by_name_gets_its_newer_name_and_room_for_thinking(asked: Body, ours: Body) -> None:
-    sent = last(refusing("max_tokens"), {**TEXT, **asked}, ours)
-    assert sent == {**TEXT, "max_completion_tokens": 1200, "reasoning_effort": "low"}
-
-
-def test_an_effort_of_the_operators_is_kept() -> None:
-    where = ProviderSettings(URL, "", "m", (), reasoning_effort="high")
-    sent = last(refusing("max_tokens"), {**TEXT, "max_tokens": 9}, {"reasoning_effort": "high"}, where)
-    assert sent["reasoning_effort"] == "high"
-
-
-def test_an_effort_of_ours_that_a_model_does_not_take_is_left_out() -> None:
-    sent = last(refusing("max_tokens", "reasoning_effort"), {**TEXT, "max_tokens": 9}, {})
-    assert sent == {**TEXT, "max_completion_tokens": 1009}
-
-
-def test_an_effort_of_ours_is_replaced_by_the_lowest_that_is_offered() -> None:
-    said = "Unsupported value: 'reasoning_effort' does not support 'low'. Supported values are: 'medium' and 'high'."
-
-    def server(body: Body) -> Any:
-        return said if body.get("reasoning_effort") == "low" else refusing("max_tokens")(body)
-
-    assert last(server, {**TEXT, "max_tokens": 9}, {})["reasoning_effort"] == "medium"
-
-
-VLLM = "This model's maximum context length is 4096 tokens. However, you requested {} tokens ({} in the messages, x)."
-NEWER_VLLM = "'max_tokens' is too large. The maximum context length is 4096 tokens, your request has 96 input tokens"
-AT_LEAST = "The maximum context length is 4096, and your prompt contains at least 1 input tokens"
+def test_a_server_that_takes_neither_name_gets_no_cap_of_the_operators_from_then_on() -> None:
+    memory, server = Memory(), unsupported("max_tokens", "max_completion_tokens")
+    assert [calls(server, memory, ASKED, {"max_tokens": 90}) for _ in range(2)] == [3, 1]
 
 
 @table(
-    "message, cap",
-    ("what the context leaves", VLLM.format(4108, 12), 4084),
-    ("of a newer vLLM", NEWER_VLLM, 4000),
-    ("the model's most", "max_tokens is too large: 5000. This model supports at most 1024 completion tokens.", 1024),
-    ("in backticks", "`max_tokens` must be less than or equal to `512`", 512),
-    ("with thousands", "max_tokens must be at most 2,048", 2048),
-    ("no number", "max_tokens is too large for this model", None),
-    ("a number that isn't the prompt's", AT_LEAST, None),
-    ("it is too small", "max_tokens must be at least 16", None),
+    "server, asked, ours, kind",
+    ("a lower cap", says("max_tokens: at most 64", "max_tokens", unless=lambda cap: cap <= 64), CAPPED, {}, "text"),
+    ("no cap, where no number is said", says("max_tokens is too large", "max_tokens"), CAPPED, {}, "text"),
+    (
+        "another size",
+        says("size: only 1024x1024", "size", unless="1024x1024".__eq__),
+        {**DRAWN, "size": "64x64"},
+        {},
+        "image",
+    ),
+    ("no size", unsupported("size"), {**DRAWN, "size": "64x64"}, {}, "image"),
+    (
+        "another format",
+        says("response_format should be 'wav'", "response_format", unless="wav".__eq__),
+        *(SPOKEN, {"response_format": "mp3"}, "audio"),
+    ),
 )
-def test_a_cap_that_is_too_large_is_lowered_or_left_out(message: str, cap: int | None) -> None:
-    server = refusing_value("max_tokens", 5000, message)
-    assert last(server, {**TEXT, "max_tokens": 5000}, {}).get("max_tokens") == cap
+def test_a_value_is_never_learnt(server: Server, asked: Body, ours: Body, kind: str) -> None:
+    memory = Memory()
+    assert [calls(server, memory, asked, ours, kind=kind) for _ in range(2)] == [2, 2]
 
 
-def test_a_prompt_that_leaves_no_room_at_all_is_too_long() -> None:
-    error = fault(lambda _: VLLM.format(9000, 8000), {**TEXT, "max_tokens": 1000}, {})
-    assert error.sentence == sentences.TOO_LONG
-
-
-def test_a_cap_that_is_renamed_and_then_too_large_is_lowered() -> None:
-    def server(body: Body) -> Any:
-        if body.get("max_completion_tokens", 0) > 500:
-            return "max_completion_tokens is too large: this model supports at most 500"
-        return refusing("max_tokens")(body)
-
-    assert last(server, {**TEXT, "max_tokens": 900}, {})["max_completion_tokens"] == 500
-
-
-def test_a_job_whose_cap_is_refused_under_both_names_fails_and_names_it() -> None:
-    error = fault(refusing("max_tokens", "max_completion_tokens"), {**TEXT, "max_tokens": 9}, {})
-    assert isinstance(error, InvalidInput)
-    assert "`max_tokens`" in error.sentence
-
-
-# ── models that think first ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_model_that_thought_until_the_cap_gets_more_room_once() -> None:
-    talk = Negotiation(Learnt(), URL, {**TEXT, "max_tokens": 200}, {}, WHERE)
-    assert [talk.make_room_for_thinking(), talk.make_room_for_thinking()] == [True, False]
-    assert talk.body["max_tokens"] == 1200
-
-
-@table("asked", ("no cap", {}), ("a cap that has room already", {"max_completion_tokens": 9}))
-def test_there_is_no_more_room_without_a_cap_of_the_answer(asked: Body) -> None:
-    assert not Negotiation(Learnt(), URL, {**TEXT, **asked}, {}, WHERE).make_room_for_thinking()
-
-
-def test_the_next_job_of_a_model_that_thinks_gets_the_room_at_once() -> None:
-    learnt, asked = Learnt(), {**TEXT, "max_tokens": 200}
-    talk = Negotiation(learnt, URL, asked, {}, WHERE)
-    talk.make_room_for_thinking()
-    talk.confirm()
-    assert Negotiation(learnt, URL, asked, {}, WHERE).body["max_tokens"] == 1200
-
-
-# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-OFFERED = {"param": "size", "message": "Supported values are: '1024x1024', '1536 × 1024', and 'auto'."}
+def test_nothing_is_learnt_from_a_request_that_fails() -> None:
+    memory = Memory()
+    Talk(unsupported("stream_options", "temperature"), memory).fault({**ASKED, "temperature": 0.2}, STREAMED)
+    assert Talk(takes_all, memory).ask(ASKED, STREAMED) == [{**STREAMED, **ASKED}]
 
 
 @table(
-    "asked_size, refusal, size",
-    ("the nearest of a list", "500x510", OFFERED, "1024x1024"),
-    ("by its shape", "600x400", OFFERED, "1536x1024"),
-    ("no list", "500x510", unsupported("size"), None),
-    ("a rule", "500x510", "Invalid size '500x510'. Width and height must both be divisible by 16.", "496x512"),
-    ("the model's own choice", "auto", OFFERED, None),
+    "other", ("another model", {"asked": {**CAPPED, "model": "n"}}), ("another server", {"base_url": "http://other/v1"})
 )
-def test_a_size_becomes_the_nearest_that_is_offered_or_the_models_own(
-    asked_size: str, refusal: Any, size: str | None
-) -> None:
-    server = refusing_value("size", asked_size, refusal)
-    assert last(server, {**PICTURE, "size": asked_size}, {}).get("size") == size
+def test_what_was_learnt_holds_for_that_server_and_model_alone(other: Body) -> None:
+    memory = Memory()
+    calls(unsupported("max_tokens"), memory)
+    assert calls(unsupported("max_tokens"), memory, **other) == 2
 
 
-# ── sounds ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-ONE_OF = "response_format must be one of [{}]"
-
-
-@table(
-    "said, name",
-    ("the only one", ONE_OF.format("wav"), "wav"),
-    ("one that can be named truly", ONE_OF.format("pcm aac flac"), "flac"),
-    ("in other words", "Unsupported format: mp3. Supported formats are: wav, pcm", "wav"),
-)
-def test_our_sound_format_is_replaced_by_one_that_the_server_offers(said: str, name: str) -> None:
-    server = refusing_value("response_format", "mp3", said)
-    assert last(server, SOUND, VOICE)["response_format"] == name
-
-
-def test_our_sound_format_is_left_out_where_the_server_knows_no_such_field() -> None:
-    assert last(refusing("response_format"), SOUND, VOICE) == {**SOUND, "voice": "alloy"}
-
-
-# ── who hears of it ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@table(
-    "name, value, shown",
-    ("temperature", "temperature", 0.3, "temperature"),
-    ("top_p", "top_p", 0.5, "top_p"),
-    ("seed", "seed", 7, "seed"),
-    ("stop", "stop", ["END"], "stop"),
-    ("a form", "response_format", {"type": "json_object"}, "response_format"),
-    ("quality", "quality", "hd", "quality"),
-    ("speed", "speed", 2.0, "speed"),
-    ("voice", "voice", "zelda", "voice"),
-    ("a sound's format", "response_format", "flac", "format"),
-)
-def test_what_the_job_asked_for_fails_it_by_name(name: str, value: object, shown: str) -> None:
-    error = fault(refusing(name), {**TEXT, name: value}, STREAM)
-    assert isinstance(error, InvalidInput)
-    assert f"`{shown}`" in error.sentence
-
-
-def test_the_values_that_a_model_takes_are_said() -> None:
-    said = "Invalid value: 'standard'. Supported values are: 'low', 'medium', 'high', and 'auto'. (quality)"
-    error = fault(lambda _: {"error": {"message": said, "param": "quality"}}, {**PICTURE, "quality": "standard"}, {})
-    assert error.sentence.endswith("this `quality`; use one of: low, medium, high, auto.")
-
-
-@table(
-    "name, asked, ours, setting",
-    ("a voice", "voice", SOUND, VOICE, "AUDIO_VOICE"),
-    ("only formats that aren't known", "response_format", SOUND, VOICE, "AUDIO_FORMAT"),
-    ("an effort", "reasoning_effort", TEXT, {"reasoning_effort": "max"}, "TEXT_REASONING_EFFORT"),
-)
-def test_what_the_operator_set_is_the_operators_fault_and_names_the_setting(
-    name: str, asked: Body, ours: Body, setting: str
-) -> None:
-    where = ProviderSettings(URL, "", "m", (), reasoning_effort=ours.get("reasoning_effort", ""))
-    error = fault(lambda _: {"error": {"message": "must be one of [pcm]", "param": name}}, asked, ours, where)
-    assert (type(error), error.sentence) == (OperatorFault, sentences.NOT_SET_UP)
-    assert f"set {setting} to what this server and model take" in error.detail
-
-
-@table("name", ("messages", "messages"), ("prompt", "prompt"))
-def test_words_that_a_model_cant_take_are_the_persons(name: str) -> None:
-    error = fault(lambda _: {"error": {"message": "bad", "param": name}}, {"model": "m", name: "x"}, {})
-    assert isinstance(error, InvalidInput)
-
-
-# ── how often ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_server_that_refuses_whatever_is_sent_is_asked_three_times() -> None:
-    calls: list[Body] = []
-
-    def server(body: Body) -> Any:
-        calls.append(body)
-        return unsupported([name for name in body if name not in ("model", "messages")][-1])
-
-    fault(server, TEXT, {"a": 1, "b": 2, "c": 3, "d": 4})
-    assert len(calls) == MAX_CALLS == 3
-
-
-FIELDS = ["max_tokens", "max_completion_tokens", "stream", "stream_options", "reasoning_effort", "temperature", "size"]
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(FIELDS), max_size=3), max_size=4), st.sets(st.sampled_from(FIELDS)))
-def test_every_negotiation_ends_within_three_calls_and_invents_nothing(jobs: list[list[str]], asked: set[str]) -> None:
-    values = {"size": "64x64", "reasoning_effort": "low", "temperature": 1, "stream": True, "stream_options": {}}
-    wanted = {**TEXT, **{name: values.get(name, 100) for name in asked}}
-    learnt = Learnt()
-    for names in jobs:
-        try:
-            sent = negotiate(refusing(*names), wanted, STREAM, learnt)
-        except FailJob:
-            continue
-        known = {*wanted, *STREAM, "max_completion_tokens", "reasoning_effort", "max_tokens"}
-        assert all(set(body) <= known for body in sent)
-        assert {name: sent[-1].get(name) for name in TEXT} == TEXT
-
-
-# ── what is remembered ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-@table(
-    "names, asked, ours",
-    ("a rename", ("max_tokens",), {**TEXT, "max_tokens": 9}, {}),
-    ("what is left out", ("stream_options",), TEXT, STREAM),
-    ("both", ("max_tokens", "stream_options"), {**TEXT, "max_tokens": 9}, STREAM),
-)
-def test_the_second_job_is_asked_right_at_once(names: tuple[str, ...], asked: Body, ours: Body) -> None:
-    learnt = Learnt()
-    first = negotiate(refusing(*names), asked, ours, learnt)
-    assert negotiate(refusing(*names), asked, ours, learnt) == [first[-1]]
-
-
-@table("server, model", ("another server", "http://other/v1", "m"), ("another model", URL, "other"))
-def test_it_holds_for_one_server_and_model(server: str, model: str) -> None:
-    learnt, asked = Learnt(), {**TEXT, "max_tokens": 9}
-    negotiate(refusing("max_tokens"), asked, {}, learnt)
-    other = Negotiation(learnt, server, {**asked, "model": model}, {}, WHERE)
-    assert other.body["max_tokens"] == 9
-
-
-@table(
-    "asked, name, refusal",
-    ("a size", PICTURE, "size", OFFERED),
-    ("a cap", TEXT, "max_tokens", "max_tokens must be at most 20"),
-)
-def test_values_are_never_remembered(asked: Body, name: str, refusal: Any) -> None:
-    value = "500x510" if name == "size" else 50
-    server, learnt = refusing_value(name, value, refusal), Learnt()
-    assert [len(negotiate(server, {**asked, name: value}, {}, learnt)) for _ in range(2)] == [2, 2]
-
-
-def test_it_is_forgotten_after_an_hour() -> None:
+@table("after_s, sent", ("within the hour", 3599, 1), ("an hour later", 3600, 2))
+def test_what_was_learnt_is_forgotten_after_an_hour(after_s: float, sent: int) -> None:
     clock = Clock()
-    learnt = Learnt(clock)
-    negotiate(refusing("stream_options"), TEXT, STREAM, learnt)
-    clock.now = HOUR_S - 1
-    assert len(negotiate(refusing("stream_options"), TEXT, STREAM, learnt)) == 1
-    clock.now = HOUR_S
-    assert len(negotiate(refusing("stream_options"), TEXT, STREAM, learnt)) == 2
+    memory = Memory(learnt=Learnt(clock))
+    calls(unsupported("max_tokens"), memory)
+    clock.now += after_s
+    assert calls(unsupported("max_tokens"), memory) == sent
+
+
+def test_a_rule_that_the_server_refuses_is_forgotten_and_the_others_are_kept() -> None:
+    memory = Memory()
+    calls(unsupported("max_tokens", "stream_options"), memory)
+    changed = unsupported("max_completion_tokens", "stream_options")
+    assert [calls(changed, memory) for _ in range(2)] == [2, 1]
+
+
+def test_rules_are_forgotten_where_a_request_so_shaped_is_refused_for_no_known_reason() -> None:
+    memory = Memory()
+    calls(unsupported("stream_options"), memory)
+
+    def needs(body: Body) -> Body | None:
+        return None if "stream_options" in body else {"error": {"message": "no"}}
+
+    assert [calls(needs, memory) for _ in range(2)] == [2, 1]
+
+
+def test_a_job_that_names_a_field_of_ours_gets_it_whatever_was_learnt() -> None:
+    memory = Memory()
+    calls(unsupported("response_format"), memory, SPOKEN, {"response_format": "mp3"}, kind="audio")
+    fault = Talk(unsupported("response_format"), memory, "audio").fault({**SPOKEN, "response_format": "wav"})
+    assert isinstance(fault, InvalidInput)
+
+
+def test_a_stream_needs_a_finish_reason_once_the_server_has_sent_one() -> None:
+    learnt, where = Learnt(), ProviderSettings(**WHERE)
+    first = Negotiation(learnt, "server", ASKED, {}, where)
+    assert first.done_is_enough
+    first.note_end(has_reason=False)
+    assert Negotiation(learnt, "server", ASKED, {}, where).done_is_enough
+    first.note_end(has_reason=True)
+    assert not Negotiation(learnt, "server", ASKED, {}, where).done_is_enough
+
+
+# ── thinking ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Thinker(Talk):
+    """A model that thinks for so many tokens before its first word."""
+
+    def __init__(self, tokens: int, **more: Any) -> None:
+        super().__init__(unsupported(*more.pop("refused", ())), **more)
+        self._tokens = tokens
+
+    async def _send(self, talk: Negotiation) -> None:
+        await super()._send(talk)
+        cap = talk.body.get("max_completion_tokens") or talk.body.get("max_tokens") or 10**6
+        if cap <= self._tokens:
+            raise OnlyThought(f"finish_reason length: {MORE_ROOM}", ONLY_THOUGHT)
+
+
+def test_a_model_that_thought_until_the_cap_is_asked_again_with_more_room() -> None:
+    memory = Memory()
+    sent = Thinker(500, memory=memory).ask(CAPPED)
+    assert [body["max_tokens"] for body in sent] == [200, 200 + 4096]
+    assert [body["max_tokens"] for body in Thinker(500, memory=memory).ask(CAPPED)] == [200 + 4096]
+
+
+def test_room_for_thinking_is_added_once_whatever_was_learnt_first() -> None:
+    memory = Memory()
+    Thinker(500, memory=memory).ask(CAPPED)
+    last = Thinker(500, memory=memory, refused=["max_tokens"]).ask(CAPPED)[-1]
+    assert last["max_completion_tokens"] == 200 + 4096
 
 
 @table(
-    "refusal",
-    ("the new name", unsupported("max_completion_tokens")),
-    ("for no reason that is known", {"error": {"message": "hm"}}),
+    "tokens, where, refused, sent",
+    ("with all the room", 5000, {}, [], 2),
+    ("by its newer name", 5000, {}, ["max_tokens"], 2),
+    ("where the operator gives none", 500, {"thinking_tokens": 0}, [], 1),
 )
-def test_it_is_forgotten_when_a_call_so_shaped_is_refused(refusal: Any) -> None:
-    learnt, asked = Learnt(), {**TEXT, "max_tokens": 9}
-    negotiate(refusing("max_tokens"), asked, {}, learnt)
-
-    def server(body: Body) -> Any:
-        return refusal if "max_completion_tokens" in body else None
-
-    assert negotiate(server, asked, {}, learnt)[-1] == asked
-    assert negotiate(server, asked, {}, learnt) == [asked]
-
-
-def test_a_refusal_of_another_field_leaves_it_as_it_is() -> None:
-    learnt, asked = Learnt(), {**TEXT, "max_tokens": 9}
-    negotiate(refusing("max_tokens"), asked, {}, learnt)
-    with pytest.raises(InvalidInput):
-        negotiate(refusing("seed"), {**asked, "seed": 1}, {}, learnt)
-    assert len(negotiate(refusing("max_tokens"), asked, {}, learnt)) == 1
+def test_thinking_that_used_up_all_tokens_is_said_to_both(
+    tokens: int, where: Body, refused: list[str], sent: int
+) -> None:
+    talk = Thinker(tokens, refused=refused, **where)
+    fault = talk.fault(CAPPED)
+    assert fault.sentence == ONLY_THOUGHT
+    assert "TEXT_THINKING_TOKENS" in fault.detail
+    assert len(talk.sent) == sent
 
 
-def test_a_server_that_ends_its_texts_with_a_reason_is_known_by_that() -> None:
-    learnt = Learnt()
-    talk = Negotiation(learnt, URL, TEXT, STREAM, WHERE)
-    assert talk.done_is_enough
-    talk.note_end(has_reason=True)
-    after = Negotiation(learnt, URL, TEXT, STREAM, WHERE)
-    assert (after.done_is_enough, after.body) == (False, {**STREAM, **TEXT})
+def test_a_model_that_thought_without_any_cap_is_not_asked_again() -> None:
+    talk = Thinker(10**7)
+    assert talk.fault(ASKED).sentence == ONLY_THOUGHT
+    assert len(talk.sent) == 1
+
+
+# ── any series of refusals ───────────────────────────────────────────────────────────────────────────────────────
+
+FULL = {**CAPPED, "temperature": 0.2, "top_p": 0.5, "stop": ["END"], "seed": 7, "response_format": FORMAT}
+DRAWING, SPEAKING = {**DRAWN, "size": "512x512", "quality": "hd"}, {**SPOKEN, "speed": 1.5}
+VOICED = {"voice": "alloy", "response_format": "mp3"}
+REQUESTS = [(FULL, STREAMED), (ASKED, {**STREAMED, "max_tokens": 90}), (DRAWING, {}), (SPEAKING, VOICED)]
+MESSAGES = (
+    "Unsupported parameter: '{}'",
+    "Unsupported value: '{}' must be one of 'wav', 'low', 'medium', 1024x1024",
+    "{} is too large: at most 64",
+    "{} must be below 100, expected 16",
+    "Please reduce the length of the messages; {}",
+    "maximum context length is 4096 tokens, 4090 input tokens, {}",
+    "no",
+)
+SERIES = st.lists(st.tuples(st.integers(0, 20), st.sampled_from(MESSAGES)), max_size=8)
+
+
+def changeable(asked: Body, name: str) -> bool:
+    return name not in asked or name in ("max_tokens", "size")
+
+
+@examples(max_examples=400, deadline=None)
+@given(st.sampled_from(REQUESTS), st.lists(SERIES, min_size=1, max_size=3))
+def test_whatever_is_refused_the_talk_ends_soon_and_changes_only_what_may_change(
+    request_: tuple[Body, Body], jobs: list[list[tuple[int, str]]]
+) -> None:
+    (asked, ours), memory = request_, Memory()
+    allowed = {*asked, *ours, "max_completion_tokens", "reasoning_effort"}
+    for series in jobs:
+        refusals = iter(series)
+
+        def server(body: Body, refusals: Any = refusals) -> Body | None:
+            number, message = next(refusals, (0, ""))
+            names = list(body)
+            return {"error": {"message": message.format(names[number % len(names)])}} if message else None
+
+        talk = Talk(server, memory)
+        with contextlib.suppress(FailJob):
+            talk.ask(asked, ours)
+        assert 1 <= len(talk.sent) <= MAX_CALLS
+        for body in talk.sent:
+            assert body.keys() <= allowed
+            assert all(body.get(name) == value for name, value in asked.items() if not changeable(asked, name))

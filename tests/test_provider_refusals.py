@@ -1,606 +1,553 @@
-"""What a refusal of a model server means: one table, for bodies as real servers send them in 2024 to 2026."""
+"""What a model server's refusal means, whatever its form: causes, named fields, echoes of a prompt, waits, the log.
+
+The bodies are in refusals.txt.
+"""
 
 from __future__ import annotations
 
 import html
 import json
+import re
 import time
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.lab import KEY, SECRET, table
-from workerkit import sentences
-from workerkit.errors import FailJob, InvalidInput, JobError, OperatorFault, ProviderAway, RetryJob
+from tests.lab import KEY, table
+from workerkit import refusals, sentences
+from workerkit.errors import InvalidInput, JobError, OperatorFault, ProviderAway, RetryJob
 from workerkit.refusals import (
-    MAX_WAIT_S,
-    Cause,
+    CAP,
+    LATER_CAP,
+    TABLE,
     FieldRefused,
     ModelGone,
+    Sent,
     Unexplained,
-    by_status,
     is_error,
     judge,
     read_refusal,
-    wait_asked_for,
+    seconds_of,
 )
 
-REQUEST: dict[str, Any] = {
-    "model": "some-model",
-    "messages": [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "Tell me a story about rivers."},
-    ],
-    "max_tokens": 200,
-    "temperature": 0.3,
-    "top_p": 0.9,
-    "stop": ["END"],
-    "seed": 7,
-    "response_format": {"type": "json_object"},
-    "stream": True,
-    "stream_options": {"include_usage": True},
-    "reasoning_effort": "low",
+PROMPT = "Write a poem about the harbour at night."
+PLAIN: dict[str, Any] = {"model": "house-model", "messages": [{"role": "user", "content": PROMPT}]}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "text": {
+        "model": "house-model",
+        "messages": [{"role": "system", "content": "Be kind to everyone."}, {"role": "user", "content": PROMPT}],
+        **{CAP: 200, "temperature": 0.2, "top_p": 0.5, "stop": ["END"], "seed": 7},
+        **{"response_format": {"type": "json_object"}, "reasoning_effort": "low"},
+        **{"stream": True, "stream_options": {"include_usage": True}},
+    },
+    "image": {"model": "house-model", "prompt": PROMPT, "size": "512x512", "quality": "hd", "n": 1},
+    "audio": {"model": "house-model", "input": PROMPT, "voice": "sage", "response_format": "mp3", "speed": 1.5},
 }
-PICTURE = {"model": "some-model", "prompt": "A quiet harbour", "size": "512x512", "quality": "standard"}
-SOUND = {"model": "some-model", "input": "Good morning", "voice": "zelda", "response_format": "mp3", "speed": 2}
-WITHOUT_CAP = {name: value for name, value in REQUEST.items() if name != "max_tokens"}
 
 
-def openai(message: str, code: object = None, param: object = None, kind: object = "invalid_request_error") -> Any:
-    """A body in OpenAI's form."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def rows() -> Iterator[tuple[str, str, int, bytes]]:
+    """Section, server, status and body of each line of refusals.txt."""
+    section = ""
+    for line in Path(__file__).with_name("refusals.txt").read_text().splitlines():
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif line and not line.startswith("#"):
+            server, status, body = (part.strip() for part in f"{line} ".split(" | ", 2))
+            yield section, server, int(status), body.encode()
 
 
-def flat(message: object, kind: str = "BadRequestError", code: object = 400, **more: object) -> Any:
-    """A body as vLLM and SGLang send it: without a wrapper."""
-    return {"object": "error", "message": message, "type": kind, "param": None, "code": code, **more}
-
-
-def forbidden(*path: str) -> Any:
-    return {"type": "extra_forbidden", "loc": ["body", *path], "msg": "Extra inputs are not permitted", "input": True}
-
-
-def judged(status: int, body: Any, request: dict[str, Any] | None = None, **headers: str) -> JobError:
-    raw = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+def judged(status: int, body: object, request: dict[str, Any] = PLAIN, kind: str = "text", **headers: str) -> JobError:
+    """What an answer means for a job; `retry_after` and the like are its headers. Status 0 is an error in a stream."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return judge(read_refusal(status, raw), request or REQUEST, "text", named)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return judge(read_refusal(status, data if status else json.loads(data)), request, kind, named)
 
 
-MEANINGS: tuple[tuple[type[JobError], str], ...] = (
-    (ModelGone, "model"),
-    (Unexplained, "unexplained"),
-    (OperatorFault, "operator"),
-)
+def error(message: object, code: object = None, **more: object) -> dict[str, Any]:
+    return {"error": {"message": message, "code": code, **more}}
 
 
-def meaning(error: JobError) -> str:
-    """Whom the error concerns, in one word; for a field its name."""
-    if isinstance(error, FieldRefused):
-        return error.named.name
-    if isinstance(error, InvalidInput):
-        is_content = error.sentence == sentences.CONTENT_RULES
-        assert is_content or error.sentence.startswith(sentences.TOO_LONG)
-        return "content" if is_content else "too long"
-    if isinstance(error, RetryJob):
-        is_starting = isinstance(error, ProviderAway) and error.sentence == sentences.STARTING
-        assert is_starting is not error.is_counted
-        return "starting" if is_starting else "busy"
-    return next(word for kind, word in MEANINGS if isinstance(error, kind))
+# ── causes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# What each cause is for the worker, what the person reads, and a part of what the log says.
+CAUSES: dict[str, tuple[type[JobError], str, str]] = {
+    "content": (InvalidInput, sentences.CONTENT_RULES, "content rules"),
+    "long": (InvalidInput, sentences.TOO_LONG, "too long"),
+    "money": (OperatorFault, sentences.NOT_SET_UP, "quota or money is used up"),
+    "key": (OperatorFault, sentences.NOT_SET_UP, "TEXT_API_KEY or OPENAI_API_KEY"),
+    "model": (ModelGone, sentences.NOT_SET_UP, "set TEXT_MODEL to one that it lists"),
+    "place": (OperatorFault, sentences.NOT_SET_UP, "is /v1 missing?"),
+    "setup": (OperatorFault, sentences.NOT_SET_UP, "the server itself isn't set up"),
+    "loading": (ProviderAway, sentences.STARTING, "the model is loading"),
+    "busy": (RetryJob, "The provider is busy", ""),
+    "away": (ProviderAway, "The provider is busy", ""),
+    "unknown": (Unexplained, sentences.REFUSED, "the provider's own log may say more"),
+}
+CAUSE_ROWS = [
+    pytest.param(section, status, body, id=f"{section}: {server}")
+    for section, server, status, body in rows()
+    if section in CAUSES
+]
+FIELD_ROWS = [
+    pytest.param(*section.split(), status, body, id=f"{section}: {server}")
+    for section, server, status, body in rows()
+    if section not in CAUSES
+]
 
 
-# ── content rules ────────────────────────────────────────────────────────────────────────────────────────────────
+def has_cause(found: JobError, cause: str) -> bool:
+    kind, sentence, advice = CAUSES[cause]
+    return type(found) is kind and found.sentence == sentence and advice in found.detail
 
-SAFETY = "Your request was rejected by the safety system. If you believe this is an error, contact us. "
-AZURE_FILTER = "The response was filtered due to the prompt triggering Azure OpenAI's content management policy."
+
+@pytest.mark.parametrize(("cause", "status", "body"), CAUSE_ROWS)
+def test_a_refusal_has_the_cause_that_a_reader_would_name(cause: str, status: int, body: bytes) -> None:
+    assert has_cause(found := judged(status, body), cause), repr(found)
+
+
+@pytest.mark.parametrize(("cause", "status", "body"), CAUSE_ROWS)
+def test_a_request_of_many_fields_changes_no_cause(cause: str, status: int, body: bytes) -> None:
+    found = judged(status, body, REQUESTS["text"])
+    if cause == "long":  # a lower cap may leave room for the input
+        assert isinstance(found, FieldRefused)
+        assert (found.named.name, found.named.is_value) == (CAP, True)
+    else:
+        assert has_cause(found, cause), repr(found)
+
+
+@pytest.mark.parametrize(("kind", "name", "part", "status", "body"), FIELD_ROWS)
+def test_a_refused_field_is_named_as_it_was_sent(kind: str, name: str, part: str, status: int, body: bytes) -> None:
+    found = judged(status, body, REQUESTS[kind], kind)
+    assert isinstance(found, FieldRefused), repr(found)
+    assert (found.named.name, found.named.is_value) == (name, part == "value")
+
+
+@pytest.mark.parametrize(("kind", "name", "part", "status", "body"), FIELD_ROWS)
+def test_a_field_counts_only_where_it_was_sent(kind: str, name: str, part: str, status: int, body: bytes) -> None:
+    found = judged(status, body, PLAIN, kind)
+    assert not isinstance(found, FieldRefused), found.named
+
+
+@pytest.mark.parametrize("name", ["stop", "seed", "stream", "size", "speed", "voice", "format"])
+def test_a_common_word_alone_names_no_field(name: str) -> None:
+    body = error(f"The worker had to {name} here, for the {name} of its engine was wrong")
+    assert type(judged(400, body, {**REQUESTS["audio"], **REQUESTS["image"], **REQUESTS["text"]})) is Unexplained
 
 
 @table(
-    "status, body",
-    ("OpenAI, pictures", 400, openai(SAFETY + "safety_violations=[sexual].", "moderation_blocked")),
-    ("OpenAI, older", 400, openai("Rejected as a result of our safety system.", "content_policy_violation")),
-    ("OpenAI, flagged", 400, openai("Your prompt was flagged as violating our usage policy.", "invalid_prompt")),
-    ("Azure", 400, openai(AZURE_FILTER, "content_filter", "prompt", None)),
-    ("Azure, inner code", 400, {"error": {"message": "x", "innererror": {"code": "ResponsibleAIPolicyViolation"}}}),
-    ("Azure, blocked", 403, openai("Temporarily blocked, since it may violate our content policy.", "Forbidden")),
-    ("xAI, 403", 403, {"code": "x", "error": "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO"}),
-    ("xAI, 400", 400, {"code": "Client specified an invalid argument", "error": "Content violates usage guidelines."}),
-    ("DeepSeek", 400, openai("Content Exists Risk", "invalid_request_error")),
-    (
-        "OpenRouter",
-        403,
-        {"error": {"code": 403, "message": "Input was flagged", "metadata": {"reasons": ["violence"]}}},
-    ),
-    ("Anthropic", 400, {"type": "error", "error": {"message": "Output blocked by content filtering policy"}}),
-    ("Qwen", 400, openai("Input data may contain inappropriate content.", "data_inspection_failed")),
-    ("GLM", 400, {"error": {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全或敏感内容"}}),
-    ("the law", 451, "Unavailable for legal reasons"),
+    "status, message",
+    ("llama.cpp", 500, "image input is not supported - hint: you may need to provide the mmproj"),
+    ("a gateway", 400, "This model does not support image input"),
+    ("vLLM", 400, "x is not a multimodal model: multimodal input not supported"),
 )
-def test_content_rules_are_the_persons(status: int, body: Any) -> None:
-    assert meaning(judged(status, body)) == "content"
+def test_a_picture_that_a_model_cant_see_is_named(status: int, message: str) -> None:
+    parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
+    request = {**PLAIN, "messages": [{"role": "user", "content": parts}]}
+    found = judged(status, error(message), request)
+    assert isinstance(found, FieldRefused)
+    assert found.named.name == "image_url"
+    assert not isinstance(judged(status, error(message)), FieldRefused)
 
 
-# ── too long ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-VLLM_OLD = "This model's maximum context length is 4096 tokens. However, your messages resulted in 5000 tokens."
-MIDDLE_OUT = "This endpoint's maximum context length is 131072 tokens. However, you requested about 148000 tokens."
-RAW = json.dumps({"type": "error", "error": {"message": "prompt is too long: 213456 tokens > 200000 maximum"}})
-
-
-@table(
-    "status, body",
-    ("OpenAI", 400, openai(VLLM_OLD, "context_length_exceeded", "messages")),
-    ("OpenAI, newer", 400, openai("Your input exceeds the context window of this model.", "context_length_exceeded")),
-    ("OpenAI, characters", 400, openai("Invalid 'messages[0].content': string too long.", "string_above_max_length")),
-    ("Azure", 400, openai("Input tokens exceed the configured limit of 272000 tokens.")),
-    ("Anthropic", 400, {"type": "error", "error": {"message": "prompt is too long: 213456 tokens > 200000 maximum"}}),
-    ("Anthropic, bytes", 413, {"error": {"type": "request_too_large", "message": "Request exceeds the maximum."}}),
-    ("OpenRouter", 400, openai(MIDDLE_OUT)),
-    ("OpenRouter, only within", 400, {"error": {"message": "Provider returned error", "metadata": {"raw": RAW}}}),
-    (
-        "Gemini",
-        400,
-        [openai("The input token count (1100000) exceeds the maximum number of tokens allowed (1048576).")],
-    ),
-    ("Mistral", 400, openai("Prompt contains 140000 tokens, too large for model with 128000 maximum context length")),
-    ("xAI", 400, {"error": "This model's maximum prompt length is 131072 but the request contains 150000 tokens."}),
-    ("Groq", 413, openai("Request too large for model on tokens per minute (TPM): Limit 6000, Requested 14368", "x")),
-    ("OpenAI, for a minute's tokens", 429, openai("Request too large for gpt-x: Limit 10000, Requested 15000.")),
-    ("Moonshot", 400, openai("Invalid request: Your request exceeded model token limit: 8192")),
-    ("DashScope", 400, openai("<400> InternalError: Range of input length should be [1, 129024]")),
-    ("MiniMax", 400, openai("context window exceeds limit (2013)")),
-    ("Cohere", 400, {"message": "too many tokens: size limit exceeded by 12345 tokens"}),
-    ("vLLM", 400, flat(VLLM_OLD)),
-    ("vLLM, decoder", 400, flat("The decoder prompt (length 10127) is longer than the maximum model length of 8192.")),
-    ("SGLang", 400, flat("The input (61709 tokens) is longer than the model's context length (40960 tokens).")),
-    ("llama.cpp", 400, {"error": {"code": 400, "message": "x", "type": "exceed_context_size_error"}}),
-    ("LM Studio", 400, {"error": "the model is loaded with context length of only 4096 tokens, which is not enough."}),
-    ("Ollama", 400, openai("the prompt is longer than the context length currently available to the model")),
-    ("TGI", 422, {"error": "Input validation error: `inputs` must have less than 4096 tokens. Given: 5000"}),
-    ("nginx", 413, "<html><head><title>413 Request Entity Too Large</title></head></html>"),
-)
-def test_a_prompt_that_is_too_long_is_the_persons(status: int, body: Any) -> None:
-    assert meaning(judged(status, body, WITHOUT_CAP)) == "too long"
+def test_each_kind_of_job_has_its_own_settings_in_the_advice() -> None:
+    for kind in ("text", "image", "audio"):
+        assert f"{kind.upper()}_MODEL" in judged(404, error("x", "model_not_found"), REQUESTS[kind], kind).detail
+        assert f"{kind.upper()}_API_KEY" in judged(401, b"", REQUESTS[kind], kind).detail
 
 
-def test_the_most_characters_that_a_server_takes_are_said() -> None:
-    message = (
-        "[{'type': 'string_too_long', 'loc': ('body', 'input'), 'msg': 'String should have at most 4096 characters'}]"
+def test_the_newer_name_of_the_cap_is_named_where_that_was_sent() -> None:
+    found = judged(400, error("Unsupported parameter: 'max_tokens'", param=CAP), {**PLAIN, LATER_CAP: 4296})
+    assert isinstance(found, FieldRefused)
+    assert found.named.name == LATER_CAP
+
+
+def test_the_most_characters_that_a_server_takes_are_said_to_the_person() -> None:
+    body = error(
+        "[{'type': 'string_too_long', 'loc': ('body', 'input'), 'msg': 'should have at most 4096 characters'}]"
     )
-    assert judged(400, openai(message), SOUND).sentence.endswith("It takes at most 4096 characters.")
-
-
-def test_a_context_that_the_cap_overruns_is_about_the_cap() -> None:
-    assert meaning(judged(400, flat(VLLM_OLD))) == "max_tokens"
-
-
-# ── the operator's: money, keys, models, URLs ────────────────────────────────────────────────────────────────────
-
-QUOTA = "You exceeded your current quota, please check your plan and billing details."
+    found = judged(400, body, REQUESTS["audio"], "audio")
+    assert found.sentence == f"{sentences.TOO_LONG} It takes at most 4096 characters."
 
 
 @table(
-    "status, body",
-    ("OpenAI", 429, openai(QUOTA, "insufficient_quota", kind="insufficient_quota")),
-    ("OpenAI, newer", 429, openai("You have no credits.", "credit_balance_exhausted", kind="insufficient_quota")),
-    ("OpenAI, hard limit", 400, openai("Billing hard limit has been reached", "billing_hard_limit_reached")),
-    ("Anthropic", 400, {"error": {"message": "Your credit balance is too low to access the Anthropic API."}}),
-    ("DeepSeek", 402, openai("Insufficient Balance", "invalid_request_error", kind="unknown_error")),
-    ("OpenRouter", 402, openai("This request requires more credits, or fewer max_tokens.", 402)),
-    ("Moonshot", 429, openai("Your account is suspended due to insufficient balance", None, kind="x")),
-    ("Perplexity", 401, openai(QUOTA, 401, kind="insufficient_quota")),
-    ("LiteLLM", 400, openai("Budget has been exceeded! Current cost: 50.04, Max budget: 50.0")),
-    ("GLM", 429, {"error": {"code": "1113", "message": "您的账户余额不足"}}),
-    ("no words", 402, ""),
+    "status, is_counted",
+    ("a server that is loading has done nothing", 503, False),
+    ("elsewhere the words mean nothing", 500, True),
 )
-def test_quota_and_money_are_the_operators_and_no_busy(status: int, body: Any) -> None:
-    error = judged(status, body)
-    assert (meaning(error), error.sentence) == ("operator", sentences.NOT_SET_UP)
-    assert "check its plan and billing" in error.detail
+def test_only_a_model_that_is_loading_costs_no_try(status: int, is_counted: bool) -> None:
+    found = judged(status, error("Loading model"))
+    assert isinstance(found, RetryJob)
+    assert found.is_counted is is_counted
 
 
-def test_openais_quota_is_money_even_with_a_wait() -> None:
-    assert meaning(judged(429, openai(QUOTA, "insufficient_quota"), retry_after="20")) == "operator"
+def test_a_proxy_that_wants_a_login_is_no_fault_of_the_key() -> None:
+    assert "check the proxy's user and password" in judged(407, b"").detail
 
 
-def test_geminis_quota_of_a_minute_is_a_wait() -> None:
-    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "57.2s"}]
-    error = judged(429, [{"error": {"message": QUOTA, "status": "RESOURCE_EXHAUSTED", "details": details}}])
-    assert isinstance(error, RetryJob)
-    assert error.after_s == 57.2
+# ── shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-LITELLM_KEY = openai("No connected db.", "400", kind="no_db_connection")
-
-
-@table(
-    "status, body",
-    ("OpenAI", 401, openai("Incorrect API key provided.", "invalid_api_key")),
-    ("DeepSeek", 401, openai("Authentication Fails", "invalid_request_error", kind="authentication_error")),
-    ("Anthropic", 401, {"type": "error", "error": {"type": "authentication_error", "message": "invalid x-api-key"}}),
-    ("Gemini", 400, [{"error": {"message": "API key not valid.", "status": "INVALID_ARGUMENT"}}]),
-    ("xAI", 400, {"code": "invalid-argument", "error": "Incorrect API key provided."}),
-    ("Mistral", 401, {"detail": "Invalid API Key"}),
-    ("Azure", 401, openai("Access denied due to invalid subscription key or wrong API endpoint.", "401")),
-    ("speaches", 403, {"detail": "Invalid API key. The provided API key is incorrect."}),
-    ("TGI", 401, b""),
-    ("LiteLLM", 400, LITELLM_KEY),
-    ("OpenAI, country", 403, openai("Country not supported", "unsupported_country_region_territory")),
-    ("Gemini, country", 400, [{"error": {"message": "User location is not supported for the API use."}}]),
-    ("a firewall", 403, "<!DOCTYPE html><title>Attention Required! | Cloudflare</title>"),
-)
-def test_a_refused_key_is_the_operators(status: int, body: Any) -> None:
-    error = judged(status, body)
-    assert (meaning(error), error.sentence) == ("operator", sentences.NOT_SET_UP)
-    assert "TEXT_API_KEY" in error.detail
-
-
-@table(
-    "status, body",
-    (
-        "OpenAI",
-        404,
-        openai("The model `some-model` does not exist or you do not have access to it.", "model_not_found"),
-    ),
-    ("Azure", 404, openai("The API deployment for this resource does not exist.", "DeploymentNotFound")),
-    ("OpenRouter", 400, openai("openai/gpt-oss-90b is not a valid model ID", 400)),
-    ("OpenRouter, endpoints", 404, openai("No endpoints found for qwen/dead:free", 404)),
-    ("Groq", 400, openai("The model `x` has been decommissioned and is no longer supported.", "model_decommissioned")),
-    ("Mistral", 400, flat("Invalid model: codestral-mamba-latest", "invalid_model", "1500")),
-    ("Gemini", 404, [openai("models/gemini-x is not found for API version v1beta")]),
-    ("Ollama", 404, openai('model "llama3.2" not found, try pulling it first', kind="api_error")),
-    ("LocalAI", 404, {"error": {"message": 'model "x" not found. To see available models, call GET /v1/models'}}),
-    ("Kokoro-FastAPI", 400, {"detail": {"error": "invalid_model", "message": "Unsupported model: gpt-4o-mini-tts"}}),
-    ("openedai-speech", 400, {"message": "No such model, must be tts-1 or tts-1-hd.", "code": 400, "param": "model"}),
-    ("speaches", 404, {"detail": "Model 'tts-1' is not installed locally."}),
-    ("LiteLLM", 400, openai("/chat/completions: Invalid model name passed in model=nosuch.", "400")),
-    ("LiteLLM, in a string", 400, openai("400: {'error': '/image/generations: Invalid model name passed in model=x'}")),
-    ("DeepSeek", 400, openai("Model Not Exist", "invalid_request_error")),
-)
-def test_a_model_that_is_not_offered_is_the_operators(status: int, body: Any) -> None:
-    error = judged(status, body)
-    assert isinstance(error, OperatorFault)
-    assert error.sentence == sentences.NOT_SET_UP
-    assert "TEXT_MODEL" in error.detail
-
-
-@table(
-    "status, body",
-    ("llama.cpp", 404, openai("File Not Found", kind="not_found_error")),
-    ("FastAPI", 404, {"detail": "Not Found"}),
-    ("a static site", 405, "<html>Not Allowed</html>"),
-    ("text", 404, "404 page not found"),
-)
-def test_a_wrong_url_is_the_operators(status: int, body: Any) -> None:
-    error = judged(status, body)
-    assert meaning(error) == "operator"
-    assert "is /v1 missing?" in error.detail
+WORDS = "it is overloaded"
 
 
 @table(
     "body",
-    (
-        "a speech server",
-        {"error": {"message": "No default voice is configured for the API.", "code": "no_default_voice"}},
-    ),
-    ("an engine", {"error": {"message": "The engine is not installed.", "code": "engine_not_installed"}}),
+    ("an object", {"error": {"message": WORDS}}),
+    ("a list", [{"error": {"message": WORDS}}]),
+    ("a string", WORDS),
+    ("an error that is a string", {"error": WORDS}),
+    ("an error that is a list", {"error": [WORDS, 7]}),
+    ("without an error", {"message": WORDS, "code": 400}),
+    ("capital letters", {"Message": WORDS}),
+    ("detail as a string", {"detail": WORDS}),
+    ("detail as an object", {"detail": {"msg": WORDS, "type": "busy"}}),
+    ("detail as a list", {"detail": [{"loc": ["body"], "msg": WORDS}]}),
+    ("errors as a list of strings", {"errors": [WORDS]}),
+    ("deeper", {"error": {"metadata": {"upstream": [{"description": WORDS}]}}}),
+    ("JSON within a string", {"error": {"message": json.dumps({"error": {"message": WORDS}})}}),
+    ("JSON within JSON within a string", {"error": json.dumps({"raw": json.dumps([{"message": WORDS}])})}),
+    ("nulls around it", {"error": {"message": WORDS, "code": None, "param": None, "type": None, "details": None}}),
+    ("a message that is an object", {"message": {"detail": [{"msg": WORDS}]}}),
 )
-def test_a_server_that_is_not_set_up_itself_is_neither_busy_nor_loading(body: Any) -> None:
-    assert meaning(judged(503, body)) == "operator"
-
-
-# ── busy and loading ─────────────────────────────────────────────────────────────────────────────────────────────
+def test_the_words_of_an_error_are_found_in_any_shape(body: object) -> None:
+    assert WORDS in read_refusal(400, json.dumps(body).encode()).messages
 
 
 @table(
-    "status, body",
-    ("llama.cpp", 503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}),
-    ("Hugging Face", 503, {"error": "Model x is currently loading", "estimated_time": 20.0}),
-    ("a gateway", 503, "The model is still warming up"),
-    ("not ready", 503, {"detail": "Model is not ready yet"}),
+    "body, messages",
+    ("plain text", b"try later", ["try later"]),
+    ("text with a byte order mark", b"\xef\xbb\xbf try later", ["try later"]),
+    ("JSON with a byte order mark", b'\xef\xbb\xbf{"error": "try later"}', ["try later"]),
+    ("broken JSON", b'{"error": {"mess', ['{"error": {"mess']),
+    ("bytes that aren't UTF-8", b"\xff later", ["\ufffd later"]),
+    ("a web page", b"\n<html>try later</html>", []),
+    ("nothing", b"", [""]),
+    ("a number", b"7", []),
 )
-def test_a_server_that_loads_its_model_costs_no_try(status: int, body: Any) -> None:
-    assert meaning(judged(status, body)) == "starting"
+def test_whatever_a_body_is_it_is_read(body: bytes, messages: list[str]) -> None:
+    assert read_refusal(400, body).messages == messages
 
 
 @table(
-    "status, body",
-    ("rate limit", 429, openai("Rate limit reached for gpt-x on tokens per min (TPM)", "rate_limit_exceeded")),
-    ("Bedrock", 429, {"message": "Too many tokens, please wait before trying again."}),
-    ("Azure", 429, openai("Requests have exceeded call rate limit. See https://aka.ms/oai/quotaincrease.", "429")),
-    ("overloaded", 529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
-    ("a bare 503", 503, "Service Unavailable"),
-    ("Cloudflare", 524, "<!DOCTYPE html><title>524: A timeout occurred</title>"),
-    ("TGI", 424, {"error": "Incomplete generation", "error_type": "incomplete_generation"}),
-    ("slow", 408, ""),
-    ("Groq", 498, ""),
-    ("internal", 500, openai("The server had an error", kind="server_error")),
+    "body, codes",
+    ("code and type", {"error": {"code": "a", "type": "b"}}, {"a", "b"}),
+    ("a code within an inner error", {"error": {"innererror": {"code": "c"}}}, {"c"}),
+    ("names of other kinds", {"error_type": "a", "err_code": "b", "__type": "c", "status": "d"}, {"a", "b", "c", "d"}),
+    ("numbers are none", {"error": {"code": 1301, "type": None}}, set()),
 )
-def test_a_busy_server_is_asked_again_and_counted(status: int, body: Any) -> None:
-    assert meaning(judged(status, body)) == "busy"
-
-
-# ── named fields ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-NEWER_NAME = (
-    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-)
-VERIFIED = "Your organization must be verified to stream this model. Please go to the settings and click on Verify."
-LITERAL = (
-    "1 validation error:\n {'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'msg': 'Input should be x'}"
-)
-VOICES = "[{'type': 'enum', 'loc': ('body', 'voice'), 'msg': \"Input should be 'nova' or 'alloy'\", 'input': 'zelda'}]"
+def test_the_codes_of_an_error_are_found(body: object, codes: set[str]) -> None:
+    assert set(read_refusal(400, body).codes) == codes
 
 
 @table(
-    "status, body, sent, name",
-    ("OpenAI, cap", 400, openai(NEWER_NAME, "unsupported_parameter", "max_tokens"), REQUEST, "max_tokens"),
-    ("a gateway, cap", 400, openai(NEWER_NAME), REQUEST, "max_tokens"),
-    ("Groq, cap", 400, openai("`max_completion_tokens` must be less than or equal to `100`"), REQUEST, "max_tokens"),
-    ("Anthropic, cap", 400, openai("max_tokens: 64000 > 32000, the maximum of output tokens"), REQUEST, "max_tokens"),
-    ("OpenAI, temperature", 400, openai("x", "unsupported_value", "temperature"), REQUEST, "temperature"),
-    ("Anthropic, temperature", 400, openai("`temperature` is deprecated for this model."), REQUEST, "temperature"),
-    ("Groq, temperature", 400, openai("'temperature' : number must be at most 2"), REQUEST, "temperature"),
-    ("Moonshot", 400, openai("field Temperature invalid, only 1 is allowed for this model"), REQUEST, "temperature"),
-    ("TGI, top_p", 422, {"error": "Input validation error: `top_p` must be > 0.0 and < 1.0"}, REQUEST, "top_p"),
-    (
-        "OpenAI, top_p",
-        400,
-        openai("Unsupported parameter: 'top_p' is not supported with this model."),
-        REQUEST,
-        "top_p",
-    ),
-    ("xAI, stop", 400, {"error": "Argument not supported on this model: stop"}, REQUEST, "stop"),
-    ("xAI, newer", 400, {"error": "Model grok does not support parameter stop."}, REQUEST, "stop"),
-    ("LiteLLM, stop", 400, openai("stop: Extra inputs are not permitted"), REQUEST, "stop"),
-    (
-        "Gemini, seed",
-        400,
-        [openai('Invalid JSON payload received. Unknown name "seed": Cannot find field.')],
-        REQUEST,
-        "seed",
-    ),
-    ("older OpenAI", 400, openai("Unrecognized request argument supplied: seed"), REQUEST, "seed"),
-    ("LM Studio", 400, {"error": "'response_format.type' must be 'json_schema' or 'text'"}, REQUEST, "response_format"),
-    ("OpenAI, stream", 400, openai(VERIFIED, "unsupported_value", "stream"), REQUEST, "stream"),
-    (
-        "Mistral, an object",
-        422,
-        flat({"detail": [forbidden("stream_options", "include_usage")]}),
-        REQUEST,
-        "stream_options",
-    ),
-    ("Mistral, a string", 422, flat(json.dumps({"detail": [forbidden("seed")]})), REQUEST, "seed"),
-    ("Mistral, a list", 422, {"object": "Error", "message": [forbidden("seed")], "code": 3001}, REQUEST, "seed"),
-    ("FastAPI", 422, {"detail": [{"loc": ["body", "stop"], "msg": "Input should be a valid list"}]}, REQUEST, "stop"),
-    ("Azure AI", 400, openai("Extra parameters ['stream_options'] are not allowed"), REQUEST, "stream_options"),
-    ("SGLang", 400, flat(LITERAL, "Bad Request"), REQUEST, "reasoning_effort"),
-    (
-        "xAI, effort",
-        400,
-        {"error": "This model does not support `reasoning_effort` value `low`."},
-        REQUEST,
-        "reasoning_effort",
-    ),
-    ("vLLM, a template", 400, flat("System role not supported"), REQUEST, "system"),
-    ("roles", 400, flat("Conversation roles must alternate user/assistant/user/assistant/..."), REQUEST, "messages"),
-    ("OpenAI, size", 400, openai("Invalid value: '512x512'.", "invalid_value", "size"), PICTURE, "size"),
-    ("xAI, size", 400, {"code": "400", "error": "Argument not supported: size"}, PICTURE, "size"),
-    ("gpt-image-2", 400, openai("Invalid size '512x512'. Width must be divisible by 16."), PICTURE, "size"),
-    ("a picture model", 400, openai("The model 'x' does not support the 'quality' parameter."), PICTURE, "quality"),
-    ("OpenAI, voice", 400, openai(VOICES), SOUND, "voice"),
-    (
-        "Kokoro-FastAPI",
-        400,
-        {"detail": {"error": "validation_error", "message": "Voice 'zelda' not found."}},
-        SOUND,
-        "voice",
-    ),
-    ("Groq, sounds", 400, openai("response_format must be one of [wav]"), SOUND, "response_format"),
-    ("another word", 400, {"detail": "Unsupported format: mp3. Supported formats are: wav"}, SOUND, "response_format"),
-    (
-        "speed",
-        422,
-        {"detail": [{"loc": ["body", "speed"], "msg": "Input should be less than or equal to 1"}]},
-        SOUND,
-        "speed",
-    ),
+    "status, body, right",
+    ("the HTTP status wins", 429, {"error": {"code": 400}}, 429),
+    ("the error's own, in a stream", 0, {"error": {"code": 429}}, 429),
+    ("as a string", 0, {"error": {"code": "503"}}, 503),
+    ("beside the error", 0, {"error": "x", "status_code": 401}, 401),
+    ("a number that is none", 0, {"error": {"code": 1301}}, 0),
+    ("a long number", 0, {"error": {"code": 10**4000}}, 0),
 )
-def test_a_field_that_was_sent_is_found(status: int, body: Any, sent: dict[str, Any], name: str) -> None:
-    assert meaning(judged(status, body, sent)) == name
-
-
-def test_a_field_that_was_not_sent_doesnt_count() -> None:
-    body = openai("Unsupported parameter: 'seed'", "unsupported_parameter", "seed")
-    assert meaning(judged(400, body, PICTURE)) == "unexplained"
-
-
-@table("name", *[(name, name) for name in ("stop", "seed", "stream", "size", "speed")])
-def test_a_common_word_alone_names_no_field(name: str) -> None:
-    body = openai(f"The worker had to {name} here, for the {name} of its engine was wrong")
-    assert meaning(judged(400, body, {**REQUEST, **PICTURE, **SOUND})) == "unexplained"
-
-
-# ── what fits nothing ────────────────────────────────────────────────────────────────────────────────────────────
+def test_the_status_of_an_error(status: int, body: object, right: int) -> None:
+    assert read_refusal(status, body).status == right
 
 
 @table(
-    "status, body",
-    ("no reason", 400, openai("litellm.BadRequestError: …", "400")),
-    ("another status", 418, "I'm a teapot"),
-    ("no JSON", 400, "Bad Request"),
-    ("a broken body", 400, b'{"error": {"mess'),
-    ("no text", 422, b"\xff\xfe\xfd"),
-    ("deep", 400, b"[" * 100_000),
-    ("a list of words", 400, {"error": ["x", "y"]}),
+    "body",
+    ("a number of faults", {"detail": [{"msg": "no " * 30, "loc": ["body", f"field{n}"]} for n in range(50_000)]}),
+    ("a message of megabytes", {"error": {"message": "input " * 2_000_000}}),
+    ("many names", {"error": {f"message{n}": "x" * 20 for n in range(200_000)}}),
+    ("deep", json.loads("[" * 900 + '"busy"' + "]" * 900)),
+    ("nested strings", {"error": json.dumps({"error": json.dumps({"error": json.dumps({"error": "[" * 5000})})})}),
 )
-def test_what_fits_nothing_blames_nobody(status: int, body: Any) -> None:
-    error = judged(status, body)
-    assert isinstance(error, Unexplained)
-    assert error.sentence == "The provider refused this request."
-    assert f"HTTP {status}" in error.detail
+def test_a_huge_error_costs_bounded_time_and_words(body: object) -> None:
+    began = time.process_time()
+    refusal = read_refusal(0, body)
+    judge(refusal, REQUESTS["text"], "text", {})
+    assert sum(map(len, refusal.messages)) <= refusals.MAX_MESSAGE_CHARACTERS
+    assert time.process_time() - began < 2
 
 
-@table("status, cause", ("redirect", 302, Cause.PLACE), ("a login", 407, Cause.KEY), ("away", 502, Cause.BUSY))
-def test_a_status_alone_has_a_meaning(status: int, cause: Cause) -> None:
-    assert by_status(status) is cause
-
-
-# ── errors in answers of status 200 ──────────────────────────────────────────────────────────────────────────────
+@table(
+    "body", ("brackets", b"[" * 200_000), ("objects", b'{"error":' * 50_000), ("a number without end", b"9" * 200_000)
+)
+def test_a_body_that_no_parser_takes_is_only_text(body: bytes) -> None:
+    assert type(judged(400, body)) is Unexplained
 
 
 @table(
     "document, is_one",
-    ("an object", {"error": {"code": 429}}, True),
-    ("a text", {"error": "model runner has stopped"}, True),
-    ("vLLM's", flat("EngineCore died", "InternalServerError", 500), True),
-    ("Anthropic's", {"type": "error", "error": {"type": "overloaded_error"}}, True),
-    ("in a choice", {"choices": [{"error": {"code": 502}, "delta": {}}]}, True),
-    ("a detail", {"detail": "no worker"}, True),
-    ("a null", {"error": None, "choices": [{"delta": {"content": "x"}}]}, False),
-    ("an event", {"object": "chat.completion.chunk", "choices": []}, False),
-    ("usage", {"usage": {"total_tokens": 3}, "message": "x"}, False),
-    ("a list", [1], False),
+    ("an error", {"error": {"message": "x"}}, True),
+    ("an error that is a string", {"error": "x"}, True),
+    ("an error within a choice", {"choices": [{"finish_reason": "error", "error": {"code": 502}}]}, True),
+    ("by its object", {"object": "error", "message": "x"}, True),
+    ("by its type", {"type": "error"}, True),
+    ("a message alone", {"message": "x", "code": 429}, True),
+    ("a detail alone", {"detail": "Not authenticated"}, True),
+    ("a message of a gateway", {"error_code": 18, "error_msg": "x"}, True),
+    ("a chunk", {"choices": [{"delta": {"content": "x"}}]}, False),
+    ("a chunk whose error is null", {"choices": [{"delta": {"content": "x"}}], "error": None}, False),
+    ("a chunk whose error is empty", {"choices": [], "usage": {"total_tokens": 3}, "error": {}}, False),
+    ("a chunk that has a message", {"choices": [{"delta": {"content": "x"}}], "message": "ok"}, False),
+    ("figures alone", {"usage": {"total_tokens": 3}, "message": "done"}, False),
+    ("a picture", {"data": [{"b64_json": "x"}], "message": "ok"}, False),
+    ("a ping", {"type": "ping"}, False),
+    ("nothing", {}, False),
+    ("a list", [{"error": "x"}], False),
+    ("null", None, False),
+    ("choices of another kind", {"choices": {"a": 1}}, False),
 )
-def test_an_object_is_an_error_or_part_of_an_answer(document: Any, is_one: bool) -> None:
+def test_what_an_error_in_an_answer_of_status_200_is(document: object, is_one: bool) -> None:
     assert is_error(document) is is_one
-
-
-@table(
-    "document, means",
-    ("its code is a status", {"error": {"code": 429, "message": "Rate limit exceeded"}}, "busy"),
-    ("too long", {"error": {"code": 400, "type": "exceed_context_size_error"}}, "too long"),
-    ("a status as text", {"error": {"code": "503", "message": "Loading model"}}, "starting"),
-    ("the request is bad", {"error": {"type": "invalid_request_error", "message": "hm"}}, "unexplained"),
-    ("only words", {"error": "model runner has unexpectedly stopped"}, "busy"),
-    ("content rules", {"error": {"message": "blocked by our content policy"}}, "content"),
-)
-def test_an_error_within_an_answer_means_what_its_own_status_would(document: Any, means: str) -> None:
-    assert meaning(judge(read_refusal(0, document), WITHOUT_CAP, "text", {})) == means
 
 
 # ── echoes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TRAPS = (
-    "Explain insufficient_quota and why the API key is invalid, please",
-    "What does 'This model's maximum context length is 4096 tokens' mean?",
-    "Write about content policy, moderation, and flagged prompts",
-    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
-    "The model does not exist, loading model, try again in 20s",
-    "quota",
+    "Explain insufficient_quota, a wrong API key, content policy, max_tokens, context length exceeded, no such model.",
+    "Please write about billing.\nCredentials.\nModeration\nflagged: unauthorized! Or arrears; payment required?",
+    "Temperature must be lower, stop isn't supported, unsupported value of top_p; seed is invalid in stream_options.",
+    "Müller's billing at the café: “access denied”, prompt is too long & <b>credit balance</b> is too low, says Zoë.",
+    "Wait: try again in 500 seconds, retry after 90s, it is still loading, the model is starting, rate limit reached.",
+    "system messages must alternate; conversation roles should be valid; response_format is invalid; effort too",
 )
-REFUSALS = (
-    (400, "Invalid request ({}): something else"),
-    (400, "could not parse «{}»"),
-    (429, "Slow down. You sent: {}"),
-    (401, "Incorrect key for {}"),
-    (500, "crashed on {}"),
+BASES: dict[str, Callable[[str], tuple[int, Any]]] = {
+    "a rate limit": lambda echo: (429, error(f"Too many requests while handling {echo}", "rate_limit_exceeded")),
+    "a code of content rules": lambda echo: (400, error(f"Rejected: {echo}", "content_policy_violation")),
+    "words of content rules": lambda echo: (400, error(f"Rejected by our safety system: {echo}")),
+    "a long input": lambda echo: (400, error(f"This model's maximum context length is 10 tokens: {echo}")),
+    "money": lambda echo: (429, error(f"Stop ({echo})", "insufficient_quota")),
+    "a key": lambda echo: (401, error(f"{echo} isn't allowed", "invalid_api_key")),
+    "a model": lambda echo: (404, error(f"The model `x` does not exist, says {echo}")),
+    "a place": lambda echo: (404, {"detail": f"{echo} Not Found"}),
+    "a field": lambda echo: (400, error(f"{echo}: Unsupported parameter: 'temperature'")),
+    "nothing known": lambda echo: (400, {"error": f"failed to tokenize: {echo}"}),
+    "nothing but the echo": lambda echo: (422, echo.encode()),
+    "a fault of the server": lambda echo: (500, error(f"worker died on {echo}", "server_error")),
+    "a bad gateway": lambda echo: (503, error(f"no worker for {echo}")),
+    "an error in a stream": lambda echo: (0, error(f"terminated at {echo}")),
+}
+ECHOES: dict[str, Callable[[str], str]] = {
+    "whole": str,
+    "quoted": repr,
+    "in JSON": json.dumps,
+    "in HTML": html.escape,
+    "in capitals": str.upper,
+    "in small letters": str.lower,
+    "on one line": lambda text: " ".join(text.split()),
+    "on lines of one word": lambda text: "\n".join(text.split()),
+    "twice": lambda text: f"{text} / {text}",
+}
+
+
+def fate(body: tuple[int, Any], prompt: str) -> tuple[object, ...]:
+    """What becomes of a job of this prompt."""
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": prompt}]
+    found = judged(*body, {**REQUESTS["text"], "messages": messages})
+    wait_s = found.after_s if isinstance(found, RetryJob) else None
+    return type(found), found.sentence, wait_s, found.named.name if isinstance(found, FieldRefused) else ""
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap[:20])
+def test_a_prompt_that_a_server_repeats_changes_no_cause(base: str, trap: str) -> None:
+    without = fate(BASES[base]("it"), trap)
+    changed = [name for name, echo in ECHOES.items() if fate(BASES[base](echo(trap)), trap) != without]
+    assert not changed
+
+
+@examples(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(BASES)), st.sampled_from(TRAPS), st.integers(0, 80), st.integers(40, 120))
+def test_a_part_of_a_prompt_that_a_server_repeats_changes_no_cause(base: str, trap: str, start: int, end: int) -> None:
+    part = trap[start:end]
+    assume(len(part.split()) >= 5)  # of fewer words it can't be told whose they are
+    assert fate(BASES[base](f"'{part}…'"), trap) == fate(BASES[base]("it"), trap)
+
+
+def test_what_a_framework_repeats_of_the_request_is_no_code() -> None:
+    schema = {"type": "json_schema", "json_schema": {"reason": "content_filter", "code": "insufficient_quota"}}
+    body = {"detail": "no", "body": {"response_format": schema}}
+    assert type(judged(422, body, {**PLAIN, "response_format": schema})) is Unexplained
+
+
+# ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+ADVICE = "|".join(re.escape(one.format(kind="TEXT")) for one in refusals.ADVICE.values())
+LINE = re.compile(
+    r"(HTTP \d{3}|an error in an answer of status 200)(?P<codes>( [\w.-]+)*?)( param (?P<param>\w+))?"
+    rf"( \((?P<field>\w+)\)|: ({ADVICE}|{'|'.join(refusals.Cause)}))?"
 )
 
 
-def echoing(status: int, template: str, said: str, trap: str) -> str:
-    request = {"model": "m", "messages": [{"role": "user", "content": trap}], "max_tokens": 9, "stream": True}
-    return meaning(judged(status, openai(template.format(said)), request))
-
-
-@pytest.mark.parametrize("trap", TRAPS)
-@pytest.mark.parametrize(("status", "template"), REFUSALS)
-def test_a_prompt_that_is_repeated_changes_no_class(status: int, template: str, trap: str) -> None:
-    assert echoing(status, template, trap, trap) == echoing(status, template, "", "Hello")
-
-
-def shown_as(text: str) -> st.SearchStrategy[str]:
-    """A part of a text, from and up to any of its letters, as servers show it."""
-    forms = (str, str.upper, repr, json.dumps, html.escape, lambda part: f"«{part}…»")
-    bounds = st.tuples(st.integers(0, len(text) // 3), st.integers(len(text) * 2 // 3, len(text)))
-    return st.builds(lambda bound, form: form(text[slice(*bound)]), bounds, st.sampled_from(forms))
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data(), st.sampled_from(TRAPS[:-1]), st.sampled_from(REFUSALS))
-def test_nor_does_a_part_of_it(data: st.DataObject, trap: str, refusal: tuple[int, str]) -> None:
-    said = data.draw(shown_as(trap))
-    assert echoing(*refusal, said, trap) == echoing(*refusal, "", "Hello")
+def test_the_log_has_status_codes_field_and_advice_and_nothing_else() -> None:
+    for section, server, status, body in rows():
+        found = LINE.fullmatch(judged(status, body, REQUESTS["text"]).detail)
+        assert found, (section, server)
+        assert set(found["codes"].split()) <= set(read_refusal(400, body).codes)
+        assert {found["param"], found["field"]} <= {None, "system", *refusals.FIELDS}
 
 
 @table(
-    "body",
-    ("in a message", openai(f"wrong: {KEY} {SECRET} planted words")),
-    ("in a code", openai("x", KEY, kind=KEY)),
-    ("in a type", openai("x", kind="planted words with blanks")),
-    ("in a param", openai("x", param=f"{SECRET}/../etc")),
-    ("as text", f"{KEY} {SECRET} planted words"),
+    "code",
+    ("a key", KEY),
+    ("a key of another form", "sk-proj-a8Bc1dEf2gHi3"),
+    ("a forged line", "bad\nERROR forged"),
+    ("a sentence", "The harbour at night"),
+    ("a word of the prompt", "harbour"),
+    ("a very long word", "a" * 65),
+    ("a URL", "http://user:pw@host/x"),
+    ("the control sequence of a terminal", "\x1b[2J"),
 )
-@pytest.mark.parametrize("status", [400, 401, 404, 429, 500])
-def test_none_of_the_servers_words_are_shown(status: int, body: Any) -> None:
-    request = {**REQUEST, "messages": [{"role": "user", "content": f"planted words {SECRET}"}]}
-    error = judged(status, body, request)
-    shown = f"{error.detail} {error.sentence} {error}"
-    assert not [word for word in (KEY, SECRET, "planted", "wrong:") if word in shown]
+def test_a_code_that_is_no_plain_token_is_not_logged(code: str) -> None:
+    found = judged(400, error("x", code, type=code, param=code))
+    assert found.detail.removeprefix("HTTP 400: ") == refusals.UNKNOWN_ADVICE
 
 
-def test_the_log_gets_code_type_and_parameter() -> None:
-    error = judged(400, openai("x", "some_code", "logit_bias", "some_type"))
-    assert error.detail.startswith("HTTP 400 some_type some_code param logit_bias: ")
+def test_codes_are_logged_for_the_operator() -> None:
+    found = judged(400, error("x", "odd_state", type="BadRequestError", param="messages[0].content"))
+    assert found.detail.startswith("HTTP 400 odd_state BadRequestError param messages:")
+
+
+@examples(max_examples=200, deadline=None)
+@given(st.text(max_size=300), st.sampled_from([0, 400, 401, 403, 404, 413, 422, 429, 500, 503]))
+def test_no_word_of_a_message_reaches_person_or_log(message: str, status: int) -> None:
+    planted = f"{message} zanzibar {message}"
+    found = judged(status, error(planted), REQUESTS["text"])
+    assert "zanzibar" not in found.detail + found.sentence
 
 
 # ── waits ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-IN_40_S = formatdate(time.time() + 40, usegmt=True)
+
+def wait_of(body: object, **headers: Any) -> float | None:
+    found = judged(429, body, **headers)
+    assert isinstance(found, RetryJob)
+    return found.after_s
+
+
+NOW = 1_764_266_400.0
+LATER, PAST = formatdate(NOW + 90, usegmt=True), formatdate(NOW - 90, usegmt=True)
 
 
 @table(
-    "headers, message, wait_s",
-    ("seconds", {"retry-after": "7"}, "", 7.0),
-    ("a fraction", {"retry-after": "7.5"}, "", 7.5),
-    ("with a unit", {"retry-after": "30s"}, "", 30.0),
-    ("milliseconds come first", {"retry-after-ms": "2500", "retry-after": "9"}, "", 2.5),
-    ("a date by the server's clock", {"retry-after": IN_40_S, "date": formatdate(time.time(), usegmt=True)}, "", 40.0),
-    ("a date that is over", {"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, "", 1.0),
-    ("none at all", {"retry-after": "0"}, "", 1.0),
-    ("before now", {"retry-after": "-3"}, "", None),
-    ("for ever", {"retry-after": "inf"}, "", None),
-    ("words", {"retry-after": "soon"}, "", None),
-    ("a huge number", {"retry-after": "9" * 400}, "", MAX_WAIT_S),
-    ("no such date", {"retry-after": "Wed, 99 Foo 2026 99:99:99 GMT"}, "", None),
-    ("not given", {}, "", None),
-    ("OpenAI's words", {}, "Please try again in 20s.", 20.0),
-    ("Groq's words", {}, "Please try again in 1m0.5s. Visit us.", 60.5),
-    ("Azure's words", {}, "Please retry after 6 seconds.", 6.0),
-    ("milliseconds in words", {}, "Please try again in 350ms", 1.0),
+    "headers, wait_s",
+    ("seconds", {"retry_after": "7"}, 7),
+    ("parts of a second", {"retry_after": "7.5"}, 7.5),
+    ("blanks around it", {"retry_after": " 7 "}, 7),
+    ("a Go duration", {"retry_after": "1m2.5s"}, 62.5),
+    ("milliseconds", {"retry_after_ms": "30000"}, 30),
+    ("milliseconds first", {"retry_after": "7", "retry_after_ms": "2500"}, 2.5),
+    ("seconds, where the milliseconds are none", {"retry_after": "7", "retry_after_ms": "soon"}, 7),
+    ("a date, by the server's own clock", {"retry_after": LATER, "date": formatdate(NOW, usegmt=True)}, 90),
+    ("a date of the older form", {"retry_after": "Sun Nov  6 08:49:37 1994"}, 1),
+    ("a date in the past", {"retry_after": PAST}, 1),
+    ("a date far ahead", {"retry_after": "Fri, 31 Dec 9999 23:59:59 GMT"}, 30 * 86_400),
+    ("at once", {"retry_after": "0"}, 1),
+    ("less than a second", {"retry_after_ms": "1"}, 1),
+    ("for ever", {"retry_after": "99999999999999"}, 30 * 86_400),
+    ("a number without end", {"retry_after": "9" * 400}, None),
+    ("garbage", {"retry_after": "soon"}, None),
+    ("infinite", {"retry_after": "inf"}, None),
+    ("not a number", {"retry_after": "nan"}, None),
+    ("negative", {"retry_after": "-5"}, None),
+    ("a date that is none", {"retry_after": "Mon, 99 Foo 2026 99:99:99 GMT"}, None),
+    ("nothing", {"retry_after": ""}, None),
 )
-def test_the_wait_that_a_provider_asks_for(headers: dict[str, str], message: str, wait_s: float | None) -> None:
-    refusal = read_refusal(429, json.dumps(openai(message)).encode())
-    found = wait_asked_for(headers, refusal)
-    assert found == (None if wait_s is None else pytest.approx(wait_s, abs=1.5 if "date" in headers else 0.01))
+def test_a_header_says_how_long_to_wait(headers: dict[str, str], wait_s: float | None) -> None:
+    assert wait_of(error("slow down"), **headers) == wait_s
 
 
-@table("key, value, wait_s", ("Gemini", "retryDelay", "34s", 34.0), ("Hugging Face", "estimated_time", 20.5, 20.5))
-def test_the_wait_may_stand_in_the_error(key: str, value: object, wait_s: float) -> None:
-    body = json.dumps({"error": {"message": "x", "details": [{key: value}]}}).encode()
-    assert wait_asked_for({}, read_refusal(429, body)) == wait_s
+@table(
+    "body, wait_s",
+    (
+        "Gemini",
+        [{"error": {"message": "x", "details": [{"@type": "RetryInfo", "retryDelay": "57.238747106s"}]}}],
+        57.238747106,
+    ),
+    ("Hugging Face", {"error": "x", "estimated_time": 20.5}, 20.5),
+    ("a number beside the error", error("x", retry_after=12), 12),
+    ("OpenAI", error("Rate limit reached. Please try again in 4s. Visit the site."), 4),
+    ("OpenAI, milliseconds", error("Please try again in 1200ms."), 1.2),
+    ("Groq", error("Please try again in 1m2.5s. Need more?"), 62.5),
+    ("Groq, hours", error("Please try again in 1h16m0.667s."), 4560.667),
+    ("Azure", error("Please retry after 26 seconds."), 26),
+    ("Azure, a day", error("Please retry after 86,400 seconds."), 86_400),
+    ("GitHub", error("Please wait 42 seconds before retrying."), 42),
+    ("in words", error("Try again in 1 minute, 30 seconds"), 90),
+    ("months are no minutes", error("try again in 5 months"), None),
+    ("no number", error("try again in a few moments"), None),
+    ("two points", error("try again in 1.2.3s"), None),
+    ("infinite", b'{"error": {"message": "x", "retryDelay": Infinity}}', None),
+    ("not a number", b'{"error": {"message": "x", "retry_after": NaN}}', None),
+    ("true", error("x", retry_after=True), None),
+    ("a list", error("x", retry_after=[]), None),
+)
+def test_an_error_says_how_long_to_wait(body: object, wait_s: float | None) -> None:
+    assert wait_of(body) == wait_s
 
 
-# ── cost ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_header_wins_over_the_words_of_an_error() -> None:
+    assert wait_of(error("try again in 90s", retryDelay="60s"), retry_after="7") == 7
+
+
+@examples(max_examples=300, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60), st.text(max_size=60))
+def test_whatever_headers_say_a_wait_is_none_or_within_its_bounds(after: str, in_ms: str, date: str) -> None:
+    wait_s = wait_of(error("slow down"), retry_after=after, retry_after_ms=in_ms, date=date)
+    assert wait_s is None or refusals.MIN_WAIT_S <= wait_s <= refusals.MAX_WAIT_S
+
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ADVERSARIES = (
-    "model " * 5000,
-    "content violat against " * 1000,
-    "exceeds input tokens exceed reduce " * 800,
-    "max_tokens must " * 1500,
-    "stop seed stream size " * 1200 + "must",
-    "1m" * 10_000,
-    "try again in " + "1s " * 8000,
-    "9" * 20_000,
-    "no models no endpoints " * 1000,
+    "a", "input ", "tokens ", "exceeds ", "model ", "model not ", "retry in 1ms", "1ms", "1m", "retry " * 3 + " ",
+    "content ", "reduce a b c d e ", "quota insufficient ", "'", "max_tokens must ", "stop a b c ", "AaBbCcDd", "Aa",
+    "exceed token ", "must a ", "system role a b ", "1,000,", "&amp;", "\\u0041", "\\\\n", "x.1", ". ", "|", "\n", " ",
+)  # fmt: skip
+PATTERNS = {
+    **{f"{one.cause}, row {number}": one.words for number, one in enumerate(TABLE)},
+    **{name: value for name, value in vars(refusals).items() if isinstance(value, re.Pattern)},
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_patterns_time_is_bounded_whatever_the_message(name: str) -> None:
+    began = time.process_time()
+    for word in ADVERSARIES:
+        text = word * (refusals.MAX_MESSAGE_CHARACTERS // len(word)) + "!"
+        PATTERNS[name].search(text)
+        PATTERNS[name].fullmatch(text)
+    assert time.process_time() - began < 1.5
+
+
+@pytest.mark.parametrize("word", ADVERSARIES)
+def test_an_adversarial_message_is_judged_at_once(word: str) -> None:
+    text = word * (refusals.MAX_MESSAGE_CHARACTERS // len(word)) + "!"
+    began = time.process_time()
+    for status in (0, 400, 503):
+        judged(status, error(text, text[:2000], retryDelay=text), REQUESTS["text"], retry_after=text)
+    assert time.process_time() - began < 1.5
+
+
+@table(
+    "prompt, message",
+    ("one word again and again", "word " * 20_000, "word word xword " * 1250),
+    ("many words behind the same two", " ".join(f"a b w{n}" for n in range(10_000)), "a b z " * 3300),
+    ("many words before the same two", " ".join(f"w{n} a b" for n in range(10_000)), "z a b " * 3300),
 )
+def test_a_long_prompt_is_cut_out_of_a_long_message_in_no_time(prompt: str, message: str) -> None:
+    began = time.process_time()
+    Sent({"model": "m", "prompt": prompt}).cut(message)
+    assert time.process_time() - began < 1
 
 
-@pytest.mark.parametrize("message", ADVERSARIES, ids=range(len(ADVERSARIES)))
-def test_a_message_that_is_made_to_be_hard_is_read_at_once(message: str) -> None:
-    begun = time.process_time()
-    for status in (400, 429, 503):
-        assert isinstance(judged(status, openai(message)), (FailJob, RetryJob))
-    assert time.process_time() - begun < 5  # a search that isn't linear takes minutes
+def test_a_long_wait_in_a_header_is_read_at_once() -> None:
+    began = time.process_time()
+    assert seconds_of("1ms" * 5000 + "!") is None
+    assert time.process_time() - began < 0.2

@@ -170,6 +170,14 @@ def test_a_dotenv_file_of_another_user_is_a_fault_with_advice(
     ("a module that isn't there", "HANDLER_MODULES", "no_such_module", "modules that can be imported"),
     ("a provider without scheme", "OPENAI_BASE_URL", "api.example.com/v1", "http://host:port/v1"),
     ("a type's server without host", "TEXT_BASE_URL", "http:///v1", "http://host:port/v1"),
+    ("an effort that no model has", "TEXT_REASONING_EFFORT", "extreme", "'low', 'medium', 'high'"),
+    ("less than no thinking", "TEXT_THINKING_TOKENS", "-1", "greater than or equal to 0"),
+    ("a model's name of pages", "TEXT_MODEL", "x" * 201, "at most 200 characters"),
+    ("pictures from a path", "PICTURE_HOSTS", "http://cdn/pictures", "cdn.internal or minio:9000"),
+    ("pictures from any host", "PICTURE_HOSTS", "cdn.internal,*", "cdn.internal or minio:9000"),
+    ("pictures with a password", "PICTURE_HOSTS", "user:pw@cdn", "cdn.internal or minio:9000"),
+    ("pictures from a port in words", "PICTURE_HOSTS", "minio:port", "cdn.internal or minio:9000"),
+    ("pictures from a folder", "PICTURE_HOSTS", "file://cdn", "cdn.internal or minio:9000"),
     ("sizes in words", "IMAGE_SIZES", "1024x1024,big", "1024x1024,1536x1024"),
     ("a format that can't be checked", "AUDIO_FORMAT", "aac", "'mp3', 'wav', 'opus' or 'flac'"),
     ("an answer of no size", "MAX_ANSWER_BYTES", "10", "greater than or equal to 1024"),
@@ -382,41 +390,101 @@ def test_each_type_has_a_server_and_a_key(values: dict[str, str], url: str, key:
 
 
 @table(
+    "path, is_right",
+    ("the newer interface", "/openai/v1", True),
+    ("with a slash at its end", "/openai/v1/", True),
+    ("with a version of it", "/openai/v1?api-version=preview", True),
+    ("a deployment", "/openai/deployments/mine?api-version=2024-10-21", True),
+    ("a deployment behind another option", "/openai/deployments/mine/?x=1&api-version=2024-10-21", True),
+    ("the catalogue of models", "/models?api-version=2024-05-01-preview", True),
+    ("nothing", "", False),
+    ("OpenAI's path", "/v1", False),
+    ("a deployment without a version", "/openai/deployments/mine", False),
+    ("a deployment's version without a value", "/openai/deployments/mine?api-version=", False),
+    ("no deployment", "/openai/deployments/?api-version=2024-10-21", False),
+    ("the address of a call", "/openai/deployments/mine/chat/completions?api-version=2024-10-21", False),
+)
+@pytest.mark.parametrize(
+    "host", ["mine.openai.azure.com", "MINE.services.ai.azure.com", "x.cognitiveservices.azure.us"]
+)
+def test_an_address_at_azure_is_checked_at_the_start(
+    variables: pytest.MonkeyPatch, host: str, path: str, is_right: bool
+) -> None:
+    if is_right:
+        assert Settings(openai_base_url=f"https://{host}{path}")
+    else:
+        [line] = faults(variables, OPENAI_BASE_URL=f"https://{host}{path}")
+        assert "should look like https://NAME.openai.azure.com/openai/v1 (or end in /openai/deployments/" in line
+
+
+@pytest.mark.parametrize(
+    "url", ["https://openai.azure.com.example/v1", "https://azure.example/v1", "http://localhost/v1"]
+)
+def test_an_address_elsewhere_may_have_any_path(url: str) -> None:
+    assert bare_settings(openai_base_url=url).openai_base_url == url
+
+
+BEARER, OWN = {"authorization": "Bearer k"}, {"api-key": "k"}
+
+
+@table(
+    "url, key, headers",
+    ("OpenAI", "", "k", BEARER),
+    ("any server", "http://host/v1", "k", BEARER),
+    ("without a key", "http://host/v1", "", {}),
+    ("user and password in the address come before it", "http://u:p@host/v1", "k", {}),
+    ("Azure's newer interface", "https://x.openai.azure.com/openai/v1", "k", BEARER),
+    ("a deployment at Azure", "https://x.openai.azure.com/openai/deployments/m?api-version=1", "k", OWN),
+    ("a gateway in front of Azure", "https://gateway/azure?api-version=1", "k", {**BEARER, **OWN}),
+    ("another option", "https://gateway/v1?version=1", "k", BEARER),
+)
+def test_the_key_goes_into_the_header_that_a_server_reads(url: str, key: str, headers: dict[str, str]) -> None:
+    assert ProviderSettings(url, key, "m", ()).key_headers == headers
+
+
+@table(
+    "url, is_openai",
+    ("no address", "", True),
+    ("its own", "https://api.openai.com/v1", True),
+    ("its own with a slash", "https://api.openai.com/v1/", True),
+    ("another's", "https://api.openai.com.example/v1", False),
+)
+def test_which_server_is_openai(url: str, is_openai: bool) -> None:
+    assert ProviderSettings(url, "k", "", ()).is_openai is is_openai
+
+
+@table(
+    "variables_, cap",
+    ("unset: none is sent", {}, {}),
+    ("empty: none is sent", {"TEXT_MAX_TOKENS": ""}, {}),
+    ("set: that is sent", {"TEXT_MAX_TOKENS": "900"}, {"max_tokens": 900}),
+    ("set to its default: that is sent", {"TEXT_MAX_TOKENS": "4096"}, {"max_tokens": 4096}),
+)
+def test_a_text_has_a_cap_of_ours_only_where_the_operator_set_one(
+    variables: pytest.MonkeyPatch, variables_: dict[str, str], cap: dict[str, int]
+) -> None:
+    for name, value in variables_.items():
+        variables.setenv(name, value)
+    assert Settings().usual_cap == cap
+
+
+def test_a_provider_knows_how_much_a_model_may_think_and_where_its_pictures_may_lie() -> None:
+    where = bare_settings(
+        text_thinking_tokens=100, text_reasoning_effort="high", picture_hosts="minio:9000, https://cdn.internal"
+    ).provider("image")
+    assert (where.kind, where.thinking_tokens, where.reasoning_effort) == ("image", 100, "high")
+    assert where.picture_hosts == ("minio:9000", "https://cdn.internal")
+
+
+@table(
     "where, label",
     ("offline", ProviderSettings("", "", "m", ()), "offline stand-in"),
     ("OpenAI", ProviderSettings("", "k", "m", ()), "m at https://api.openai.com/v1"),
     ("a server", ProviderSettings("http://u:p@host/v1", "k", "m", ()), "m at http://***@host/v1"),
-    ("another server's model of that name", ProviderSettings("http://host", "k", "tts-1", ()), "tts-1 at http://host"),
+    ("no model is set", ProviderSettings("http://host", "k", "", ()), "a model of its list at http://host"),
 )
 def test_a_provider_is_shown_without_its_credentials(where: ProviderSettings, label: str) -> None:
     assert where.label == label
-
-
-def test_a_model_that_is_not_set_is_shown_as_one_to_be_chosen() -> None:
-    assert (
-        bare_settings(openai_api_key="k").provider("audio").label == "a model of its list at https://api.openai.com/v1"
-    )
-
-
-AZURE = "https://name.openai.azure.com/openai"
-BEARER, API_KEY = {"authorization": "Bearer k"}, {"api-key": "k"}
-
-
-@table(
-    "url, headers",
-    ("a server", "http://host/v1", BEARER),
-    ("Azure's newer interface", f"{AZURE}/v1", BEARER),
-    ("its older one", f"{AZURE}/deployments/d?api-version=2024-10-21", API_KEY),
-    ("a gateway with a version", "http://gateway/v1?api-version=1", {**API_KEY, **BEARER}),
-    ("user and password in the URL", "http://u:p@host/v1", {}),
-)
-def test_a_key_goes_where_the_server_looks_for_it(url: str, headers: dict[str, str]) -> None:
-    assert bare_settings(openai_base_url=url, openai_api_key="k").provider("text").key_headers == headers
-
-
-@table("values, cap", ("set", {"text_max_tokens": 9}, {"max_tokens": 9}), ("not set", {}, {}))
-def test_a_cap_is_sent_with_each_text_only_if_the_operator_set_it(values: dict[str, int], cap: dict[str, int]) -> None:
-    assert bare_settings(**values).usual_cap == cap
 
 
 @table(
@@ -496,3 +564,10 @@ def test_the_table_of_settings_has_every_variable_with_its_default() -> None:
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         assert rows[name.upper()] == (str(default).lower() if isinstance(default, bool) else str(default)), name
+
+
+def test_compose_passes_on_every_setting_but_those_that_it_decides_itself() -> None:
+    passed_on = re.findall(r"(?m)^      ([A-Z][A-Z0-9_]+):", (SOURCE / "compose.yaml").read_text())
+    decided = re.compile("CELERY_BROKER_URL|CELERY_RESULT_BACKEND|AWS_|S3_|SSL_CERT_")
+    names = {name.upper() for name in Settings.model_fields if not decided.match(name.upper())}
+    assert names <= set(passed_on)

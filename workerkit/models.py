@@ -16,7 +16,8 @@ from workerkit.errors import OperatorFault
 from workerkit.settings import ProviderKind, ProviderSettings
 
 # OpenAI's models that a new deployment gets, the best first, with the day on which OpenAI ends each, if it has named
-# one (developers.openai.com/api/docs/deprecations, read on 2026-11-27).
+# one (developers.openai.com/api/docs/deprecations).
+READ_ON = date(2026, 11, 27)
 CURRENT: dict[ProviderKind, dict[str, date | None]] = {
     "text": {"gpt-6-luna": None, "gpt-6.1-terra": None, "gpt-6.2-sol": None, "gpt-5.6-luna": None},
     "image": {"gpt-image-2.6-flare": None, "gpt-image-2.6-sunburst": None, "gpt-image-2.5-flare": None},
@@ -70,11 +71,17 @@ def date_of(value: object) -> date | None:
 
 
 def parse_models(document: Any) -> Offered:
-    """The models in an answer of `GET /models`. Raises TypeError, LookupError, AttributeError: it is another answer."""
-    items = document if isinstance(document, list) else document.get("data") or document["models"]
-    found = [{"id": item} if isinstance(item, str) else item for item in items]
-    names = [(item.get("id") or item["name"], date_of(item.get("shutdown_date"))) for item in found]
-    return {str(name): ends for name, ends in names}
+    """The models in an answer of `GET /models`. A list without any says nothing: servers with one model send such.
+
+    Raises TypeError, LookupError, AttributeError: it is no list of models.
+    """
+    items = document if isinstance(document, list) else document.get("data") or document.get("models") or []
+    named = [(item.get("id") or item.get("name"), item) for item in items if isinstance(item, dict)]
+    named += [(item, {}) for item in items if isinstance(item, str)]
+    found = {name: date_of(item.get("shutdown_date")) for name, item in named if isinstance(name, str) and name}
+    if not found:
+        raise LookupError("no models")
+    return found
 
 
 def choose(where: ProviderSettings, offered: Offered | None, gone: Collection[str] = ()) -> str:
@@ -91,11 +98,11 @@ def choose(where: ProviderSettings, offered: Offered | None, gone: Collection[st
         if found := [name for name in known if offered is None or name in offered]:
             return found[0]
         raise OperatorFault(f"{where.place} offers none of {', '.join(CURRENT[where.kind])}: set {setting}")
-    names = [name for name in offered if not OTHER_KINDS.search(name.lower())]
+    names = [name for name in offered if not OTHER_KINDS.search(name.lower()) and name not in gone]
     if len(names) == 1:
         return names[0]
-    plain = [name for name in names if PLAIN_NAME.fullmatch(name)][:MAX_NAMES]
-    choices = f"one of: {', '.join(plain)}" if plain else "a model, since it lists none"
+    plain = [name for name in names if PLAIN_NAME.fullmatch(name)]
+    choices = f"one of: {', '.join(plain[:MAX_NAMES])}" if plain else "one that it takes"
     raise OperatorFault(f"{where.place} offers {len(names)} models: set {setting} to {choices}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import get_args
 
 from workerkit import sentences
@@ -27,7 +27,7 @@ SOUND_FORMATS = ("mp3", "wav", "opus", "flac")
 QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto", "standard", "hd")
 # Of a field of ours, the setting that its operator can change.
 SETTINGS = {"voice": "AUDIO_VOICE", "response_format": "AUDIO_FORMAT", EFFORT: "TEXT_REASONING_EFFORT"}
-SETTINGS |= {CAP: "TEXT_MAX_TOKENS", LATER_CAP: "TEXT_MAX_TOKENS", "size": "IMAGE_SIZES"}
+SETTINGS |= {CAP: "TEXT_MAX_TOKENS"}
 
 
 def values_offered(named: NamedField) -> list[str]:
@@ -36,15 +36,17 @@ def values_offered(named: NamedField) -> list[str]:
     return [value for value in known if value in named.words.split()]
 
 
+CONTEXT_TOKENS = r"context (?:length|window|size)(?: [^| \d]+){0,5} (\d{1,9})"
 # vLLM's "at least 7 input tokens" isn't the length of the prompt.
 PROMPT_TOKENS = (
-    r"(?<!at least )\b(\d+)(?: tokens)? (?:(?:in|from) the (?:messages|prompt|input)|(?:input|prompt) tokens)"
+    r"(?<!at least )\b(\d{1,9})(?: tokens)?"
+    r" (?:(?:in|from) the (?:messages|prompt|input)|(?:input|prompt) tokens|of text input)"
 )
 
 
 def is_too_small(words: str) -> bool:
     """Whether a refusal wants a larger cap."""
-    return bool(re.search(r"\b(?:below|at least|minimum|greater than)\b", words))
+    return bool(re.search(r"\b(?:below|at least|minimum|greater than)\b", words)) and "context" not in words
 
 
 def lower_cap(words: str, cap: int) -> int | None:
@@ -54,8 +56,7 @@ def lower_cap(words: str, cap: int) -> int | None:
 
     Raises InvalidInput: the prompt alone is longer than the context.
     """
-    context = re.search(r"context (?:length|window|size)(?: [^| \d]+){0,5} (\d+)", words)
-    prompt = re.search(PROMPT_TOKENS, words)
+    context, prompt = re.search(CONTEXT_TOKENS, words), re.search(PROMPT_TOKENS, words)
     if context and prompt:
         room = int(context[1]) - int(prompt[1])
         if room <= 0:
@@ -68,16 +69,15 @@ def lower_cap(words: str, cap: int) -> int | None:
 
 
 def other_size(words: str, size: str) -> str | None:
-    """The nearest picture size that a refusal allows, by a list or by what divides its sides; None if it says none."""
-    if size == "auto":
-        return None
-    if offered := [one for one in re.findall(rf"\b{IMAGE_SIZE}\b", words) if one != size]:
+    """The nearest picture size that a refusal allows, as a list or by what sides must be multiples of; or None."""
+    offered = [one for one in re.findall(rf"\b{IMAGE_SIZE}\b", words) if one != size]
+    if offered and size != "auto":
         return nearest_size(size, offered)
-    step = re.search(r"(?:divisible by|multiples? of) ([1-9]\d{0,2})\b", words)
-    if step is None:
-        return None
-    rounded = "x".join(str(max(1, round(int(side) / int(step[1]))) * int(step[1])) for side in size.split("x"))
-    return rounded if rounded != size else None
+    step = int(found[1]) if (found := re.search(r"(?:divisible by|multiples? of) ([1-9]\d{0,2})\b", words)) else 0
+    if step and size != "auto":
+        rounded = "x".join(str(max(1, round(int(side) / step)) * step) for side in size.split("x"))
+        return rounded if rounded != size else None
+    return None
 
 
 # ── what was learnt ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -103,8 +103,10 @@ class Learnt:
         now = self._clock()
         self._rules.setdefault((server, model), {}).update({name: (rule, now) for name, rule in changes.items()})
 
-    def forget(self, server: str, model: str) -> None:
-        self._rules.pop((server, model), None)
+    def forget(self, server: str, model: str, names: Iterable[str]) -> None:
+        known = self._rules.get((server, model), {})
+        for name in names:
+            known.pop(name, None)
 
 
 # ── one request ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,24 +116,36 @@ class Negotiation:
     """One request, as it is sent now. Each refusal of a field changes it, at most so often."""
 
     def __init__(self, learnt: Learnt, server: str, asked: Document, ours: Document, where: ProviderSettings) -> None:
-        self.server, self.model = server, str(asked.get("model", ""))
+        self.server, self.model, self._calls = server, str(asked.get("model", "")), 0
         self._learnt, self._asked, self._ours, self._where = learnt, asked, ours, where
-        self._rules = learnt.rules(server, self.model)
-        self._changes: dict[str, str | None] = {}
-        self._calls = 0
-        self.body = self._begin()
+        self._begin()
 
-    def _begin(self) -> Document:
-        """The request as it is first sent, shaped by what was learnt."""
-        self.body = {**self._ours, **self._asked}
-        for name, rule in self._rules.items():
-            if name == THINKING:
-                self._make_room()
-            elif rule:
-                self._rename(name, rule)
-            elif name not in self._asked:
-                self._leave_out(name)
-        return self.body
+    def _begin(self) -> None:
+        self._rules = self._learnt.rules(self.server, self.model)
+        self._changes: dict[str, str | None] = {}  # those of this request that are worth learning
+        self._values: Document = {}  # other values for fields; None leaves a field out
+        self._refused: set[str] = set()
+        self.body = self._shaped()
+
+    def use_model(self, model: str) -> None:
+        """Begins again with another model. The calls so far count."""
+        self.model, self._asked = model, {**self._asked, "model": model}
+        self._begin()
+
+    def _shaped(self) -> Document:
+        """The request by what was learnt, in whatever order, and by what this one's refusals have said."""
+        rules, body = {**self._rules, **self._changes}, {**self._ours, **self._asked}
+        is_renamed = rules.get(CAP) == LATER_CAP
+        if CAP in body and (is_renamed or THINKING in rules):
+            body[CAP] += self._where.thinking_tokens
+        if CAP in body and is_renamed:
+            body[LATER_CAP] = body.pop(CAP)
+            body.setdefault(EFFORT, LOWEST_EFFORT)
+        body |= {name: value for name, value in self._values.items() if name in body}
+        without = {name for name in body if rules.get(name, "") is None and name not in self._asked}
+        without |= {name for name, value in body.items() if value is None}
+        without |= {"stream_options"} if "stream" in without else set()
+        return {name: value for name, value in body.items() if name not in without}
 
     @property
     def may_go_on(self) -> bool:
@@ -139,12 +153,6 @@ class Negotiation:
 
     def note_call(self) -> None:
         self._calls += 1
-
-    def use_model(self, model: str) -> None:
-        """Begins again with another model. The calls so far count."""
-        self.model, self._asked = model, {**self._asked, "model": model}
-        self._rules, self._changes = self._learnt.rules(self.server, model), {}
-        self._begin()
 
     def confirm(self) -> None:
         """Keeps what was changed, since the request so changed was answered."""
@@ -162,105 +170,81 @@ class Negotiation:
 
     def make_room_for_thinking(self) -> bool:
         """Raises the cap of a text for a model that thought until the cap. False: it can't be raised any more."""
-        if not self.may_go_on or THINKING in self._rules | self._changes or not {CAP, LATER_CAP} & self.body.keys():
+        has_room = CAP not in self.body or THINKING in self._rules | self._changes
+        if has_room or not self._where.thinking_tokens or not self.may_go_on:
             return False
-        if LATER_CAP in self.body:  # which has room for thinking already
-            return False
-        self._make_room()
         self._changes[THINKING] = None
+        self._values.pop(CAP, None)
+        self.body = self._shaped()
         return True
 
     def mend(self, refusal: FieldRefused | Unexplained) -> None:
         """Changes the request after a refusal. Raises FailJob: it can't be changed so that the server may take it."""
-        rules = self._rules.keys() - {FINISH_REASON}
-        shaped_by = {*rules, *(self._rules[name] for name in rules)}
         named = refusal.named if isinstance(refusal, FieldRefused) else None
-        is_outdated = shaped_by and (named is None or (named.name in shaped_by and not named.is_value))
-        if self.may_go_on and is_outdated:
-            self._learnt.forget(self.server, self.model)
-            self._rules = {}
-            self._begin()
-        elif named is None:
-            raise refusal
-        elif not self.may_go_on or not self._change(named):
-            raise self._fault(named, refusal.detail)
+        if not (self.may_go_on and (self._drop_rules(named) or (named and self._change(named)))):
+            raise self._fault(refusal)
+        self.body = self._shaped()
+
+    def _drop_rules(self, named: NamedField | None) -> bool:
+        """Whether rules were dropped because of which the server may refuse the request: those about this field."""
+        rules = {name: rule for name, rule in self._rules.items() if name != FINISH_REASON}
+        outdated = [name for name, rule in rules.items() if named is None or named.name in (name, rule)]
+        if not outdated or (named and named.is_value):
+            return False
+        if named:
+            self._refused.add(named.name)
+        self._learnt.forget(self.server, self.model, outdated)
+        self._rules = {name: rule for name, rule in self._rules.items() if name not in outdated}
+        return True
 
     def _change(self, named: NamedField) -> bool:
         """Whether the field could be renamed, replaced or left out."""
-        if named.name in (CAP, LATER_CAP):
+        name, words = named.name, named.words
+        if name in (CAP, LATER_CAP):
             return self._change_cap(named)
-        if named.name == "size":
-            return self._change_size(named)
-        if not self._is_ours(named.name):
-            return False
-        if offered := [value for value in values_offered(named) if value != self.body[named.name]]:
-            self.body[named.name] = offered[0]
+        if name == "size":
+            self._values["size"] = other_size(words, self.body["size"])
             return True
-        is_sound_format = named.name == "response_format" and named.is_value  # one that the worker doesn't know
-        if named.name == "voice" or is_sound_format or (named.name == EFFORT and self._where.reasoning_effort):
-            return False  # the operator's to set
-        self._leave_out(named.name)
-        self._changes[named.name] = None
+        is_the_operators = name == "voice" or (name == EFFORT and bool(self._where.reasoning_effort))
+        if name in self._asked or name not in self.body or is_the_operators:
+            return False
+        if offered := [value for value in values_offered(named) if value != self.body[name]]:
+            self._values[name] = offered[0]
+            return True
+        if name == "response_format" and named.is_value:  # a sound in none of the formats that the worker knows
+            return False
+        self._values.pop(name, None)
+        self._changes[name] = None
         return True
-
-    def _is_ours(self, name: str) -> bool:
-        """Whether the job didn't ask for it. The effort comes with the newer name of the cap."""
-        return name not in self._asked and (name in self._ours or name == EFFORT)
 
     def _change_cap(self, named: NamedField) -> bool:
-        cap = self.body[named.name]
-        if not named.is_value and named.name == CAP and CAP not in self._changes:
-            self._rename(CAP, LATER_CAP)
-            self._changes[CAP] = LATER_CAP
-            return True
-        lower = lower_cap(named.words, cap)
-        if lower is None and not named.is_value and CAP in self._asked:
-            return False
-        self.body[named.name] = lower
-        if lower is None:
-            del self.body[named.name]
-        return True
+        """Renamed, lowered, or left out: what the server makes then is shorter still, unless the cap was too small."""
+        self._refused.add(named.name)
+        is_asked, takes_neither = CAP in self._asked, LATER_CAP in self._refused
+        if not named.is_value:
+            self._changes[CAP] = None if takes_neither else LATER_CAP
+            return not (takes_neither and is_asked)
+        lower = lower_cap(named.words, self.body[named.name])
+        self._values[named.name] = lower
+        return not (lower is None and is_asked and is_too_small(named.words))
 
-    def _change_size(self, named: NamedField) -> bool:
-        """The nearest size that is allowed. A server that takes none gets none, and the result says what it made."""
-        if size := other_size(named.words, self.body["size"]):
-            self.body["size"] = size
-        else:
-            self._leave_out("size")
-        return True
-
-    def _rename(self, name: str, to: str) -> None:
-        if name not in self.body:
-            return
-        self.body[to] = self.body.pop(name)
-        if to == LATER_CAP:
-            self.body[to] += self._where.thinking_tokens
-            self.body.setdefault(EFFORT, LOWEST_EFFORT)
-
-    def _make_room(self) -> None:
-        if CAP in self.body:
-            self.body[CAP] += self._where.thinking_tokens
-
-    def _leave_out(self, name: str) -> None:
-        self.body.pop(name, None)
-        if name == "stream":
-            self.body.pop("stream_options", None)
-
-    def _fault(self, named: NamedField, detail: str) -> JobError:
+    def _fault(self, refusal: FieldRefused | Unexplained) -> JobError:
         """Why the job fails: the person hears of what the job asked for, the operator of everything else."""
-        own = CAP if named.name == LATER_CAP and CAP in self._asked else named.name
-        if (own in self._asked and named.name != "model") or named.name in ("system", "image_url"):
-            return InvalidInput(f"{detail}: the job asked for it", self._sentence(named))
-        value = f" (it is {self.body.get(named.name)!r})"
-        setting = SETTINGS.get(named.name)
+        if isinstance(refusal, Unexplained):
+            return refusal
+        if refusal.otherwise:
+            return refusal.otherwise
+        name = CAP if refusal.named.name == LATER_CAP else refusal.named.name
+        if name in self._asked or name in ("system", "image_url"):
+            return InvalidInput(f"{refusal.detail}: the job asked for it", self._sentence(name, refusal.named))
+        setting, value = SETTINGS.get(name), f"(it is {self.body.get(refusal.named.name)!r})"
         advice = (
-            f"set {setting} to what this server and model take{value}" if setting else "the worker needs this field"
+            f"set {setting} to what this server and model take {value}" if setting else "the worker needs this field"
         )
-        return OperatorFault(f"{detail}: {advice}")
+        return OperatorFault(f"{refusal.detail}: {advice}")
 
-    def _sentence(self, named: NamedField) -> str:
-        offered = [value for value in values_offered(named) if value != self.body.get(named.name)]
+    def _sentence(self, name: str, named: NamedField) -> str:
+        offered = [value for value in values_offered(named) if value != self.body.get(name)]
         advice = f"use one of: {', '.join(offered)}" if offered else "leave it out, or change it"
-        is_sound = named.name == "response_format" and isinstance(self._asked[named.name], str)
-        name = "format" if is_sound else CAP if named.name == LATER_CAP else named.name
-        return f"The input can't be used: this model doesn't take this `{name}`; {advice}."
+        is_sound = name == "response_format" and isinstance(self._asked[name], str)
+        return f"The input can't be used: this model doesn't take this `{'format' if is_sound else name}`; {advice}."

@@ -123,7 +123,7 @@ class OpenAIProvider:
         self.base_url, self._query = base_url.rstrip("/"), mark + query
         self._where, self._max_bytes, memory = where, max_bytes, memory or Memory()
         self._learnt, self._choices = memory.learnt, memory.choices
-        self._breaker = Breaker()
+        self._breaker, self._choosing = Breaker(), asyncio.Lock()
         self._proxy, parts = proxy_for(self.base_url), urllib.parse.urlsplit(self.base_url)
         self._headers = where.key_headers
         trusted = origins_of(where.picture_hosts) | {origin_of(parts)}
@@ -215,15 +215,17 @@ class OpenAIProvider:
         """
         if where.model:
             return where
-        if model := self._choices.get(self.base_url, where.kind):
-            return replace(where, model=model)
+        async with self._choosing:  # many jobs that begin at a time need one list
+            return replace(where, model=self._choices.get(self.base_url, where.kind) or await self._choose(where))
+
+    async def _choose(self, where: ProviderSettings) -> str:
         offered = None
         with contextlib.suppress(RetryJob, FailJob):  # then the call itself shows what is wrong
             offered = await self.models()
         model = choose(where, offered, self._choices.gone(self.base_url))
         self._choices.keep(self.base_url, where.kind, model, is_certain=where.is_openai or offered is not None)
         logger.info("%s_MODEL=%s was chosen, since it isn't set; put this into .env", where.kind.upper(), model)
-        return replace(where, model=model)
+        return model
 
     # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────
 

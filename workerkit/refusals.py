@@ -12,6 +12,7 @@ import html
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,16 +25,15 @@ from workerkit.errors import Document, FailJob, InvalidInput, JobError, Operator
 
 # ── what a body holds ────────────────────────────────────────────────────────────────────────────────────────────
 
-CODE_KEYS = frozenset({"code", "type", "status", "reason", "error_type", "error_code", "errorcode", "error_name"})
-FIELD_KEYS = frozenset({"param", "parameter", "loc", "field"})
+CODE_KEYS = frozenset({"code", "type", "status", "errorcode"})  # alone, or behind another word and `_`
+FIELD_KEYS = frozenset({"param", "parameter", "argument", "property", "loc", "field", "path", "instancepath"})
 WAIT_KEYS = frozenset({"retrydelay", "retry_after", "estimated_time"})
 MESSAGE_KEYS = re.compile(r"message|msg|error|detail|description|reason|raw|title")
 # What repeats the request, or leads elsewhere.
 IGNORED_KEYS = frozenset({"input", "ctx", "url", "documentation_url", "flagged_input"})
 IGNORED_KEYS |= {"prompt", "messages", "request", "body"}
-TIMES = re.compile(r"(?<=\d)\s?[×*]\s?(?=\d)")  # between the sides of a size
-THOUSANDS = re.compile(r"(?<=\d)[,_](?=\d{3}\b)")
-MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000
+MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000  # of an error
+ERROR_KEYS = ("message", "detail", "error_message", "error_msg", "msg")  # of an error that has no `error`
 
 
 @dataclass
@@ -52,10 +52,11 @@ class Refusal:
             self.wait_s = self.wait_s or seconds_of(value)
         elif key in FIELD_KEYS and isinstance(value, str):
             self.fields.append(value)
-        elif isinstance(value, str) and key in CODE_KEYS:
+        elif isinstance(value, str) and (key == "reason" or key.rpartition("_")[2] in CODE_KEYS):
             self.codes.append(value)
         elif isinstance(value, str) and MESSAGE_KEYS.search(key):
-            self.messages.append(TIMES.sub("x", THOUSANDS.sub("", value[:MAX_MESSAGE_CHARACTERS])))
+            rest = MAX_MESSAGE_CHARACTERS - sum(map(len, self.messages))
+            self.messages += [value[:rest]] if rest > 0 else []
         if self.status == 0 and key in ("code", "status", "status_code") and (status := status_of(value)):
             self.status = status
 
@@ -68,17 +69,16 @@ def status_of(value: object) -> int:
 
 def values_of(document: object) -> Iterator[tuple[str, object]]:
     """The texts and numbers of an error, each with the key under which it stands. Their number is bounded."""
-    waiting: list[tuple[str, object]] = [("error", document)]
+    waiting: deque[tuple[str, object]] = deque([("error", document)])
     for _ in range(MAX_VALUES):
         if not waiting:
             return
-        key, value = waiting.pop(0)
+        key, value = waiting.popleft()
         if isinstance(value, dict):
-            waiting += [
-                (str(name).lower(), one) for name, one in value.items() if str(name).lower() not in IGNORED_KEYS
-            ]
+            named = ((str(name).lower(), one) for name, one in islice(value.items(), MAX_VALUES))
+            waiting.extend(item for item in named if item[0] not in IGNORED_KEYS)
         elif isinstance(value, (list, tuple)):
-            waiting += [(key, one) for one in value[:MAX_VALUES]]
+            waiting.extend((key, one) for one in value[:MAX_VALUES])
         elif isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and (inner := parsed(value)) is not None:
             waiting.append((key, inner))  # an error of a server behind this one, as text
         else:
@@ -120,28 +120,33 @@ def is_error(document: object) -> bool:
     if "error" in (document.get("object"), document.get("type"), document.get("status")):
         return True
     has_content = any(document.get(key) for key in ("data", "images", "usage"))
-    return not has_content and any(isinstance(document.get(key), str) for key in ("message", "detail", "error_message"))
+    return not has_content and any(isinstance(document.get(key), str) for key in ERROR_KEYS)
 
 
 # ── how long to wait ─────────────────────────────────────────────────────────────────────────────────────────────
 
 MIN_WAIT_S, MAX_WAIT_S = 1.0, 30 * 86_400.0  # four tries never pass within a second
-UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-TRY_AGAIN = re.compile(r"(?:try again|retry)\s+(?:in|after)\s+((?:[\d.]+\s?(?:ms|h|m|s)[a-z]*\s?)+)")
+MAX_WAIT_CHARACTERS = 40
+UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+SPAN = r"([\d.]{1,20}) ?(ms|milli|m(?!o)|[dhs])[a-z]{0,10}"
+SPANS = re.compile(rf"{SPAN}(?:,? ?{SPAN}){{0,4}}")
+TRY_AGAIN = re.compile(rf"(?:try again|retry|wait) (?:(?:in|after|for) )?({SPANS.pattern})")
 
 
 def seconds_of(value: object) -> float | None:
     """The seconds of `7`, `"7.5"`, `"34s"`, `"1m2.5s"` or `"350ms"`; None for anything else."""
     text = str(value).strip().lower() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    if len(text) > MAX_WAIT_CHARACTERS:
+        return None
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return min(float(text), MAX_WAIT_S)
-    found = re.findall(r"([\d.]+)\s?(ms|h|m|s)[a-z]*\s?", text)
-    if not found or not re.fullmatch(r"([\d.]+\s?(ms|h|m|s)[a-z]*\s?)+", text):
+    if not SPANS.fullmatch(text):
         return None
     try:
-        return min(sum(float(number) * UNITS_S[unit] for number, unit in found), MAX_WAIT_S)
+        seconds = [float(number) * UNITS_S.get(unit, UNITS_S["ms"]) for number, unit in re.findall(SPAN, text)]
     except ValueError:
         return None
+    return min(sum(seconds), MAX_WAIT_S)
 
 
 def seconds_until(date: str, server_date: str) -> float | None:
@@ -158,20 +163,21 @@ def seconds_until(date: str, server_date: str) -> float | None:
     return min(max(0.0, (aware_at - aware_now).total_seconds()), MAX_WAIT_S)
 
 
-def wait_asked_for(headers: Mapping[str, str], refusal: Refusal) -> float | None:
+def wait_asked_for(headers: Mapping[str, str], refusal: Refusal, said: str) -> float | None:
     """The seconds that the provider asks to wait, at least one; None if it asks for none.
 
-    `retry-after-ms`, `Retry-After` (in seconds or as a date: RFC 9110, section 10.2.3), else what the error says.
+    `retry-after-ms`, `Retry-After` (in seconds or as a date: RFC 9110, section 10.2.3), else what the error says:
+    `said` are the words of its messages.
     """
     retry_after = headers.get("retry-after", "")
     in_ms = seconds_of(headers.get("retry-after-ms", ""))
-    said = TRY_AGAIN.search(" ".join(refusal.messages).lower())
+    in_words = TRY_AGAIN.search(said)
     found = (
         None if in_ms is None else in_ms / 1000,
         seconds_of(retry_after),
-        seconds_until(retry_after, headers.get("date", "")) if "," in retry_after else None,
+        seconds_until(retry_after, headers.get("date", "")),
         refusal.wait_s,
-        seconds_of(said[1].strip()) if said else None,
+        seconds_of(in_words[1]) if in_words else None,
     )
     wait_s = next((one for one in found if one is not None and math.isfinite(one)), None)
     return None if wait_s is None else max(MIN_WAIT_S, wait_s)
@@ -182,14 +188,17 @@ def wait_asked_for(headers: Mapping[str, str], refusal: Refusal) -> float | None
 CUT, END, SHINGLE = "·", "|", 3
 MAX_SENT_WORDS, MAX_CUT_WORDS = 200_000, 50
 NONE: frozenset[str] = frozenset()
+THOUSANDS = re.compile(r"(?<=\d)[,_](?=\d{3}\b)")
+TIMES = re.compile(r"(?<=\d) ?[×*x] ?(?=\d)")  # between the sides of a size
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])")
-WORD = re.compile(r"\w+|[.;!?](?=\s|$)|\n")
+WORD = re.compile(r"\w+(?:\.\d\w*)*|[.;!?](?=\s|$)|\n")
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, and `|` where a sentence ends. Text escaped for JSON or HTML has the same."""
-    plain = ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else "\n", html.unescape(text))
-    return [END if word[0] in ".;!?\n" else word for word in WORD.findall(plain.lower())]
+    unescaped = ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else "\n", html.unescape(text))
+    words = WORD.findall(TIMES.sub("x", THOUSANDS.sub("", unescaped.lower())))
+    return [END if word[0] in ".;!?\n" else word for word in words]
 
 
 def strings_of(value: object) -> Iterator[str]:
@@ -230,7 +239,8 @@ class Sent:
         """The words of a message that the request doesn't have, separated by blanks."""
         found = words_of(text)
         places = [place for place, word in enumerate(found) if word != END]
-        for at in self._echoes([found[place] for place in places]):
+        words = [found[place] for place in places]
+        for at in self._echoes(words):
             found[places[at]] = CUT
         return " ".join(found)
 
@@ -269,7 +279,8 @@ class Cause(StrEnum):
 
 
 IN_ANSWER = 0  # the status of an error in an answer of status 200 that names none
-BAD_REQUESTS = frozenset({IN_ANSWER, 400, 403, 404, 413, 422, 451})
+BUSY_STATUSES = frozenset({IN_ANSWER, 408, 409, 424, 425, 429, 498, 499})
+BAD_REQUESTS = frozenset({IN_ANSWER, *range(400, 500)}) - (BUSY_STATUSES - {IN_ANSWER})
 
 
 @dataclass(frozen=True)
@@ -300,7 +311,7 @@ TABLE = (
     ),
     row(
         Cause.TOO_LONG,
-        BAD_REQUESTS | {500},
+        BAD_REQUESTS - {402} | {500},
         r"context (?:length|window|size)|maximum context|max context|exceed context size|range of input length",
         r"too many (?:input |prompt )?tokens|string (?:above max length|too long)|should have at most \d+ characters",
         r"(?:request|prompt|input|messages?|payload|entity|text|body|query) (?:is |are )?too (?:long|large|big)",
@@ -308,37 +319,45 @@ TABLE = (
         rf"(?:input|prompt){NEAR}(?:tokens|characters|length){NEAR}exceed\w*",
         rf"exceed\w*{NEAR}(?:token|input|character) limit|(?:token|input|character)s? limit{SOON}?exceed\w*",
         rf"(?:tokens|input|prompt|length){NEAR}exceeds?{NEAR}(?:maximum|limit|allowed)",
-        rf"(?:inputs?|prompt){NEAR}(?:less|fewer|more) than \d+ (?:tokens|characters)",
+        rf"(?:inputs?|prompt){NEAR}(?:less|fewer|more) than \d+ (?:tokens|characters)|inputs? tokens{NEAR}must be",
     ),
     row(Cause.TOO_LONG, {429}, r"request too large|tokens must be reduced"),
     row(
         Cause.MONEY,
-        BAD_REQUESTS | {401, 402, 429},
-        r"insufficient (?:quota|balance|funds?|credits?|account balance)|billing\w*|arrear\w*|payment required",
+        BAD_REQUESTS | {429},
+        rf"insufficient{SOON}?(?:quota|balance|funds?|credits?)|billing\w*|arrear\w*|payment required",
         rf"(?:exceed\w*|reached|out of|over){NEAR}(?:quota|credits?|balance|budget)|quota (?:exceeded|exhausted)",
-        rf"(?:balance|quota|credits?|funds){SOON}?(?:insufficient|exhausted|depleted|used up|too low)",
-        r"current quota|credit balance|(?:not enough|more|no) (?:credits?|balance)|spend\w* limit",
-        r"budget (?:has been )?exceeded|\w*(?:余额不足|欠费)\w*",
+        r"current quota|credit balance|(?:not enough|more|no|any) (?:credits?|balance)|spend\w* limit",
+        rf"(?:balance|quota|credits?|funds){SOON}?(?:insufficient|exhausted|depleted|used up|too low)|\w*overdue\w*",
+        r"budget (?:has been )?exceeded|\w*(?:余额不足|额度不足|欠费)\w*",
     ),
     row(
         Cause.KEY,
-        {IN_ANSWER, 400, 401, 403, 404, 422},
-        r"(?:api|access|subscription|auth\w*|virtual) ?(?:key|token)\w*|authentication\w*|credentials?",
+        BAD_REQUESTS,
+        r"(?:api|access|subscription|auth\w*|bearer|virtual) ?(?:key|token)\w*|authentication\w*|credentials?",
         r"unauthori[sz]ed|unauthenticated|permission denied|access denied|account (?:is )?(?:disabled|suspended)",
         r"no (?:connected )?db(?: connection)?",  # of LiteLLM, to a key that isn't its master's
         rf"(?:location|country|region){SOON}?not supported|unsupported (?:location|country|region)",
     ),
     row(
         Cause.MODEL,
-        {IN_ANSWER, 400, 403, 404, 410, 422},
-        r"(?:no such|unknown|invalid) (?:model|deployment)(?! param| arg| field)|not a valid model",
+        BAD_REQUESTS,
+        r"(?:no such|unknown|invalid|unsupported) (?:model|deployment)(?! param| arg| field)",
+        r"not a (?:valid|supported|known|chat) model",
         r"(?:model|deployment) ?not ?(?:found|exist|available)",
-        rf"models?{SOON}?(?:not (?:found|exist\w*|available|loaded|recogni[sz]ed)|does not exist|doesn t exist)",
+        rf"models?{SOON}?(?:not|doesn t) (?:found|exist\w*|available|installed|loaded|recogni[sz]ed)",
         rf"models?{SOON}?(?:deprecated|decommissioned|retired|discontinued|shut ?down|removed|disabled)",
-        r"model (?:is )?(?:not supported|unavailable)",
-        rf"no (?:models?|endpoints?){SOON}?(?:found|available|loaded)|(?:failed|unable) to load{SOON}?model",
-        r"not a chat model|unsupported model",
+        r"model (?:is )?(?:not supported|unavailable|invalid)|(?:not|doesn t) support (?:chat|completions?|generate)",
+        rf"(?:failed|unable) to (?:load|access|find){SOON}?model",
+        rf"no (?:models?|endpoints?){SOON}?(?:found|available|loaded)",
     ),
+    row(Cause.MODEL, {404, 410}, r"models?|deployments?"),
+    row(
+        Cause.PLACE,
+        BAD_REQUESTS,
+        r"api version|invalid url|(?:unexpected|unknown|invalid|no such|no) (?:endpoint|route|path)|route not found",
+    ),
+    row(Cause.BUSY, {400, 403}, r"rate ?limit\w*|throttl\w*|too many requests|overloaded"),
     row(Cause.SETUP, {500, 501, 503}, rf"(?:not|isn t|no){SOON}?(?:configured|installed)|not found on the server host"),
     row(
         Cause.LOADING,
@@ -347,7 +366,6 @@ TABLE = (
         r"(?:not|isn t) (?:yet )?ready|cold (?:start|boot)\w*|estimated time",
     ),
 )
-BUSY_STATUSES = frozenset({IN_ANSWER, 408, 409, 424, 425, 429, 498, 499})
 AWAY_STATUSES = frozenset({502, 503, 504, *range(520, 525)})  # of a proxy in front of the provider
 PROXY_LOGIN = 407
 BY_STATUS = {
@@ -364,48 +382,62 @@ BAD_REQUEST_CODES = re.compile(
 )
 
 
+EXCEPTION = re.compile(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+){1,6}(?:Error|Exception)\b")
+
+
 def words_of_code(code: str) -> str:
     """A code as words: `content_policy_violation` and `DeploymentNotFound` alike."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", code)
     return " ".join(re.findall(r"[a-z0-9]+", spaced.lower()))
 
 
-def find_cause(refusal: Refusal, sent: Sent, wait_s: float | None) -> Cause | None:
-    """The row of the table that fits the refusal's codes, else the one that fits its messages.
+@dataclass(frozen=True)
+class Words:
+    """What a refusal says, as words: its codes, and its messages without what the request has."""
 
-    A quota that no code names, and that comes with a wait, is one for each minute.
-    """
-    codes = " | ".join(map(words_of_code, refusal.codes))
-    messages = " | ".join(sent.cut(message) for message in refusal.messages).replace("_", " ")
-    for words in (codes, messages):
-        for one in TABLE:
-            if refusal.status in one.statuses and one.words.search(words):
-                is_passing = one.cause is Cause.MONEY and refusal.status == 429 and wait_s is not None
-                return Cause.BUSY if is_passing and words is messages else one.cause
-    return None
+    codes: str
+    said: str
+
+    @classmethod
+    def of(cls, refusal: Refusal, sent: Sent) -> Words:
+        """The classes of exceptions that messages name, as LiteLLM's do, count as codes."""
+        named = {name for message in refusal.messages for name in EXCEPTION.findall(message) if not sent.holds(name)}
+        codes = " | ".join(map(words_of_code, (*refusal.codes, *sorted(named))))
+        return cls(codes, " | ".join(map(sent.cut, refusal.messages)))
+
+
+def fitting_row(status: int, words: str) -> Cause | None:
+    """The cause of the first row of the table that fits these words of a refusal."""
+    words = words.replace("_", " ")
+    return next((one.cause for one in TABLE if status in one.statuses and one.words.search(words)), None)
 
 
 # ── a named field ────────────────────────────────────────────────────────────────────────────────────────────────
 
 CAP, LATER_CAP = "max_tokens", "max_completion_tokens"
-OTHER_NAMES = dict.fromkeys(("maxtokens", "max_new_tokens", "max_output_tokens", "maxoutputtokens", LATER_CAP), CAP)
+CAP_NAMES = (CAP, LATER_CAP, "max_new_tokens", "max_output_tokens")
+NEEDED = ("model", "messages", "prompt", "input")
+ROLES = ("system", "messages")
+CONTAINERS = ("body", "generation_config", "generationConfig", "parameters")
 NAMED_STATUSES = frozenset({IN_ANSWER, 400, 404, 415, 422})
 # Words that are common in any message. Only right beside a complaint do they name a field.
 COMMON_WORDS = frozenset(
-    {"model", "messages", "prompt", "input", "stream", "stop", "seed", "size", "quality", "n", "voice", "speed"}
+    {"stream", "streaming", "stop", "seed", "size", "quality", "n", "voice", "speed", "format", "formats"}
 )
 COMPLAINT = (
     r"(?:not|isn t|doesn t|don t|cannot|can t|unsupported|unknown|unrecogni[sz]ed|unexpected|invalid|extra|forbidden"
     r"|must|should|only|too|exceeds?|deprecated|required|missing|expected|one of|out of range|greater|less|larger)"
 )
-SHORT_NAMES: dict[tuple[str, type], list[str]] = {
+OTHER_NAMES: dict[tuple[str, type], list[str]] = {
     ("response_format", str): ["format", "formats"],  # of a sound
+    ("reasoning_effort", str): ["thinking level"],
     ("stream", bool): ["streaming"],
 }
-NO_EYES = (
+NO_EYES = re.compile(
     rf"(?:image|vision|multimodal)\w*{SOON}?not supported|(?:not|doesn t) support{SOON}?(?:image|vision|multimodal)"
 )
-ROLE_FAULT = rf"\b(system|conversation|assistant|user) (?:roles?|messages?|prompts?)(?: [^| ]+){{0,3}}? {COMPLAINT}\b"
+ROLE = r"(system|developer|assistant|conversation|last) (?:roles?|messages?|prompts?|instructions?)"
+ROLE_FAULT = re.compile(rf"\b(?:{ROLE}{SOON}?{COMPLAINT}|{COMPLAINT}{SOON}?{ROLE})\b")
 VALUE_FAULT = re.compile(
     r"\b(?:(?:unsupported|invalid) value|must be|should be|supported values?|expected|one of|at (?:most|least)"
     r"|less than|greater|larger|too (?:large|big|high|low|small)|exceeds?|range|maximum|literal error|enum"
@@ -424,56 +456,60 @@ class NamedField:
 
 def root_of(path: str) -> str:
     """`messages` of `messages[0].content`, or `max_tokens` of `body.max_tokens`."""
-    names = [name for name in re.findall(r"[A-Za-z_]\w*", path) if name not in ("body", "generationConfig")]
+    names = [name for name in re.findall(r"[A-Za-z_]\w*", path) if name not in CONTAINERS]
     return names[0] if names else ""
 
 
-def is_named(name: str, value: object, words: str) -> bool:
-    """Whether a message complains about a field: by its name, or by a common word right beside a complaint."""
-    others = [*OTHER_NAMES, CAP] if name in (CAP, LATER_CAP) else []
-    common = [*SHORT_NAMES.get((name, type(value)), []), *([name] if name in COMMON_WORDS else [])]
-    exact = [other for other in (name, *others) if other not in common]
-    exact += [name.replace("_", "")] if "_" in name else []  # in camel case
-    if exact and re.search(rf"\b(?:{'|'.join(map(re.escape, exact))})\b", words):
-        return True
-    named = "|".join(map(re.escape, common))
-    return bool(common and re.search(rf"\b(?:(?:{named}){SOON}?{COMPLAINT}|{COMPLAINT}{SOON}?(?:{named}))\b", words))
+def aliases(name: str, value: object) -> list[str]:
+    """The names that a server may have for a field of a request, in lower case."""
+    names = CAP_NAMES if name in (CAP, LATER_CAP) else (name,)
+    others = OTHER_NAMES.get((name, type(value)), [])
+    return [form for one in names for form in (one, one.replace("_", ""), one.replace("_", " "))] + others
+
+
+def messages_of(request: Mapping[str, Any]) -> list[Any]:
+    messages = request.get("messages")
+    return [one for one in messages if isinstance(one, Mapping)] if isinstance(messages, list) else []
 
 
 def names_in(words: str, request: Mapping[str, Any]) -> Iterator[str]:
-    """The fields of a request that a message complains about, in the order of the request."""
+    """The fields of a request that a message complains about, in the order of the request; `system` for that role."""
     for name, value in request.items():
-        if name == "messages" and (found := re.search(ROLE_FAULT, words)):
-            yield "system" if found[1] == "system" else name
-        elif name not in ("model", "messages", "prompt", "input") and is_named(name, value, words):
+        names = aliases(name, value)
+        own, common = (
+            "|".join(one for one in names if (one in COMMON_WORDS) is is_common) for is_common in (False, True)
+        )
+        beside = rf"(?:{common}){SOON}?{COMPLAINT}|{COMPLAINT}{SOON}?(?:{common})" if common else ""
+        pattern = "|".join(filter(None, (own, beside)))
+        if name not in NEEDED and re.search(rf"\b(?:{pattern})\b", words):
             yield name
+    roles = [message["role"] for message in messages_of(request)]
+    if len(roles) > 1 and ROLE_FAULT.search(words):
+        yield "system" if "system" in roles else "messages"
 
 
-def has_pictures(request: Mapping[str, Any]) -> bool:
-    messages = [message for message in request.get("messages", ()) if isinstance(message, Mapping)]
-    return any(isinstance(message.get("content"), list) for message in messages)
-
-
-def find_field(refusal: Refusal, sent: Sent) -> NamedField | None:
+def find_field(refusal: Refusal, words: Words, request: Mapping[str, Any]) -> NamedField | None:
     """The field that a refusal names, by `param`, by `loc`, or in its message. Only one that was sent counts."""
-    request = sent.request
-    said = " | ".join(map(sent.cut, refusal.messages))
-    if has_pictures(request) and re.search(NO_EYES, said):  # llama.cpp says so with status 500
-        return NamedField("image_url", False, said)
+    has_pictures = any(isinstance(message.get("content"), list) for message in messages_of(request))
+    if has_pictures and NO_EYES.search(words.said):  # llama.cpp says so with status 500
+        return NamedField("image_url", False, words.said)
     if refusal.status not in NAMED_STATUSES:
         return None
-    structured = [OTHER_NAMES.get(root.lower(), root) for root in map(root_of, refusal.fields)]
-    if LATER_CAP in request:
-        structured = [LATER_CAP if name == CAP else name for name in structured]
-    name = next((name for name in structured if name in request), None) or next(names_in(said, request), None)
+    changeable = [(name, value) for name, value in request.items() if name == "model" or name not in NEEDED]
+    known = {alias: name for name, value in changeable for alias in aliases(name, value)}
+    structured = (known.get(root_of(path).lower()) for path in refusal.fields)
+    name = next((name for name in (*structured, *names_in(f"{words.said} | {words.codes}", request)) if name), None)
     if name is None:
         return None
-    codes = " | ".join(map(words_of_code, refusal.codes))
-    return NamedField(name, bool(VALUE_FAULT.search(f"{codes} | {said.replace('_', ' ')}")), said)
+    return NamedField(name, bool(VALUE_FAULT.search(f"{words.codes} | {words.said}".replace("_", " "))), words.said)
 
 
 # ── what it means ────────────────────────────────────────────────────────────────────────────────────────────────
 
+# Fields of the interface, whether they were sent or not.
+FIELDS = frozenset({*CAP_NAMES, *NEEDED, "temperature", "top_p", "stop", "seed", "response_format", "reasoning_effort"})
+FIELDS |= {"stream", "stream_options", "size", "quality", "n", "voice", "speed", "tools", "logprobs", "instructions"}
+FIELDS |= {"logit_bias", "top_k", "top_logprobs", "frequency_penalty", "presence_penalty", "user", "tool_choice"}
 SAFE_TOKEN = re.compile(r"[A-Za-z]{2,30}(?:[_.][A-Za-z]{1,30}){0,6}|[1-9]\d{2,4}")  # no key looks like that
 UNKNOWN_ADVICE = "refused for a reason that isn't known here; the provider's own log may say more"
 ADVICE = {
@@ -490,9 +526,9 @@ CHECK_PROXY = "check the proxy's user and password, and whether it lets requests
 class FieldRefused(FailJob):
     """The provider refuses a field of the request; the negotiation decides what becomes of it."""
 
-    def __init__(self, named: NamedField, detail: str) -> None:
+    def __init__(self, named: NamedField, detail: str, otherwise: JobError | None = None) -> None:
         super().__init__(detail, sentences.REFUSED)
-        self.named = named
+        self.named, self.otherwise = named, otherwise  # what it means if the field can't be changed, if that is known
 
 
 class Unexplained(OperatorFault):
@@ -507,21 +543,21 @@ class ModelGone(OperatorFault):
 
 def safe_tokens(refusal: Refusal, sent: Sent) -> list[str]:
     """Codes and types that may be logged: plain words that are no part of what was sent."""
-    codes = [code for code in refusal.codes if code != str(refusal.status)]
-    found = [token for token in codes if SAFE_TOKEN.fullmatch(token) and not sent.holds(token)]
+    found = [token for token in refusal.codes if SAFE_TOKEN.fullmatch(token) and not sent.holds(token)]
+    found = [token for token in found if token != str(refusal.status)]
     return list(dict.fromkeys(found))[:3]
 
 
 def describe(refusal: Refusal, sent: Sent) -> str:
     """Status, codes and types for the log."""
     status = f"HTTP {refusal.status}" if refusal.status else "an error in an answer of status 200"
-    fields = [root for path in refusal.fields if (root := root_of(path)) and not sent.holds(root)]
+    fields = [root for path in refusal.fields if (root := root_of(path)) in FIELDS | sent.request.keys()]
     return " ".join([status, *safe_tokens(refusal, sent), *(f"param {root}" for root in fields[:1])])
 
 
-def longest_allowed(refusal: Refusal, sent: Sent) -> str:
+def longest_allowed(words: Words) -> str:
     """The most characters that the provider takes, as it says; or an empty string."""
-    found = re.search(r"at most (\d{2,7}) characters", " | ".join(map(sent.cut, refusal.messages)))
+    found = re.search(r"at most (\d{2,7}) characters", words.said)
     return f" It takes at most {found[1]} characters." if found else ""
 
 
@@ -538,19 +574,38 @@ def by_status(status: int) -> Cause:
     return BY_STATUS.get(status, Cause.UNKNOWN if 400 <= status < 500 else Cause.PLACE)
 
 
+def find_cause(refusal: Refusal, words: Words, named: NamedField | None, wait_s: float | None) -> Cause:
+    """Codes count first, then a named field, messages and the status.
+
+    The words for a long input and for a model are also those of complaints about a field. A quota that no code names,
+    and that comes with a wait, is one for each minute.
+    """
+    if cause := fitting_row(refusal.status, words.codes):
+        return cause
+    cause = fitting_row(refusal.status, words.said)
+    if named and named.name == "model":
+        return cause or Cause.MODEL
+    is_weaker = cause in (Cause.TOO_LONG, Cause.MODEL) and named is not None and named.name not in ROLES
+    if named and (cause is None or is_weaker):
+        return Cause.FIELD
+    if cause is Cause.MONEY and refusal.status == 429 and wait_s is not None:
+        return Cause.BUSY
+    return cause or by_status(refusal.status)
+
+
 def judge(refusal: Refusal, request: Document, kind: str, headers: Mapping[str, str]) -> JobError:
     """What a refusal of a request means for the job. `kind` is text, image or audio, for the names of settings."""
     refusal, sent = with_status(refusal), Sent(request)
-    wait_s, detail = wait_asked_for(headers, refusal), describe(refusal, sent)
-    cause = find_cause(refusal, sent, wait_s)
-    named = find_field(refusal, sent)
-    if named and (cause is None or (cause is Cause.TOO_LONG and named.name in (CAP, LATER_CAP))):
+    words = Words.of(refusal, sent)
+    wait_s, detail = wait_asked_for(headers, refusal, words.said), describe(refusal, sent)
+    named = find_field(refusal, words, request)
+    cause = find_cause(refusal, words, named, wait_s)
+    if cause is Cause.FIELD and named:
         return FieldRefused(named, f"{detail} ({named.name})")
-    cause = cause or by_status(refusal.status)
+    error = error_of(cause, refusal, detail, kind, wait_s, longest_allowed(words))
     if cause is Cause.TOO_LONG and (cap := next((name for name in (CAP, LATER_CAP) if name in request), None)):
-        said = " | ".join(map(sent.cut, refusal.messages))
-        return FieldRefused(NamedField(cap, True, said), f"{detail} ({cap})")
-    return error_of(cause, refusal, detail, kind, wait_s, longest_allowed(refusal, sent))
+        return FieldRefused(NamedField(cap, True, words.said), f"{detail} ({cap})", error)  # a lower one may do
+    return error
 
 
 def error_of(cause: Cause, refusal: Refusal, detail: str, kind: str, wait_s: float | None, longest: str) -> JobError:

@@ -32,8 +32,8 @@ REVOKED_SENTENCES = {"revoked": STOPPED, "expired": EXPIRED_UNTRIED}
 
 
 def try_again_after(sentence: str, now: datetime, wait_s: float) -> str:
-    """What the person reads if a provider asks to wait for longer than a job may."""
-    at = now + timedelta(seconds=wait_s)
+    """What the person reads if a provider asks to wait for longer than a job may: the first full minute behind it."""
+    at = now + timedelta(seconds=wait_s + 59)
     day = "" if at.date() == now.date() else f"{at:%Y-%m-%d} "
     return f"{sentence}. Please try again after {day}{at:%H:%M} UTC."
 

@@ -167,7 +167,7 @@ def is_address(url: str, schemes: Sequence[str]) -> bool:
 
 
 AZURE_HOST = re.compile(r"(?i).+\.(openai\.azure|cognitiveservices\.azure|services\.ai\.azure)\.(com|us|cn)")
-AZURE_PATH = re.compile(r"/openai/v1/?(\?.*)?|/openai/deployments/[^/?]+/?\?(.+&)?api-version=.+")
+AZURE_PATH = re.compile(r"/openai/v1/?(\?.*)?|/(openai/deployments/[^/?]+|models)/?\?(.+&)?api-version=.+")
 AZURE_LOOKS = "https://NAME.openai.azure.com/openai/v1 (or end in /openai/deployments/NAME?api-version=…)"
 
 
@@ -186,10 +186,8 @@ def is_azure(url: str) -> bool:
 
 def check_picture_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     for host in hosts:
-        if (
-            not is_address(host if "://" in host else f"http://{host}", ("http", "https"))
-            or "/" in host.split("://")[-1]
-        ):
+        url = host if "://" in host else f"http://{host}"
+        if not re.fullmatch(rf"https?://{HOST}", url) or not is_address(url, ("http", "https")):
             raise ValueError("should be hosts, comma-separated, like cdn.internal or minio:9000")
     return hosts
 
@@ -226,6 +224,7 @@ def check_module(name: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1)]
+ModelName = Annotated[str, Field(max_length=200)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_commas)]
 ModuleName = Annotated[str, AfterValidator(check_module)]
 Modules = Annotated[tuple[ModuleName, ...], NoDecode, BeforeValidator(split_commas)]
@@ -369,20 +368,20 @@ class Settings(BaseSettings):
     openai_base_url: ServerUrl = ""  # any OpenAI-compatible server; empty: OpenAI (with a key)
     text_base_url: ServerUrl = ""  # another server for text
     text_api_key: SecretStr = NO_SECRET  # its key
-    text_model: str = ""  # model for text; empty: one that the server offers
+    text_model: ModelName = ""  # model for text; empty: one that the server offers
     text_models: Names = ()  # more text models that a job may ask for
     text_max_tokens: int = Field(4096, ge=1)  # the most tokens that a job may ask for; sent only if it is set
     text_thinking_tokens: int = Field(4096, ge=0)  # more tokens for a model that thinks before it answers
     text_reasoning_effort: Literal["", Effort] = ""  # how hard such a model thinks; empty: the least
     image_base_url: ServerUrl = ""  # another server for pictures
     image_api_key: SecretStr = NO_SECRET  # its key
-    image_model: str = ""  # model for pictures; empty: one that the server offers
+    image_model: ModelName = ""  # model for pictures; empty: one that the server offers
     image_models: Names = ()  # more picture models that a job may ask for
     image_sizes: Sizes = ()  # sizes that the picture model offers, the nearest is used (empty: those of its family)
     picture_hosts: Hosts = ()  # hosts inside the operator's network from which a provider's pictures are fetched
     audio_base_url: ServerUrl = ""  # another server for sound
     audio_api_key: SecretStr = NO_SECRET  # its key
-    audio_model: str = ""  # model for sound; empty: one that the server offers
+    audio_model: ModelName = ""  # model for sound; empty: one that the server offers
     audio_models: Names = ()  # more sound models that a job may ask for
     audio_voice: Name = "alloy"  # voice where a job asks for none or for "default"
     audio_format: Literal["mp3", "wav", "opus", "flac"] = "mp3"  # sound format where a job asks for none
