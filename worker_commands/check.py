@@ -74,6 +74,17 @@ def release_job(runtime: Runtime, job: Job) -> bool:
     return runtime.store.release(job, runtime.store.now(), counted=True)
 
 
+def rehearse_jobs(runtime: Runtime) -> str:
+    """Makes the worker's own writes, on jobs that no message names. Raises StoreRefused: MongoDB takes one in part."""
+    for end in (complete_job, fail_job, release_job):
+        with sample_job(runtime) as job_id:
+            job = runtime.store.claim(job_id, secrets.token_hex(8), Delivery(runtime.settings.limits()))
+            is_done = isinstance(job, Job) and end(runtime, job)
+            if not is_done or "attempt" not in as_mapping((runtime.store.read(job_id) or {}).get("worker")):
+                raise StoreRefused("MongoDB takes the end of a job only without the worker's bookkeeping")
+    return "a job claimed, completed, failed, released; deleted"
+
+
 def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
     url = runtime.settings.mongodb_url.get_secret_value()
 
@@ -92,23 +103,13 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
         runtime.store.ensure_indexes()
         return "there"
 
-    def rehearse() -> str:
-        for end in (complete_job, fail_job, release_job):
-            with sample_job(runtime) as job_id:
-                job = runtime.store.claim(job_id, secrets.token_hex(8), Delivery(runtime.settings.limits()))
-                is_done = isinstance(job, Job) and end(runtime, job)
-                if not is_done or "attempt" not in as_mapping((runtime.store.read(job_id) or {}).get("worker")):
-                    raise StoreRefused("MongoDB takes the end of a job only without the worker's bookkeeping")
-        return "a job claimed, completed, failed, released; deleted"
-
     reached = probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version, url)
     yield reached
     if reached.is_fault:
         return
     yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write, url)
-    yield probe(
-        "MongoDB documents", "the validator of the collection jobs must allow what the worker writes", rehearse, url
-    )
+    advice = "the validator of the collection jobs must allow what the worker writes"
+    yield probe("MongoDB documents", advice, partial(rehearse_jobs, runtime), url)
     yield probe(
         "MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes, url
     )
@@ -119,6 +120,36 @@ REDIS_SETTINGS = {
     "maxmemory-policy": ("noeviction", "another policy lets Redis throw jobs away: set noeviction"),
     "appendonly": ("yes", "without it a restart of Redis loses the queue (the sweeper then takes minutes)"),
 }
+
+
+def unless_refused(look: Callable[[], str]) -> str:
+    """A refusal shows that the server was reached; the rows about rights name what it refuses."""
+    try:
+        return look()
+    except (redis.ResponseError, OperationalError) as error:
+        cause = error.__cause__ if isinstance(error, OperationalError) else error
+        if cause is None or not is_refused(cause):
+            raise
+        return f"reached, but {refusal(cause)}"
+
+
+def setting_by_info(client: redis.Redis, name: str) -> str:
+    if name == "maxmemory-policy":
+        return str(client.info("memory")["maxmemory_policy"])
+    return "yes" if client.info("persistence")["aof_enabled"] else "no"
+
+
+def setting_by_config(client: redis.Redis, name: str) -> str:
+    value: Any = client.config_get(name)
+    return str(value[name])
+
+
+def redis_setting(client: redis.Redis, name: str) -> str:
+    """A setting of the server, which INFO has too. Many hosted servers refuse CONFIG, and the worker needs neither."""
+    for look in (setting_by_info, setting_by_config):
+        with contextlib.suppress(redis.ResponseError, KeyError):
+            return look(client, name)
+    return UNREADABLE
 
 
 def check_redis(runtime: Runtime) -> Iterator[Finding]:
@@ -148,36 +179,6 @@ def check_redis(runtime: Runtime) -> Iterator[Finding]:
             yield replace(finding, advice=f"look on the server or in its console: it has to be {good}, since {advice}")
         else:
             yield finding if finding.is_fault or finding.seen == good else replace(finding, advice=advice)
-
-
-def unless_refused(look: Callable[[], str]) -> str:
-    """A refusal shows that the server was reached; the rows about rights name what it refuses."""
-    try:
-        return look()
-    except (redis.ResponseError, OperationalError) as error:
-        cause = error.__cause__ if isinstance(error, OperationalError) else error
-        if cause is None or not is_refused(cause):
-            raise
-        return f"reached, but {refusal(cause)}"
-
-
-def redis_setting(client: redis.Redis, name: str) -> str:
-    """A setting of the server, which INFO has too. Many hosted servers refuse CONFIG, and the worker needs neither."""
-    for look in (setting_by_info, setting_by_config):
-        with contextlib.suppress(redis.ResponseError, KeyError):
-            return look(client, name)
-    return UNREADABLE
-
-
-def setting_by_info(client: redis.Redis, name: str) -> str:
-    if name == "maxmemory-policy":
-        return str(client.info("memory")["maxmemory_policy"])
-    return "yes" if client.info("persistence")["aof_enabled"] else "no"
-
-
-def setting_by_config(client: redis.Redis, name: str) -> str:
-    value: Any = client.config_get(name)
-    return str(value[name])
 
 
 def check_artifacts(runtime: Runtime) -> Iterator[Finding]:

@@ -103,6 +103,22 @@ class Unpacker:
         return self._coding in GZIP_CODINGS and self._packed.startswith(GZIP_MAGIC)
 
 
+def is_web_page(data: bytes) -> bool:
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<"
+
+
+def load_json(data: bytes) -> Any:
+    """What JSON holds. Bytes that aren't UTF-8 are replaced. Raises ValueError, RecursionError: it is no JSON."""
+    return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace"))
+
+
+def parse_json(data: bytes) -> Any:
+    """The answer's JSON. Raises OperatorFault: it is a web page. ValueError, RecursionError: it is no JSON."""
+    if is_web_page(data):
+        raise OperatorFault(WEB_PAGE)
+    return load_json(data)
+
+
 class Answer:
     """A provider's answer as it comes in, up to so many bytes of content."""
 
@@ -136,24 +152,8 @@ class Answer:
         return parse_json(await self.read())
 
 
-def is_web_page(data: bytes) -> bool:
-    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<"
-
-
 def is_json(data: bytes) -> bool:
     return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
-
-
-def load_json(data: bytes) -> Any:
-    """What JSON holds. Bytes that aren't UTF-8 are replaced. Raises ValueError, RecursionError: it is no JSON."""
-    return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace"))
-
-
-def parse_json(data: bytes) -> Any:
-    """The answer's JSON. Raises OperatorFault: it is a web page. ValueError, RecursionError: it is no JSON."""
-    if is_web_page(data):
-        raise OperatorFault(WEB_PAGE)
-    return load_json(data)
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -268,14 +268,6 @@ CUT_REASONS = re.compile(r"(model_)?length|model_context_window_exceeded|max_(ou
 THOUGHT_PARTS = frozenset({"thinking", "reasoning", "reasoning_content", "redacted_thinking"})
 
 
-def text_of(content: object) -> str:
-    """The text of a message, which is a string, null, or a list of parts. Raises TypeError: it is something else."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content] if content else []
-    return "".join(part if isinstance(part, str) else text_of_part(part) for part in parts)
-
-
 def text_of_part(part: object) -> str:
     """The text of a part. Thinking is none, and parts of other types, such as references, have none.
 
@@ -289,12 +281,27 @@ def text_of_part(part: object) -> str:
     return text or ""
 
 
+def text_of(content: object) -> str:
+    """The text of a message, which is a string, null, or a list of parts. Raises TypeError: it is something else."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content] if content else []
+    return "".join(part if isinstance(part, str) else text_of_part(part) for part in parts)
+
+
 def reason_of(choice: Document) -> str:
     """The word for why a text ended, in lower case; empty if it goes on. Raises TypeError: it is something else."""
     reason = choice.get("finish_reason") or ""
     if not isinstance(reason, str):
         raise TypeError("a finish_reason that isn't text")
     return "" if reason.lower() in NO_REASON else reason.lower()
+
+
+MORE_ROOM = "the model used up its tokens by thinking; raise TEXT_THINKING_TOKENS (and TEXT_MAX_TOKENS, if it is set)"
+
+
+class OnlyThought(OperatorFault):
+    """The model used up its tokens before the first word of the answer."""
 
 
 class Completion:
@@ -393,10 +400,3 @@ class Completion:
         if self.is_cut:
             return OnlyThought(f"finish_reason {self._reason} before the first word: {MORE_ROOM}", ONLY_THOUGHT)
         return FailJob("an empty text", NO_TEXT)
-
-
-MORE_ROOM = "the model used up its tokens by thinking; raise TEXT_THINKING_TOKENS (and TEXT_MAX_TOKENS, if it is set)"
-
-
-class OnlyThought(OperatorFault):
-    """The model used up its tokens before the first word of the answer."""

@@ -36,6 +36,43 @@ MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000  # of an error
 ERROR_KEYS = ("message", "detail", "error_message", "error_msg", "msg")  # of an error that has no `error`
 
 
+MAX_WAIT_CHARACTERS = 40
+MIN_WAIT_S, MAX_WAIT_S = 1.0, 30 * 86_400.0  # four tries never pass within a second
+UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+SPAN = r"([\d.]{1,20}) ?(ms|milli|m(?!o)|[dhs])[a-z]{0,10}"
+SPANS = re.compile(rf"{SPAN}(?:,? ?{SPAN}){{0,4}}")
+
+
+def seconds_of(value: object) -> float | None:
+    """The seconds of `7`, `"7.5"`, `"34s"`, `"1m2.5s"` or `"350ms"`; None for anything else."""
+    text = str(value).strip().lower() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    if len(text) > MAX_WAIT_CHARACTERS:
+        return None
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return min(float(text), MAX_WAIT_S)
+    if not SPANS.fullmatch(text):
+        return None
+    try:
+        seconds = [float(number) * UNITS_S.get(unit, UNITS_S["ms"]) for number, unit in re.findall(SPAN, text)]
+    except ValueError:
+        return None
+    return min(sum(seconds), MAX_WAIT_S)
+
+
+def status_of(value: object) -> int:
+    """The HTTP status that an error's code is, or 0."""
+    text = str(value) if isinstance(value, (int, str)) else ""
+    return int(text) if re.fullmatch(r"[45]\d\d", text) else 0
+
+
+def parsed(text: str | bytes) -> Any:
+    """The JSON in a text, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 @dataclass
 class Refusal:
     """What an error says, as far as it can be told: `status` is 0 where an answer of status 200 names none."""
@@ -61,12 +98,6 @@ class Refusal:
             self.status = status
 
 
-def status_of(value: object) -> int:
-    """The HTTP status that an error's code is, or 0."""
-    text = str(value) if isinstance(value, (int, str)) else ""
-    return int(text) if re.fullmatch(r"[45]\d\d", text) else 0
-
-
 def values_of(document: object) -> Iterator[tuple[str, object]]:
     """The texts and numbers of an error, each with the key under which it stands. Their number is bounded."""
     waiting: deque[tuple[str, object]] = deque([("error", document)])
@@ -83,14 +114,6 @@ def values_of(document: object) -> Iterator[tuple[str, object]]:
             waiting.append((key, inner))  # an error of a server behind this one, as text
         else:
             yield key, value
-
-
-def parsed(text: str | bytes) -> Any:
-    """The JSON in a text, or None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
 
 
 def read_refusal(status: int, body: object) -> Refusal:
@@ -125,28 +148,7 @@ def is_error(document: object) -> bool:
 
 # ── how long to wait ─────────────────────────────────────────────────────────────────────────────────────────────
 
-MIN_WAIT_S, MAX_WAIT_S = 1.0, 30 * 86_400.0  # four tries never pass within a second
-MAX_WAIT_CHARACTERS = 40
-UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-SPAN = r"([\d.]{1,20}) ?(ms|milli|m(?!o)|[dhs])[a-z]{0,10}"
-SPANS = re.compile(rf"{SPAN}(?:,? ?{SPAN}){{0,4}}")
 TRY_AGAIN = re.compile(rf"(?:try again|retry|wait) (?:(?:in|after|for) )?({SPANS.pattern})")
-
-
-def seconds_of(value: object) -> float | None:
-    """The seconds of `7`, `"7.5"`, `"34s"`, `"1m2.5s"` or `"350ms"`; None for anything else."""
-    text = str(value).strip().lower() if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
-    if len(text) > MAX_WAIT_CHARACTERS:
-        return None
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return min(float(text), MAX_WAIT_S)
-    if not SPANS.fullmatch(text):
-        return None
-    try:
-        seconds = [float(number) * UNITS_S.get(unit, UNITS_S["ms"]) for number, unit in re.findall(SPAN, text)]
-    except ValueError:
-        return None
-    return min(sum(seconds), MAX_WAIT_S)
 
 
 def seconds_until(date: str, server_date: str) -> float | None:
@@ -593,21 +595,6 @@ def find_cause(refusal: Refusal, words: Words, named: NamedField | None, wait_s:
     return cause or by_status(refusal.status)
 
 
-def judge(refusal: Refusal, request: Document, kind: str, headers: Mapping[str, str]) -> JobError:
-    """What a refusal of a request means for the job. `kind` is text, image or audio, for the names of settings."""
-    refusal, sent = with_status(refusal), Sent(request)
-    words = Words.of(refusal, sent)
-    wait_s, detail = wait_asked_for(headers, refusal, words.said), describe(refusal, sent)
-    named = find_field(refusal, words, request)
-    cause = find_cause(refusal, words, named, wait_s)
-    if cause is Cause.FIELD and named:
-        return FieldRefused(named, f"{detail} ({named.name})")
-    error = error_of(cause, refusal, detail, kind, wait_s, longest_allowed(words))
-    if cause is Cause.TOO_LONG and (cap := next((name for name in (CAP, LATER_CAP) if name in request), None)):
-        return FieldRefused(NamedField(cap, True, words.said), f"{detail} ({cap})", error)  # a lower one may do
-    return error
-
-
 def error_of(cause: Cause, refusal: Refusal, detail: str, kind: str, wait_s: float | None, longest: str) -> JobError:
     match cause:
         case Cause.CONTENT:
@@ -626,3 +613,18 @@ def error_of(cause: Cause, refusal: Refusal, detail: str, kind: str, wait_s: flo
     if refusal.status == PROXY_LOGIN:
         return OperatorFault(f"{detail}: {CHECK_PROXY}")
     return OperatorFault(f"{detail}: {ADVICE[cause].format(kind=kind.upper())}")
+
+
+def judge(refusal: Refusal, request: Document, kind: str, headers: Mapping[str, str]) -> JobError:
+    """What a refusal of a request means for the job. `kind` is text, image or audio, for the names of settings."""
+    refusal, sent = with_status(refusal), Sent(request)
+    words = Words.of(refusal, sent)
+    wait_s, detail = wait_asked_for(headers, refusal, words.said), describe(refusal, sent)
+    named = find_field(refusal, words, request)
+    cause = find_cause(refusal, words, named, wait_s)
+    if cause is Cause.FIELD and named:
+        return FieldRefused(named, f"{detail} ({named.name})")
+    error = error_of(cause, refusal, detail, kind, wait_s, longest_allowed(words))
+    if cause is Cause.TOO_LONG and (cap := next((name for name in (CAP, LATER_CAP) if name in request), None)):
+        return FieldRefused(NamedField(cap, True, words.said), f"{detail} ({cap})", error)  # a lower one may do
+    return error

@@ -144,6 +144,15 @@ def check_redis_url(value: SecretStr) -> SecretStr:
 BROKERS = "start with redis:// or amqp://, or look like sentinel://host:26379/0?master_name=NAME"
 
 
+def is_address(url: str, schemes: Sequence[str]) -> bool:
+    """Whether it has one of these schemes, a host, and a port that is a number; and no unescaped `@`, `#` or blank."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        is_plain = not re.search(r"[\s#]", url) and "@" not in parts.path + parts.query
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and is_plain
+    return False
+
+
 def check_broker_url(value: SecretStr) -> SecretStr:
     url = value.get_secret_value()
     scheme = url.partition("://")[0]
@@ -157,18 +166,13 @@ def check_broker_url(value: SecretStr) -> SecretStr:
     return value
 
 
-def is_address(url: str, schemes: Sequence[str]) -> bool:
-    """Whether it has one of these schemes, a host, and a port that is a number; and no unescaped `@`, `#` or blank."""
-    with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(url)
-        is_plain = not re.search(r"[\s#]", url) and "@" not in parts.path + parts.query
-        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and is_plain
-    return False
-
-
 AZURE_HOST = re.compile(r"(?i).+\.(openai\.azure|cognitiveservices\.azure|services\.ai\.azure)\.(com|us|cn)")
 AZURE_PATH = re.compile(r"/openai/v1/?(\?.*)?|/(openai/deployments/[^/?]+|models)/?\?(.+&)?api-version=.+")
 AZURE_LOOKS = "https://NAME.openai.azure.com/openai/v1 (or end in /openai/deployments/NAME?api-version=…)"
+
+
+def is_azure(url: str) -> bool:
+    return bool(AZURE_HOST.fullmatch(urllib.parse.urlsplit(url).hostname or ""))
 
 
 def check_server_url(url: str) -> str:
@@ -178,10 +182,6 @@ def check_server_url(url: str) -> str:
     if url and is_azure(url) and not AZURE_PATH.fullmatch("/" + "".join(url.split("/", 3)[3:])):
         raise ValueError(f"should look like {AZURE_LOOKS}, since Azure's interface is there")
     return url
-
-
-def is_azure(url: str) -> bool:
-    return bool(AZURE_HOST.fullmatch(urllib.parse.urlsplit(url).hostname or ""))
 
 
 def check_picture_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:

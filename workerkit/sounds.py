@@ -74,6 +74,17 @@ def wav_parts(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield form, samples
 
 
+def with_true_sizes(data: bytes, form: bytes, samples: bytes) -> bytes:
+    """The WAV itself if its sizes are true, else a new one of its format and its samples alone."""
+    (size,) = struct.unpack_from("<I", data, 4)
+    is_true = size == len(data) - 8 and struct.pack("<4sI", b"data", len(samples)) + samples[:64] in data
+    if is_true and len(RIFF.findall(data)) == 1:
+        return data
+    chunks = [(b"fmt ", form), (b"data", samples)]
+    body = [struct.pack("<4sI", name, len(part)) + part + b"\0" * (len(part) % 2) for name, part in chunks]
+    return b"".join([struct.pack("<4sI4s", b"RIFF", sum(map(len, body)) + 4, b"WAVE"), *body])
+
+
 def walk_wav(data: bytes) -> tuple[bytes, float]:
     """The WAV with true sizes in its header, and its duration. Joined ones of the same format become one."""
     parts = list(wav_parts(data))
@@ -87,17 +98,6 @@ def walk_wav(data: bytes) -> tuple[bytes, float]:
         raise unusable("a WAV without a rate")
     samples = samples[: len(samples) - len(samples) % block]
     return with_true_sizes(data, form, samples), len(samples) / bytes_a_second
-
-
-def with_true_sizes(data: bytes, form: bytes, samples: bytes) -> bytes:
-    """The WAV itself if its sizes are true, else a new one of its format and its samples alone."""
-    (size,) = struct.unpack_from("<I", data, 4)
-    is_true = size == len(data) - 8 and struct.pack("<4sI", b"data", len(samples)) + samples[:64] in data
-    if is_true and len(RIFF.findall(data)) == 1:
-        return data
-    chunks = [(b"fmt ", form), (b"data", samples)]
-    body = [struct.pack("<4sI", name, len(part)) + part + b"\0" * (len(part) % 2) for name, part in chunks]
-    return b"".join([struct.pack("<4sI4s", b"RIFF", sum(map(len, body)) + 4, b"WAVE"), *body])
 
 
 # ── MP3: frames of MPEG audio, layer III (ISO 11172-3, 13818-3) ──────────────────────────────────────────────────
@@ -277,7 +277,6 @@ FLAC_SYNC = re.compile(
     rb"fLaC[\x00\x80]\x00\x00\x22"
     rb"|\xff[\xf8\xf9][^\x00-\x0f\x1f\x2f\x3f\x4f\x5f\x6f\x7f\x8f\x9f\xaf\xbf\xcf\xdf\xef\xff][\x00-\xaf]"
 )
-SAMPLE_COUNT_BITS = 36
 UNCOMMON_SIZE_BYTES, UNCOMMON_RATE_BYTES = {6: 1, 7: 2}, {12: 1, 13: 2, 14: 2}
 
 
@@ -323,6 +322,17 @@ def flac_frame_at(data: bytes, at: int) -> tuple[int, int] | None:
     return (number, samples) if header[end : end + 1] == bytes([check]) else None
 
 
+SAMPLE_COUNT_BITS = 36
+
+
+def with_sample_count(data: bytes, samples: int) -> bytes:
+    """The same FLAC with its count of samples, which servers that stream leave out."""
+    at = data.find(FLAC_MARK) + 18  # rate, channels and depth, then the count, in 64 bits
+    numbers = int.from_bytes(data[at : at + 8], "big")
+    true = numbers >> SAMPLE_COUNT_BITS << SAMPLE_COUNT_BITS | samples
+    return data if true == numbers else data[:at] + true.to_bytes(8, "big") + data[at + 8 :]
+
+
 def walk_flac(data: bytes) -> tuple[bytes, float]:
     """The FLAC with its count of samples, and its duration. The frames of joined files are counted too."""
     seconds, streams, rate, expected, counted = 0.0, 0, 0, 0, 0
@@ -342,14 +352,6 @@ def walk_flac(data: bytes) -> tuple[bytes, float]:
         if seconds > MAX_SOUND_S:
             break
     return (with_sample_count(data, counted) if streams == 1 else data), seconds
-
-
-def with_sample_count(data: bytes, samples: int) -> bytes:
-    """The same FLAC with its count of samples, which servers that stream leave out."""
-    at = data.find(FLAC_MARK) + 18  # rate, channels and depth, then the count, in 64 bits
-    numbers = int.from_bytes(data[at : at + 8], "big")
-    true = numbers >> SAMPLE_COUNT_BITS << SAMPLE_COUNT_BITS | samples
-    return data if true == numbers else data[:at] + true.to_bytes(8, "big") + data[at + 8 :]
 
 
 # ── any of them ──────────────────────────────────────────────────────────────────────────────────────────────────
