@@ -21,7 +21,7 @@ from tests.lab import table
 from workerkit.answers import MORE_ROOM, Answer, Completion, OnlyThought
 from workerkit.errors import FailJob, InvalidInput, JobError, OperatorFault, RetryJob
 from workerkit.negotiation import LOWEST_EFFORT, MAX_CALLS, Learnt, Negotiation, lower_cap, other_size
-from workerkit.provider import Memory, OpenAIProvider
+from workerkit.provider import Memory, OpenAIProvider, take
 from workerkit.refusals import Unexplained, judge, read_refusal, words_of
 from workerkit.sentences import ONLY_THOUGHT, TOO_LONG
 from workerkit.settings import ProviderSettings
@@ -352,12 +352,8 @@ def test_an_error_behind_the_first_piece_of_a_text_is_not_negotiated(refusal: Bo
     completion, answer = Completion("m"), cast(Answer, SimpleNamespace(headers={}))
     completion.add({"choices": [{"delta": {"content": "Once"}}]})
 
-    async def take() -> None:
-        async with opened(ProviderSettings(**WHERE), Memory()) as provider:
-            provider._take(refusal, completion, print, answer, {**ASKED, **STREAMED})
-
     with pytest.raises(RetryJob):
-        asyncio.run(take())
+        take(completion, print, {**ASKED, **STREAMED}, answer, refusal)
 
 
 # ── what was learnt ──────────────────────────────────────────────────────────────────────────────────────────────

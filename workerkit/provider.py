@@ -12,6 +12,7 @@ import contextlib
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from workerkit.answers import (
@@ -36,7 +37,7 @@ from workerkit.models import Choices, Offered, choose, parse_models
 from workerkit.negotiation import EFFORT, Learnt, Negotiation
 from workerkit.pictures import PictureFetcher, origin_of, origins_of
 from workerkit.proxies import proxy_for
-from workerkit.refusals import FieldRefused, ModelGone, Unexplained, is_error, judge, read_refusal
+from workerkit.refusals import IN_ANSWER, FieldRefused, ModelGone, Unexplained, is_error, judge, read_refusal
 from workerkit.sentences import NO_PICTURE, NO_SOUND, UNUSABLE
 from workerkit.settings import OPENAI_URL, ProviderKind, ProviderSettings, redact_url
 
@@ -104,6 +105,56 @@ async def next_piece(answer: Answer, ends_at: float | None) -> bytes:
             return await answer.piece()
     except TimeoutError:
         return b""
+
+
+def error_within(answer: Answer, document: Any, body: Document, kind: ProviderKind) -> JobError:
+    """What an error in an answer of status 200 means for the job."""
+    return judge(read_refusal(IN_ANSWER, document), body, kind, answer.headers)
+
+
+def take(
+    completion: Completion, on_delta: Callable[[str], None], body: Document, answer: Answer, document: Any
+) -> None:
+    """Adds an object of an answer to the text, and passes its piece on. Raises JobError: it is an error."""
+    if is_error(document) and not completion.is_finished:
+        error = error_within(answer, document, body, "text")
+        raise RetryJob(error.detail) if completion.has_text and isinstance(error, NEGOTIABLE) else error
+    if isinstance(document, dict) and (delta := completion.add(document)):
+        on_delta(delta)
+
+
+async def read_events(answer: Answer, piece: bytes, completion: Completion, take_one: Callable[[Any], None]) -> None:
+    """Reads a stream to its end, and passes on each object that comes."""
+    events, ends_at, length = EventReader(), None, -1
+    while piece and not events.is_ended:
+        for event in events.feed(piece):
+            for document in parse_event(event):
+                take_one(document)
+        if completion.is_finished and completion.length > length:  # a few servers give the reason with each piece
+            ends_at, length = asyncio.get_running_loop().time() + AFTER_THE_END_S, completion.length
+        piece = await next_piece(answer, ends_at) if not events.is_ended else b""
+    if events.is_ended:
+        await read_to_end(answer)
+    else:
+        with contextlib.suppress(ValueError):  # the last event may be cut off
+            for event in events.finish():
+                for document in parse_event(event):
+                    take_one(document)
+    completion.is_marked_done = events.is_ended
+
+
+async def read_text(answer: Answer, completion: Completion, take_one: Callable[[Any], None]) -> None:
+    """Reads an answer by what its bytes are: a stream, JSON, or a web page. Raises OperatorFault: it is a web page."""
+    beginning = b""
+    while not beginning and (piece := await answer.piece()):
+        beginning = piece.lstrip(BLANK)
+    if is_web_page(beginning):
+        raise OperatorFault(WEB_PAGE)
+    if not is_json(beginning):
+        return await read_events(answer, beginning, completion, take_one)
+    documents, completion.is_marked_done = parse_documents(await answer.read(beginning))
+    for document in documents:
+        take_one(document)
 
 
 @dataclass(frozen=True)
@@ -243,58 +294,13 @@ class OpenAIProvider:
         completion = Completion(talk.model)
         try:
             async with self.call("POST", "/chat/completions", talk.body) as answer:
-                await self._read_text(answer, completion, on_delta, talk.body)
+                await read_text(answer, completion, partial(take, completion, on_delta, talk.body, answer))
         except JobError:
             if not completion.is_finished:
                 raise  # else the fault came behind the end of a text that is whole
         whole = completion.whole(done_is_enough=talk.done_is_enough)
         talk.note_end(completion.is_finished)
         return whole
-
-    async def _read_text(
-        self, answer: Answer, completion: Completion, on_delta: Callable[[str], None], body: Document
-    ) -> None:
-        beginning = b""
-        while not beginning and (piece := await answer.piece()):
-            beginning = piece.lstrip(BLANK)
-        if is_web_page(beginning):
-            raise OperatorFault(WEB_PAGE)
-        if is_json(beginning):
-            documents, completion.is_marked_done = parse_documents(await answer.read(beginning))
-            for document in documents:
-                self._take(document, completion, on_delta, answer, body)
-            return
-        await self._read_events(answer, beginning, completion, on_delta, body)
-
-    async def _read_events(
-        self, answer: Answer, piece: bytes, completion: Completion, on_delta: Callable[[str], None], body: Document
-    ) -> None:
-        events, ends_at, length = EventReader(), None, -1
-        while piece and not events.is_ended:
-            for event in events.feed(piece):
-                for document in parse_event(event):
-                    self._take(document, completion, on_delta, answer, body)
-            if completion.is_finished and completion.length > length:  # a few servers give the reason with each piece
-                ends_at, length = asyncio.get_running_loop().time() + AFTER_THE_END_S, completion.length
-            piece = await next_piece(answer, ends_at) if not events.is_ended else b""
-        if events.is_ended:
-            await read_to_end(answer)
-        else:
-            with contextlib.suppress(ValueError):  # the last event may be cut off
-                for event in events.finish():
-                    for document in parse_event(event):
-                        self._take(document, completion, on_delta, answer, body)
-        completion.is_marked_done = events.is_ended
-
-    def _take(
-        self, document: Any, completion: Completion, on_delta: Callable[[str], None], answer: Answer, body: Document
-    ) -> None:
-        """Adds an object of an answer to the text, and passes its piece on. Raises JobError: it is an error."""
-        if is_error(document) and not completion.is_finished:
-            error = judge(read_refusal(0, document), body, "text", answer.headers)
-            raise RetryJob(error.detail) if completion.has_text and isinstance(error, NEGOTIABLE) else error
-        if isinstance(document, dict) and (delta := completion.add(document)):
-            on_delta(delta)
 
     # ── pictures and sounds ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -307,7 +313,7 @@ class OpenAIProvider:
             items = document.get("data") or document.get("images") or []
             for error in (document, *items[:1]):
                 if is_error(error):
-                    raise judge(read_refusal(0, error), talk.body, "image", answer.headers)
+                    raise error_within(answer, error, talk.body, "image")
             if not items:
                 raise FailJob("no picture in the answer", NO_PICTURE)
             if data := items[0].get("b64_json"):
@@ -329,6 +335,6 @@ class OpenAIProvider:
             if is_web_page(data) or is_json(data):
                 document = parse_json(data)
                 if is_error(document):
-                    raise judge(read_refusal(0, document), talk.body, "audio", answer.headers)
+                    raise error_within(answer, document, talk.body, "audio")
                 raise FailJob("JSON instead of a sound", UNUSABLE)
             return data
