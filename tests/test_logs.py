@@ -50,7 +50,7 @@ def test_a_fault_that_comes_back_after_its_end_is_logged_at_once(
 
 
 def test_a_kind_of_line_of_a_library_passes_once_a_minute(at: list[float]) -> None:
-    noise, passed = LibraryNoiseFilter(), []
+    noise, passed = LibraryNoiseFilter(lambda: at[0]), []
     for at[0] in (1000.0, 1001.0, 1059.0, 1060.0):
         passed.append(noise.filter(line("Trying again in %s s", at[0])))
     assert passed == [True, False, False, True]
@@ -94,9 +94,9 @@ def test_a_critical_line_is_said_once_a_minute_too() -> None:
 
 def test_any_number_of_causes_takes_bounded_memory() -> None:
     causes = OncePerCause()
-    levels = {causes.level(logging.ERROR, f"cause {number}") for number in range(3 * OncePerCause.MAX_CAUSES)}
+    levels = {causes.level(logging.ERROR, f"cause {number}") for number in range(3 * OncePerCause.MAX_REMEMBERED)}
     assert levels == {logging.ERROR}
-    assert len(causes._next_at) <= OncePerCause.MAX_CAUSES
+    assert len(causes._next_at) <= OncePerCause.MAX_REMEMBERED
 
 
 # ── the lines of libraries ───────────────────────────────────────────────────────────────────────────────────────

@@ -22,18 +22,20 @@ class ModelInUse:
     fault: str = ""
 
 
-async def list_models(servers: Iterable[ProviderSettings], max_bytes: int) -> dict[tuple[str, str], Offered]:
-    """What each server lists, by its URL and key. One that lists nothing is left out."""
-    found = {}
-    for where in servers:
-        provider = OpenAIProvider(where, max_bytes)
-        try:
-            found[where.base_url, where.api_key] = await provider.models()
-        except (RetryJob, FailJob):
-            pass  # a job's own call shows what is wrong
-        finally:
-            await provider.close()
-    return found
+async def list_models(where: ProviderSettings, max_bytes: int) -> Offered | None:
+    """What a server lists; None if it lists nothing, since a job's own call shows what is wrong."""
+    provider = OpenAIProvider(where, max_bytes)
+    try:
+        return await provider.models()
+    except (RetryJob, FailJob):
+        return None
+    finally:
+        await provider.close()
+
+
+async def list_all(servers: Iterable[ProviderSettings], max_bytes: int) -> list[Offered | None]:
+    """What each server lists. All are asked at the same time, so that those that hang cost no more than one."""
+    return await asyncio.gather(*(list_models(where, max_bytes) for where in servers))
 
 
 def look_at(where: ProviderSettings, offered: Offered | None) -> ModelInUse:
@@ -49,8 +51,8 @@ def look_at(where: ProviderSettings, offered: Offered | None) -> ModelInUse:
 
 
 def models_in_use(settings: Settings) -> list[ModelInUse]:
-    """The model of each kind that has a server. Each server is asked once, and for three seconds at most."""
+    """The model of each kind that has a server. Each server is asked once, and all together take three seconds."""
     kinds = [where for kind in PROVIDER_KINDS if not (where := settings.provider(kind)).is_offline]
     servers = {(where.base_url, where.api_key): where for where in kinds}
-    offered = asyncio.run(list_models(servers.values(), settings.max_answer_bytes))
-    return [look_at(where, offered.get((where.base_url, where.api_key))) for where in kinds]
+    offered = dict(zip(servers, asyncio.run(list_all(servers.values(), settings.max_answer_bytes)), strict=True))
+    return [look_at(where, offered[where.base_url, where.api_key]) for where in kinds]

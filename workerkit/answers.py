@@ -103,8 +103,16 @@ class Unpacker:
         return self._coding in GZIP_CODINGS and self._packed.startswith(GZIP_MAGIC)
 
 
+def first_letter(data: bytes) -> bytes:
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+
+
 def is_web_page(data: bytes) -> bool:
-    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<"
+    return first_letter(data) == b"<"
+
+
+def is_json(data: bytes) -> bool:
+    return first_letter(data) in (b"{", b"[")
 
 
 def load_json(data: bytes) -> Any:
@@ -150,10 +158,6 @@ class Answer:
 
     async def json(self) -> Any:
         return parse_json(await self.read())
-
-
-def is_json(data: bytes) -> bool:
-    return data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
 
 
 # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -289,7 +293,7 @@ def text_of(content: object) -> str:
     return "".join(part if isinstance(part, str) else text_of_part(part) for part in parts)
 
 
-def reason_of(choice: Document) -> str:
+def finish_reason_of(choice: Document) -> str:
     """The word for why a text ended, in lower case; empty if it goes on. Raises TypeError: it is something else."""
     reason = choice.get("finish_reason") or ""
     if not isinstance(reason, str):
@@ -336,7 +340,7 @@ class Completion:
             index = choice.get("index")
             if not isinstance(index, int) or index == 0:
                 piece += self._text_of_choice(choice)
-                reason = reason_of(choice) or reason
+                reason = finish_reason_of(choice) or reason
         self._has_begun |= bool(choices)
         self.length += len(piece)
         if self.length > MAX_TEXT_CHARACTERS:

@@ -6,6 +6,7 @@ import re
 import urllib.parse
 from collections.abc import Iterator
 
+from workerkit.proxies import USUAL_PORTS
 from workerkit.settings import redact_url
 
 NO_NAME = "the name doesn't resolve"
@@ -27,8 +28,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"[Tt]imed? ?out|Timeout|TimeoutError", NO_ANSWER),
     (r"Connection reset|ServerDisconnected|closed by server|connection closed|Broken pipe|EOF", "it hangs up"),
 )
-USUAL_PORTS = {"mongodb": 27017, "redis": 6379, "rediss": 6379, "sentinel": 26379, "amqp": 5672, "amqps": 5671}
-USUAL_PORTS |= {"http": 80, "https": 443}
+PORTS = {"mongodb": 27017, "redis": 6379, "rediss": 6379, "sentinel": 26379, "amqp": 5672, "amqps": 5671, **USUAL_PORTS}
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:
@@ -54,7 +54,7 @@ def place_of(url: str) -> str:
     """Host and port of a server, or of each one where there are several; the path of a socket."""
     shown = redact_url(url)
     scheme, mark, rest = shown.partition("://")
-    port, names = USUAL_PORTS.get(scheme), rest.split("/")[0].rpartition("@")[2]
+    port, names = PORTS.get(scheme), rest.split("/")[0].rpartition("@")[2]
     if not mark or names in ("", "***"):  # a socket, a folder, or an address that can't be shown
         return shown
     hosts = names.split(",")

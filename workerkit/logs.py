@@ -48,25 +48,30 @@ class RepeatedFaultLog:
             self._next_at = 0.0
 
 
-class OncePerCause:
-    """Leaves an ERROR of one cause at that level once a minute; the same cause's other lines become INFO meanwhile."""
+class OnceAMinute:
+    """Says of each thing whether a minute has passed since it last was due. It remembers so many of them."""
 
-    MAX_CAUSES = 1000
+    MAX_REMEMBERED = 1000
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._next_at: dict[str, float] = {}
+        self._next_at: dict[object, float] = {}
+
+    def is_due(self, thing: object) -> bool:
+        now = self._clock()
+        if now < self._next_at.get(thing, 0.0):
+            return False
+        if len(self._next_at) >= self.MAX_REMEMBERED:
+            self._next_at.clear()
+        self._next_at[thing] = now + REPEAT_AFTER_S
+        return True
+
+
+class OncePerCause(OnceAMinute):
+    """Leaves an ERROR of one cause at that level once a minute; the same cause's other lines become INFO meanwhile."""
 
     def level(self, level: int, cause: str) -> int:
-        if level < logging.ERROR:
-            return level
-        now = self._clock()
-        if now < self._next_at.get(cause, 0.0):
-            return logging.INFO
-        if len(self._next_at) >= self.MAX_CAUSES:
-            self._next_at.clear()
-        self._next_at[cause] = now + REPEAT_AFTER_S
-        return level
+        return logging.INFO if level >= logging.ERROR and not self.is_due(cause) else level
 
 
 def place_of(error: BaseException) -> str:
@@ -88,15 +93,14 @@ class LibraryNoiseFilter(logging.Filter):
     A line that names a single task always passes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._next_at: dict[tuple[str, str], float] = {}
+        self._kinds = OnceAMinute(clock)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind, now = (record.name, str(record.msg)), time.monotonic()
-        if now < self._next_at.get(kind, 0.0) and TASK_IN_TEMPLATE not in kind[1]:
+        template = str(record.msg)
+        if TASK_IN_TEMPLATE not in template and not self._kinds.is_due((record.name, template)):
             return False
-        self._next_at[kind] = now + REPEAT_AFTER_S
         error = record.exc_info and record.exc_info[1]
         place = f" ({type(error).__name__} at {place_of(error)})" if error else ""
         line = record.getMessage().strip().partition("\n")[0]

@@ -16,11 +16,11 @@ from typing import get_args
 from workerkit import sentences
 from workerkit.errors import Document, InvalidInput, JobError, OperatorFault
 from workerkit.media import nearest_size
+from workerkit.models import FORGET_AFTER_S
 from workerkit.refusals import CAP, LATER_CAP, FieldRefused, NamedField, Unexplained
 from workerkit.settings import IMAGE_SIZE, Effort, ProviderSettings
 
 MAX_CALLS = 3  # in an attempt
-FORGET_AFTER_S = 3600.0
 THINKING, EFFORT, FINISH_REASON = "thinking", "reasoning_effort", "finish_reason"
 LOWEST_EFFORT = "low"  # which every model that thinks takes
 SOUND_FORMATS = ("mp3", "wav", "opus", "flac")

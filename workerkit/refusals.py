@@ -23,18 +23,7 @@ from typing import Any
 from workerkit import sentences
 from workerkit.errors import Document, FailJob, InvalidInput, JobError, OperatorFault, ProviderAway, RetryJob
 
-# ── what a body holds ────────────────────────────────────────────────────────────────────────────────────────────
-
-CODE_KEYS = frozenset({"code", "type", "status", "errorcode"})  # alone, or behind another word and `_`
-FIELD_KEYS = frozenset({"param", "parameter", "argument", "property", "loc", "field", "path", "instancepath"})
-WAIT_KEYS = frozenset({"retrydelay", "retry_after", "estimated_time"})
-MESSAGE_KEYS = re.compile(r"message|msg|error|detail|description|reason|raw|title")
-# What repeats the request, or leads elsewhere.
-IGNORED_KEYS = frozenset({"input", "ctx", "url", "documentation_url", "flagged_input"})
-IGNORED_KEYS |= {"prompt", "messages", "request", "body"}
-MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000  # of an error
-ERROR_KEYS = ("message", "detail", "error_message", "error_msg", "msg")  # of an error that has no `error`
-
+# ── texts and numbers ────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_WAIT_CHARACTERS = 40
 MIN_WAIT_S, MAX_WAIT_S = 1.0, 30 * 86_400.0  # four tries never pass within a second
@@ -71,6 +60,19 @@ def parsed(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+# ── what a body holds ────────────────────────────────────────────────────────────────────────────────────────────
+
+CODE_KEYS = frozenset({"code", "type", "status", "errorcode"})  # alone, or behind another word and `_`
+FIELD_KEYS = frozenset({"param", "parameter", "argument", "property", "loc", "field", "path", "instancepath"})
+WAIT_KEYS = frozenset({"retrydelay", "retry_after", "estimated_time"})
+MESSAGE_KEYS = re.compile(r"message|msg|error|detail|description|reason|raw|title")
+# What repeats the request, or leads elsewhere.
+IGNORED_KEYS = frozenset({"input", "ctx", "url", "documentation_url", "flagged_input"})
+IGNORED_KEYS |= {"prompt", "messages", "request", "body"}
+MAX_VALUES, MAX_MESSAGE_CHARACTERS = 1000, 20_000  # of an error
+ERROR_KEYS = ("message", "detail", "error_message", "error_msg", "msg")  # of an error that has no `error`
 
 
 @dataclass
@@ -371,19 +373,15 @@ TABLE = (
 AWAY_STATUSES = frozenset({502, 503, 504, *range(520, 525)})  # of a proxy in front of the provider
 PROXY_LOGIN = 407
 BY_STATUS = {
-    401: Cause.KEY,
+    **dict.fromkeys((401, 403, PROXY_LOGIN), Cause.KEY),
+    **dict.fromkeys((404, 405, 410), Cause.PLACE),
     402: Cause.MONEY,
-    403: Cause.KEY,
-    PROXY_LOGIN: Cause.KEY,
-    404: Cause.PLACE,
-    405: Cause.PLACE,
+    413: Cause.TOO_LONG,
+    451: Cause.CONTENT,
 }
-BY_STATUS |= {410: Cause.PLACE, 413: Cause.TOO_LONG, 451: Cause.CONTENT}
 BAD_REQUEST_CODES = re.compile(
     r"\b(?:bad ?request|invalid (?:request|argument|parameter|input|value)|validation|unsupported)\w*"
 )
-
-
 EXCEPTION = re.compile(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+){1,6}(?:Error|Exception)\b")
 
 
@@ -513,14 +511,13 @@ FIELDS = frozenset({*CAP_NAMES, *NEEDED, "temperature", "top_p", "stop", "seed",
 FIELDS |= {"stream", "stream_options", "size", "quality", "n", "voice", "speed", "tools", "logprobs", "instructions"}
 FIELDS |= {"logit_bias", "top_k", "top_logprobs", "frequency_penalty", "presence_penalty", "user", "tool_choice"}
 SAFE_TOKEN = re.compile(r"[A-Za-z]{2,30}(?:[_.][A-Za-z]{1,30}){0,6}|[1-9]\d{2,4}")  # no key looks like that
-UNKNOWN_ADVICE = "refused for a reason that isn't known here; the provider's own log may say more"
 ADVICE = {
     Cause.KEY: "check the provider's key ({kind}_API_KEY or OPENAI_API_KEY), and what it is allowed to do",
     Cause.MONEY: "the provider's quota or money is used up: check its plan and billing",
     Cause.MODEL: "the provider doesn't offer this model: set {kind}_MODEL to one that it lists",
     Cause.PLACE: "check the URL ({kind}_BASE_URL or OPENAI_BASE_URL; is /v1 missing?) and {kind}_MODEL",
     Cause.SETUP: "the server itself isn't set up: see its own log and settings",
-    Cause.UNKNOWN: UNKNOWN_ADVICE,
+    Cause.UNKNOWN: "refused for a reason that isn't known here; the provider's own log may say more",
 }
 CHECK_PROXY = "check the proxy's user and password, and whether it lets requests to the provider pass"
 

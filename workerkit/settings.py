@@ -285,7 +285,7 @@ class ProviderSettings:
     allowed_models: tuple[str, ...]
     kind: ProviderKind = "text"
     thinking_tokens: int = 4096  # beside those of the answer, for a model that thinks before it answers
-    reasoning_effort: str = ""  # how hard such a model thinks; empty: the least
+    reasoning_effort: str = ""  # how hard such a model thinks; empty: low
     picture_hosts: tuple[str, ...] = ()  # inside the operator's network
 
     def serving(self, wanted: str | None) -> ProviderSettings:
@@ -372,7 +372,7 @@ class Settings(BaseSettings):
     text_models: Names = ()  # more text models that a job may ask for
     text_max_tokens: int = Field(4096, ge=1)  # the most tokens that a job may ask for; sent only if it is set
     text_thinking_tokens: int = Field(4096, ge=0)  # more tokens for a model that thinks before it answers
-    text_reasoning_effort: Literal["", Effort] = ""  # how hard such a model thinks; empty: the least
+    text_reasoning_effort: Literal["", Effort] = ""  # how hard such a model thinks; empty: low
     image_base_url: ServerUrl = ""  # another server for pictures
     image_api_key: SecretStr = NO_SECRET  # its key
     image_model: ModelName = ""  # model for pictures; empty: one that the server offers
