@@ -168,6 +168,11 @@ def test_an_effort_of_ours_that_is_refused_is_left_out_or_replaced_by_the_lowest
     ("only the least of the prompt", "context length is 8192 tokens and at least 193 input tokens", 8000, None),
     ("a context alone", "the available context size is 8192 tokens", 9000, None),
     ("no number", "max_tokens is too large", 200, None),
+    ("greater than the most", "max_tokens is greater than the maximum allowed 8192", 10_000, 8192),
+    ("a range in words", "max_tokens must be at least 1 and at most 8192", 10_000, 8192),
+    ("a sign of inequality", "max_tokens: 10000 > 8192, the maximum number of output tokens", 10_000, 8192),
+    ("a range in brackets", "the valid range of max_tokens is [1, 8192]", 10_000, 8192),
+    ("more than a number", "max_tokens must be greater than 16", 20, None),
     ("larger numbers alone", "max_tokens is too large: at most 4096", 200, None),
     ("a cap that is too small", "integer below minimum value: expected 16, got 5; see error 3", 5, None),
     ("a number that no cap has", "max_tokens must be below " + "9" * 30, 200, None),
@@ -186,6 +191,12 @@ def test_a_cap_over_the_models_is_lowered(asked: Body, ours: Body) -> None:
 def test_a_cap_for_which_no_number_is_said_is_left_out_since_less_fits() -> None:
     server = says("Please reduce the length of the messages or completion.", "max_tokens")
     assert Talk(server).ask({**ASKED, "max_tokens": 5000})[-1] == ASKED
+
+
+def test_a_cap_of_the_jobs_that_is_wrong_for_an_unknown_reason_is_not_left_out_in_silence() -> None:
+    talk = Talk(says("Invalid value for max_tokens: expected an integer within the allowed range", "max_tokens"))
+    assert "`max_tokens`" in talk.fault({**ASKED, "max_tokens": 50}).sentence
+    assert len(talk.sent) == 1
 
 
 def test_an_input_that_is_too_long_whatever_the_cap_is_said_so() -> None:
@@ -349,7 +360,7 @@ def test_what_is_refused_for_no_known_reason_is_asked_once() -> None:
     ("of the model", {"error": {"message": "x", "code": "model_not_found"}}),
 )
 def test_an_error_behind_the_first_piece_of_a_text_is_not_negotiated(refusal: Body) -> None:
-    completion, answer = Completion("m"), cast(Answer, SimpleNamespace(headers={}))
+    completion, answer = Completion("m"), cast(Answer, SimpleNamespace(headers={}, key=""))
     completion.add({"choices": [{"delta": {"content": "Once"}}]})
 
     with pytest.raises(RetryJob):

@@ -142,19 +142,66 @@ def test_a_common_word_alone_names_no_field(name: str) -> None:
     assert type(judged(400, body, {**REQUESTS["audio"], **REQUESTS["image"], **REQUESTS["text"]})) is Unexplained
 
 
+URL = {"url": "https://pictures.example/cat.png"}
+SEEN = {
+    **PLAIN,
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": URL}]}
+    ],
+}
+
+
 @table(
-    "status, message",
-    ("llama.cpp", 500, "image input is not supported - hint: you may need to provide the mmproj"),
-    ("a gateway", 400, "This model does not support image input"),
-    ("vLLM", 400, "x is not a multimodal model: multimodal input not supported"),
+    "status, body",
+    ("llama.cpp", 500, error("image input is not supported - hint: you may need to provide the mmproj")),
+    ("a gateway", 400, error("This model does not support image input")),
+    ("vLLM", 400, error("house-model is not a multimodal model", type="BadRequestError")),
+    ("vLLM, by number", 400, error("At most 0 image(s) may be provided in one prompt.", type="BadRequestError")),
+    ("OpenRouter", 404, error("No endpoints found that support image input", 404)),
+    ("LiteLLM before it", 404, error("NotFoundError: No endpoints found that support image input. Model Group=x")),
+    ("OpenAI", 400, error("Invalid content type. image_url is only supported by certain models.", param="messages")),
+    ("DeepSeek", 400, error("messages[0]: unknown variant `image_url`, expected `text` at line 1 column 100")),
+    ("Groq", 400, error("messages[0].content must be a string")),
+    ("Mistral", 400, error("Image input is not enabled for this model", "3051")),
+    ("Ollama", 500, error("this model is missing data required for image input")),
+    ("pydantic", 422, {"detail": [{"msg": "Input should be a valid string", "loc": ["body", "messages", 0]}]}),
+)  # fmt: skip
+def test_pictures_that_a_model_cant_see_are_named(status: int, body: object) -> None:
+    found = judged(status, body, SEEN)
+    assert isinstance(found, FieldRefused), repr(found)
+    assert (found.named.name, found.named.is_value) == ("image_url", False)
+    assert not isinstance(judged(status, body), FieldRefused)
+
+
+@table(
+    "body",
+    ("OpenAI can't fetch it", error(f"Error while downloading {URL['url']}.", "invalid_value", param="url")),
+    ("OpenAI, by code", error("Rejected.", "invalid_image_url")),
+    ("OpenAI, its format", error("You uploaded an unsupported image. Please use png or jpeg", "invalid_image_format")),
+    ("DashScope", error("<400> InternalError: Failed to download multimodal content", "invalid_parameter_error")),
+    ("Anthropic", error("Could not process image")),
+    ("Anthropic, its size", error("messages.0.content.1: image exceeds 5 MB maximum: 9 bytes > 5 bytes")),
+    ("Pillow in a server", error("cannot identify image file <_io.BytesIO object>")),
+    ("vLLM, too many", error("At most 1 image(s) may be provided in one prompt.")),
+    ("a host that wants a key", error(f"Failed to fetch {URL['url']}: 401 Unauthorized")),
 )
-def test_a_picture_that_a_model_cant_see_is_named(status: int, message: str) -> None:
-    parts = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]
-    request = {**PLAIN, "messages": [{"role": "user", "content": parts}]}
-    found = judged(status, error(message), request)
-    assert isinstance(found, FieldRefused)
-    assert found.named.name == "image_url"
-    assert not isinstance(judged(status, error(message)), FieldRefused)
+def test_a_picture_that_a_server_cant_use_is_the_persons_to_mend(body: object) -> None:
+    found = judged(400, body, SEEN)
+    assert isinstance(found, FieldRefused), repr(found)
+    assert (found.named.name, found.named.is_value) == ("image_url", True)
+
+
+@table(
+    "cause, status, body",
+    ("by its rules", "content", 400, error("Your image was rejected, it is not allowed by our safety system.")),
+    ("too long", "long", 400, error("The prompt is too long. Make sure that max_model_len is no smaller than the "
+     "number of text tokens plus multimodal tokens. For image inputs their number depends on the aspect ratio.")),
+    ("the key", "key", 401, error("Incorrect API key provided")),
+    ("a fault of the server", "busy", 500, error("Failed to download image")),
+    ("no reason", "unknown", 400, error("no")),
+)  # fmt: skip
+def test_a_request_with_pictures_is_refused_for_other_reasons_too(cause: str, status: int, body: object) -> None:
+    assert has_cause(found := judged(status, body, SEEN), cause), repr(found)
 
 
 def test_each_kind_of_job_has_its_own_settings_in_the_advice() -> None:
@@ -411,6 +458,16 @@ def test_a_code_that_is_no_plain_token_is_not_logged(code: str) -> None:
     assert found.detail.removeprefix("HTTP 400: ") == refusals.ADVICE[refusals.Cause.UNKNOWN]
 
 
+@pytest.mark.parametrize("code", ["about_the_harbour", "About.The.Harbour", "aboutTheHarbour", "THEHARBOURATNIGHT"])
+def test_a_code_that_joins_words_of_the_prompt_is_not_logged(code: str) -> None:
+    assert code not in judged(400, error("x", code)).detail
+
+
+def test_a_code_that_is_the_key_is_not_logged() -> None:
+    refusal = read_refusal(400, error("x", "house_key_of_letters"))
+    assert "house" not in judge(refusal, PLAIN, "text", {}, "house_key_of_letters").detail
+
+
 def test_codes_are_logged_for_the_operator() -> None:
     found = judged(400, error("x", "odd_state", type="BadRequestError", param="messages[0].content"))
     assert found.detail.startswith("HTTP 400 odd_state BadRequestError param messages:")
@@ -492,6 +549,13 @@ def test_a_header_says_how_long_to_wait(headers: dict[str, str], wait_s: float |
 )
 def test_an_error_says_how_long_to_wait(body: object, wait_s: float | None) -> None:
     assert wait_of(body) == wait_s
+
+
+@pytest.mark.parametrize("name", ["retry_after", "date"])
+@pytest.mark.parametrize("odd", ["+99999999999999999999", "-9999999999999999999999999"])
+def test_a_date_that_no_clock_has_asks_for_no_wait(name: str, odd: str) -> None:
+    dates = {"retry_after": PAST, "date": PAST, name: f"Mon, 01 Jan 2027 00:00:00 {odd}"}
+    assert wait_of(error("slow down"), **dates) in (None, refusals.MIN_WAIT_S)
 
 
 def test_a_header_wins_over_the_words_of_an_error() -> None:

@@ -130,8 +130,8 @@ def parse_json(data: bytes) -> Any:
 class Answer:
     """A provider's answer as it comes in, up to so many bytes of content."""
 
-    def __init__(self, response: aiohttp.ClientResponse, max_bytes: int) -> None:
-        self.status, self.headers = response.status, response.headers
+    def __init__(self, response: aiohttp.ClientResponse, max_bytes: int, key: str = "") -> None:
+        self.status, self.headers, self.key = response.status, response.headers, key
         self._unpacker = Unpacker(response.headers.get("content-encoding", ""))
         self._content, self._max_bytes, self._count = response.content, max_bytes, 0
         self._unpacked: Iterator[bytes] = iter(())

@@ -17,7 +17,7 @@ from workerkit import sentences
 from workerkit.errors import Document, InvalidInput, JobError, OperatorFault
 from workerkit.media import nearest_size
 from workerkit.models import FORGET_AFTER_S
-from workerkit.refusals import CAP, LATER_CAP, FieldRefused, NamedField, Unexplained
+from workerkit.refusals import CAP, LATER_CAP, PICTURE_FIELD, FieldRefused, NamedField, Unexplained
 from workerkit.settings import IMAGE_SIZE, Effort, ProviderSettings
 
 MAX_CALLS = 3  # in an attempt
@@ -44,9 +44,17 @@ PROMPT_TOKENS = (
 )
 
 
+AT_MOST = r"(?:at most|maximum(?: allowed)?(?: (?:is|of|value))*|up to|no more than|less than or equal to)"
+
+
 def is_too_small(words: str) -> bool:
     """Whether a refusal wants a larger cap."""
-    return bool(re.search(r"\b(?:below|at least|minimum|greater than)\b", words)) and "context" not in words
+    return bool(re.search(r"\b(?:below|at least|minimum|be greater than)\b", words)) and "context" not in words
+
+
+def is_too_large(words: str) -> bool:
+    """Whether a refusal wants a smaller cap, so that without one the answer is shorter than what was asked for."""
+    return bool(re.search(r"\b(?:too (?:large|big|high|long)|(?<!be )greater than|exceed\w*|above)\b", words))
 
 
 def lower_cap(words: str, cap: int) -> int | None:
@@ -62,10 +70,11 @@ def lower_cap(words: str, cap: int) -> int | None:
         if room <= 0:
             raise InvalidInput("the prompt is longer than the context", sentences.TOO_LONG)
         return min(room, cap - 1) or None
-    if context or is_too_small(words):
+    highest = re.search(rf"\b{AT_MOST} (\d{{1,9}})\b", words)
+    if context or (is_too_small(words) and not highest):
         return None
-    smaller = [number for number in map(int, re.findall(r"\b\d{1,9}\b", words)) if 0 < number < cap]
-    return max(smaller, default=None)
+    numbers = map(int, [highest[1]] if highest else re.findall(r"\b\d{1,9}\b", words))
+    return max((number for number in numbers if 0 < number < cap), default=None)
 
 
 def other_size(words: str, size: str) -> str | None:
@@ -180,8 +189,11 @@ class Negotiation:
 
     def mend(self, refusal: FieldRefused | Unexplained) -> None:
         """Changes the request after a refusal. Raises FailJob: it can't be changed so that the server may take it."""
-        named = refusal.named if isinstance(refusal, FieldRefused) else None
-        if not (self.may_go_on and (self._drop_rules(named) or (named and self._change(named)))):
+        field = refusal if isinstance(refusal, FieldRefused) else None
+        is_changed = self.may_go_on and (
+            self._drop_rules(field.named if field else None) or (field is not None and self._change(field))
+        )
+        if not is_changed:
             raise self._fault(refusal)
         self.body = self._shaped()
 
@@ -197,11 +209,12 @@ class Negotiation:
         self._rules = {name: rule for name, rule in self._rules.items() if name not in outdated}
         return True
 
-    def _change(self, named: NamedField) -> bool:
+    def _change(self, refusal: FieldRefused) -> bool:
         """Whether the field could be renamed, replaced or left out."""
+        named = refusal.named
         name, words = named.name, named.words
         if name in (CAP, LATER_CAP):
-            return self._change_cap(named)
+            return self._change_cap(named, is_too_long=refusal.otherwise is not None)
         if name == "size":
             self._values["size"] = other_size(words, self.body["size"])
             return True
@@ -217,8 +230,8 @@ class Negotiation:
         self._changes[name] = None
         return True
 
-    def _change_cap(self, named: NamedField) -> bool:
-        """Renamed, lowered, or left out: what the server makes then is shorter still, unless the cap was too small."""
+    def _change_cap(self, named: NamedField, *, is_too_long: bool) -> bool:
+        """Renamed, lowered, or left out: one that the job asked for only if what is made then is shorter still."""
         self._refused.add(named.name)
         is_asked, takes_neither = CAP in self._asked, LATER_CAP in self._refused
         if not named.is_value:
@@ -226,7 +239,7 @@ class Negotiation:
             return not (takes_neither and is_asked)
         lower = lower_cap(named.words, self.body[named.name])
         self._values[named.name] = lower
-        return not (lower is None and is_asked and is_too_small(named.words))
+        return lower is not None or not is_asked or is_too_long or is_too_large(named.words)
 
     def _fault(self, refusal: FieldRefused | Unexplained) -> JobError:
         """Why the job fails: the person hears of what the job asked for, the operator of everything else."""
@@ -235,7 +248,7 @@ class Negotiation:
         if refusal.otherwise:
             return refusal.otherwise
         name = CAP if refusal.named.name == LATER_CAP else refusal.named.name
-        if name in self._asked or name in ("system", "image_url"):
+        if name in self._asked or name in ("system", PICTURE_FIELD):
             return InvalidInput(f"{refusal.detail}: the job asked for it", self._sentence(name, refusal.named))
         setting, value = SETTINGS.get(name), f"(it is {self.body.get(refusal.named.name)!r})"
         advice = (
@@ -244,6 +257,8 @@ class Negotiation:
         return OperatorFault(f"{refusal.detail}: {advice}")
 
     def _sentence(self, name: str, named: NamedField) -> str:
+        if name == PICTURE_FIELD:
+            return sentences.BAD_PICTURE if named.is_value else sentences.NO_EYES
         offered = [value for value in values_offered(named) if value != self.body.get(name)]
         advice = f"use one of: {', '.join(offered)}" if offered else "leave it out, or change it"
         is_sound = name == "response_format" and isinstance(self._asked[name], str)

@@ -109,7 +109,7 @@ async def next_piece(answer: Answer, ends_at: float | None) -> bytes:
 
 def error_within(answer: Answer, document: Any, body: Document, kind: ProviderKind) -> JobError:
     """What an error in an answer of status 200 means for the job."""
-    return judge(read_refusal(IN_ANSWER, document), body, kind, answer.headers)
+    return judge(read_refusal(IN_ANSWER, document), body, kind, answer.headers, answer.key)
 
 
 def take(
@@ -200,7 +200,7 @@ class OpenAIProvider:
             options: Document = {"json": body, "headers": self._headers, "proxy": self._proxy}
             async with self.session.request(method, url, allow_redirects=False, **options) as response:
                 with connection_watched(response):
-                    answer = Answer(response, self._max_bytes)
+                    answer = Answer(response, self._max_bytes, self._where.api_key)
                     if not 200 <= answer.status < 300:
                         raise await self._refusal(answer, body or {}, kind)
                     yield answer
@@ -211,7 +211,7 @@ class OpenAIProvider:
             place = redact_url(urllib.parse.urljoin(self.base_url, answer.headers.get("location", "")))
             return OperatorFault(f"HTTP {answer.status}: the URL leads to {place}; set that in {kind.upper()}_BASE_URL")
         refusal = read_refusal(answer.status, await beginning_of(answer, MAX_REFUSAL_BYTES))
-        return judge(refusal, body, kind, answer.headers)
+        return judge(refusal, body, kind, answer.headers, answer.key)
 
     async def _negotiate(
         self, kind: ProviderKind, asked: Document, ours: Document, send: Callable[[Negotiation], Awaitable[Made]]

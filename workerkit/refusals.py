@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -157,11 +158,11 @@ def seconds_until(date: str, server_date: str) -> float | None:
     """The seconds until an HTTP date, by the server's own clock where its answer has that."""
     try:
         at = email.utils.parsedate_to_datetime(date)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     try:
         now = email.utils.parsedate_to_datetime(server_date)
-    except ValueError:
+    except (ValueError, OverflowError):
         now = datetime.now(UTC)
     aware_at, aware_now = (moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in (at, now))
     return min(max(0.0, (aware_at - aware_now).total_seconds()), MAX_WAIT_S)
@@ -219,6 +220,11 @@ def strings_of(value: object) -> Iterator[str]:
             yield from strings_of(one)
 
 
+def letters_of(text: str) -> str:
+    """Letters and digits in lower case, without what stands between them."""
+    return re.sub(r"[\W_]+", "", text.lower())
+
+
 class Sent:
     """The texts of a request, to be cut out of what the server says about it.
 
@@ -226,8 +232,8 @@ class Sent:
     begin and end within a word.
     """
 
-    def __init__(self, request: Document) -> None:
-        self.request = request
+    def __init__(self, request: Document, key: str = "") -> None:
+        self.request, self._key = request, key
         self._short: set[tuple[str, ...]] = set()
         self._followers: dict[tuple[str, str], set[str]] = {}
         self._leaders: dict[tuple[str, str], set[str]] = {}
@@ -261,8 +267,13 @@ class Sent:
             if third in followers or is_cut_behind or is_cut_before:
                 yield from range(at, at + SHINGLE)
 
+    @cached_property
+    def _letters(self) -> str:
+        return " ".join(map(letters_of, (*strings_of(self.request), self._key)))
+
     def holds(self, token: str) -> bool:
-        return any(token.lower() in text.lower() for text in strings_of(self.request))
+        """Whether a token stands in what was sent, however its words are joined."""
+        return letters_of(token) in self._letters
 
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -418,6 +429,7 @@ CAP, LATER_CAP = "max_tokens", "max_completion_tokens"
 CAP_NAMES = (CAP, LATER_CAP, "max_new_tokens", "max_output_tokens")
 NEEDED = ("model", "messages", "prompt", "input")
 ROLES = ("system", "messages")
+PICTURE_FIELD = "image_url"  # of a message
 CONTAINERS = ("body", "generation_config", "generationConfig", "parameters")
 NAMED_STATUSES = frozenset({IN_ANSWER, 400, 404, 415, 422})
 # Words that are common in any message. Only right beside a complaint do they name a field.
@@ -433,8 +445,18 @@ OTHER_NAMES: dict[tuple[str, type], list[str]] = {
     ("reasoning_effort", str): ["thinking level"],
     ("stream", bool): ["streaming"],
 }
+# What is said about the pictures of a request: that the model can't see, or that one can't be fetched or read.
+PICTURE = r"(?:image|picture|vision|multimodal)\w*"
+NO = r"(?:not|isn t|doesn t|don t|cannot|can t|no|only|unknown|unsupported|missing|at most 0)"
 NO_EYES = re.compile(
-    rf"(?:image|vision|multimodal)\w*{SOON}?not supported|(?:not|doesn t) support{SOON}?(?:image|vision|multimodal)"
+    rf"\b(?:{NO}{SOON}{PICTURE}|{PICTURE}{SOON}{NO}|content must be (?:an? )?(?:\w+ )?(?:string|text)"
+    r"|should be a valid string)\b"
+)
+BAD_PICTURE = re.compile(
+    rf"\b(?:(?:download|fetch)\w*|(?:retriev|access|load|open|decod|process|pars|identify|read)\w*{SOON}{PICTURE}"
+    rf"|{PICTURE}{SOON}(?:formats?|size|dimensions?|pixels|too|exceed\w*|corrupt\w*|invalid)"
+    rf"|(?:invalid|corrupt\w*|too many) {PICTURE}|unsupported {PICTURE}(?! (?:input|content))"
+    rf"|at most [1-9]\d* {PICTURE})\b"
 )
 ROLE = r"(system|developer|assistant|conversation|last) (?:roles?|messages?|prompts?|instructions?)"
 ROLE_FAULT = re.compile(rf"\b(?:{ROLE}{SOON}?{COMPLAINT}|{COMPLAINT}{SOON}?{ROLE})\b")
@@ -488,11 +510,22 @@ def names_in(words: str, request: Mapping[str, Any]) -> Iterator[str]:
         yield "system" if "system" in roles else "messages"
 
 
+def find_picture(refusal: Refusal, words: Words, request: Mapping[str, Any]) -> NamedField | None:
+    """A picture of the job that the server complains about: the picture itself, or that there is one."""
+    if not any(isinstance(message.get("content"), list) for message in messages_of(request)):
+        return None
+    said = f"{words.codes} | {words.said}".replace("_", " ")
+    if refusal.status in NAMED_STATUSES and BAD_PICTURE.search(said):
+        return NamedField(PICTURE_FIELD, True, words.said)
+    if refusal.status in NAMED_STATUSES | {500} and NO_EYES.search(said):  # llama.cpp says so with status 500
+        return NamedField(PICTURE_FIELD, False, words.said)
+    return None
+
+
 def find_field(refusal: Refusal, words: Words, request: Mapping[str, Any]) -> NamedField | None:
     """The field that a refusal names, by `param`, by `loc`, or in its message. Only one that was sent counts."""
-    has_pictures = any(isinstance(message.get("content"), list) for message in messages_of(request))
-    if has_pictures and NO_EYES.search(words.said):  # llama.cpp says so with status 500
-        return NamedField("image_url", False, words.said)
+    if named := find_picture(refusal, words, request):
+        return named
     if refusal.status not in NAMED_STATUSES:
         return None
     changeable = [(name, value) for name, value in request.items() if name == "model" or name not in NEEDED]
@@ -510,7 +543,7 @@ def find_field(refusal: Refusal, words: Words, request: Mapping[str, Any]) -> Na
 FIELDS = frozenset({*CAP_NAMES, *NEEDED, "temperature", "top_p", "stop", "seed", "response_format", "reasoning_effort"})
 FIELDS |= {"stream", "stream_options", "size", "quality", "n", "voice", "speed", "tools", "logprobs", "instructions"}
 FIELDS |= {"logit_bias", "top_k", "top_logprobs", "frequency_penalty", "presence_penalty", "user", "tool_choice"}
-SAFE_TOKEN = re.compile(r"[A-Za-z]{2,30}(?:[_.][A-Za-z]{1,30}){0,6}|[1-9]\d{2,4}")  # no key looks like that
+SAFE_TOKEN = re.compile(r"[A-Za-z]{2,30}(?:[_.][A-Za-z]{1,30}){0,6}|[1-9]\d{2,4}")  # hardly a key looks like that
 ADVICE = {
     Cause.KEY: "check the provider's key ({kind}_API_KEY or OPENAI_API_KEY), and what it is allowed to do",
     Cause.MONEY: "the provider's quota or money is used up: check its plan and billing",
@@ -585,6 +618,7 @@ def find_cause(refusal: Refusal, words: Words, named: NamedField | None, wait_s:
     if named and named.name == "model":
         return cause or Cause.MODEL
     is_weaker = cause in (Cause.TOO_LONG, Cause.MODEL) and named is not None and named.name not in ROLES
+    is_weaker |= cause is not Cause.CONTENT and named is not None and named.name == PICTURE_FIELD
     if named and (cause is None or is_weaker):
         return Cause.FIELD
     if cause is Cause.MONEY and refusal.status == 429 and wait_s is not None:
@@ -612,9 +646,12 @@ def error_of(cause: Cause, refusal: Refusal, detail: str, kind: str, wait_s: flo
     return OperatorFault(f"{detail}: {ADVICE[cause].format(kind=kind.upper())}")
 
 
-def judge(refusal: Refusal, request: Document, kind: str, headers: Mapping[str, str]) -> JobError:
-    """What a refusal of a request means for the job. `kind` is text, image or audio, for the names of settings."""
-    refusal, sent = with_status(refusal), Sent(request)
+def judge(refusal: Refusal, request: Document, kind: str, headers: Mapping[str, str], key: str = "") -> JobError:
+    """What a refusal of a request means for the job.
+
+    `kind` is text, image or audio, for the names of settings. `key` is the provider's, which a server may repeat.
+    """
+    refusal, sent = with_status(refusal), Sent(request, key)
     words = Words.of(refusal, sent)
     wait_s, detail = wait_asked_for(headers, refusal, words.said), describe(refusal, sent)
     named = find_field(refusal, words, request)

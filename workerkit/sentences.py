@@ -14,6 +14,11 @@ NOT_SET_UP = "The service isn't set up correctly; tell its operator."
 REFUSED = "The provider refused this request."
 CONTENT_RULES = "The provider's content rules forbid this. Please change your request."
 TOO_LONG = "The input is too long for this model. Please send a shorter one."
+NO_EYES = "The input can't be used: this model can't look at pictures. Send the text alone (leave out `image_url`)."
+BAD_PICTURE = (
+    "The input can't be used: the provider couldn't fetch or read a picture (`image_url`). "
+    "Check its URL, its format (PNG, JPEG, WEBP or GIF) and its size."
+)
 NO_TEXT = "The provider returned an empty text."
 NO_SOUND = "The provider returned no sound."
 NO_PICTURE = "The provider returned no picture."
