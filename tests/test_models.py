@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, timedelta
@@ -12,7 +14,8 @@ from typing import Any, get_args
 import pytest
 
 from testbed.provider import Provider
-from tests.lab import AUDIO, IMAGE, KEY, TEXT, generate, serving, table
+from tests.lab import AUDIO, IMAGE, KEY, TEXT, bare_settings, generate, serving, table
+from worker_commands.models_in_use import models_in_use
 from workerkit.errors import FailJob, OperatorFault
 from workerkit.models import CURRENT, MAX_NAMES, READ_ON, Choices, choose, date_of, parse_models, remark, sizes_of
 from workerkit.provider import Memory, OpenAIProvider
@@ -104,6 +107,8 @@ def test_each_kind_has_a_current_model() -> None:
     ("beside those of other kinds", server(), {"local": None, "text-embedding-3": None, "x-rerank": None}, [], "local"),
     ("another server without a list", server(), None, [], TEXTS[0]),
     ("the one that is left", server(), {"a": None, "b": None}, ["a"], "b"),
+    ("the only one, though it was refused", server(), {"a": None}, ["a"], "a"),
+    ("OpenAI's first, though all were refused", openai(), dict.fromkeys(TEXTS), TEXTS, TEXTS[0]),
 )
 def test_a_model_is_chosen(
     where: ProviderSettings, offered: dict[str, date | None] | None, gone: list[str], chosen: str
@@ -115,10 +120,8 @@ def test_a_model_is_chosen(
     "where, offered, gone, advice",
     ("several", server(), ["b", "a"], [], "http://server/v1 offers 2 models: set TEXT_MODEL to one of: b, a"),
     ("none", server("image"), [], [], "offers 0 models: set IMAGE_MODEL to one that it takes"),
-    ("none but what it refused", server(), ["a"], ["a"], "offers 0 models: set TEXT_MODEL to one that it takes"),
     ("none of another kind", server(), ["x-embed"], [], "offers 0 models"),
     ("OpenAI offers none of ours", openai("audio"), ["x"], [], "offers none of gpt-4o-mini-tts: set AUDIO_MODEL"),
-    ("OpenAI refused all of ours", openai(), ["x"], TEXTS, "set TEXT_MODEL"),
 )
 def test_where_none_can_be_chosen_the_operator_reads_the_choices(
     where: ProviderSettings, offered: list[str], gone: list[str], advice: str
@@ -172,16 +175,18 @@ def test_a_model_that_is_refused_is_not_chosen_for_an_hour() -> None:
     assert choices.gone("server") == []
 
 
-@table(
-    "kept, is_certain, refused",
-    ("a model that the job named", "m", True, "n"),
-    ("one that was chosen without a list", "m", False, "m"),
-)
-def test_only_a_model_of_the_list_is_dropped(kept: str, is_certain: bool, refused: str) -> None:
+def test_a_model_that_was_guessed_without_a_list_may_be_chosen_again() -> None:
     choices = Choices()
-    choices.keep("server", "text", kept, is_certain=is_certain)
-    assert not choices.drop("server", "text", refused)
-    assert choices.get("server", "text") == kept
+    choices.keep("server", "text", "m", is_certain=False)
+    assert choices.drop("server", "text", "m")
+    assert (choices.get("server", "text"), choices.gone("server")) == (None, [])
+
+
+def test_a_model_that_the_job_named_is_not_dropped() -> None:
+    choices = Choices()
+    choices.keep("server", "text", "m", is_certain=True)
+    assert not choices.drop("server", "text", "n")
+    assert choices.get("server", "text") == "m"
 
 
 # ── what is wrong with a model in use ────────────────────────────────────────────────────────────────────────────
@@ -198,6 +203,9 @@ def test_only_a_model_of_the_list_is_dropped(kept: str, is_certain: bool, refuse
     ("the list has no end, but ours has", openai("audio"), "gpt-4o-mini-tts", None, READ_ON, "ends on 2027-01-06"),
     ("of that name elsewhere", server("audio"), "gpt-4o-mini-tts", None, READ_ON, ""),
     ("no list", server(), "m", None, ENDS, ""),
+    ("Ollama's name of it", server(), "m", {"m:latest": None}, ENDS, ""),
+    ("Gemini's name of it", server(), "m", {"models/m": ENDS}, ENDS, "m ends on 2027-01-14"),
+    ("a deployment of Azure", server(url="https://x.openai.azure.com/openai/v1"), "mine", {"gpt": None}, ENDS, ""),
 )
 def test_what_is_wrong_with_a_model_in_use(
     where: ProviderSettings, model: str, offered: dict[str, date | None] | None, today: date, said: str
@@ -274,6 +282,15 @@ def test_the_choice_is_logged_as_a_line_for_the_settings(provider: Provider, cap
     assert caplog.messages == ["TEXT_MODEL=testbed-model was chosen, since it isn't set; put this into .env"]
 
 
+def test_a_name_that_was_guessed_is_not_put_forward_for_the_settings(
+    provider: Provider, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "worker")
+    provider.models_fault = "[status 500]"
+    run(where := server(url=provider.url), texts(where))
+    assert caplog.messages == [f"TEXT_MODEL={TEXTS[0]} is tried: no list of models"]
+
+
 def test_a_model_that_is_set_needs_no_list(provider: Provider) -> None:
     generate(TEXT, {"prompt": "x"}, serving(provider, text_model="mine"))
     assert (provider.lists_given, provider.calls[0].model) == (0, "mine")
@@ -343,7 +360,40 @@ def test_a_model_that_is_set_is_not_replaced_when_it_is_gone(as_openai: Provider
     assert len(as_openai.calls) == 1
 
 
-def test_the_only_model_of_another_server_is_asked_once_if_it_is_gone(provider: Provider) -> None:
-    with pytest.raises(OperatorFault, match="set TEXT_MODEL"):
-        run(where := server(url=provider.url), texts(where, prompt="[gone *]"))
+def test_a_refusal_of_a_servers_only_model_costs_that_job_alone(provider: Provider) -> None:
+    where, memory = server(url=provider.url), Memory()
+    with pytest.raises(ModelGone, match="set TEXT_MODEL"):
+        run(where, texts(where, prompt="[gone *]"), memory)
     assert len(provider.calls) == 1
+    assert run(where, texts(where), memory) == ["testbed-model"]
+
+
+def test_a_name_that_was_guessed_while_a_server_was_away_is_replaced_once_it_is_up(provider: Provider) -> None:
+    where, memory = server(url=provider.url), Memory()
+    provider.models_fault = "[status 500]"
+    run(where, texts(where), memory)
+    provider.models_fault = ""
+    assert run(where, texts(where, prompt=f"[gone {TEXTS[0]}]"), memory) == ["testbed-model"]
+    assert [call.model for call in provider.calls] == [TEXTS[0], TEXTS[0], "testbed-model"]
+
+
+def test_a_name_server_that_hangs_holds_up_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over, answered = threading.Event(), socket.getaddrinfo
+
+    def hang(*arguments: Any, **options: Any) -> Any:
+        is_over.wait(60)
+        return answered(*arguments, **options)
+
+    monkeypatch.setattr("workerkit.provider.MODELS_S", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    try:
+        models = models_in_use(bare_settings(openai_base_url="http://server.invalid/v1"))
+        assert not is_over.is_set()
+        assert [one.where.kind for one in models] == list(KINDS)
+    finally:
+        is_over.set()
+
+
+def test_the_models_that_jobs_may_name_are_looked_at_too(provider: Provider) -> None:
+    text, *_ = models_in_use(serving(provider, text_models="testbed-model,dear"))
+    assert text.fault == "dear isn't among the 1 models that are offered"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,13 +34,21 @@ async def list_models(where: ProviderSettings, max_bytes: int) -> Offered | None
         await provider.close()
 
 
-async def list_all(servers: Iterable[ProviderSettings], max_bytes: int) -> list[Offered | None]:
-    """What each server lists. All are asked at the same time, so that those that hang cost no more than one."""
-    return await asyncio.gather(*(list_models(where, max_bytes) for where in servers))
+def list_all(servers: Iterable[ProviderSettings], max_bytes: int) -> list[Offered | None]:
+    """What each server lists. All are asked at the same time, so that those that hang cost no more than one.
+
+    `asyncio.run` would wait for a name server that doesn't answer; closing the loop doesn't.
+    """
+
+    async def ask() -> list[Offered | None]:
+        return await asyncio.gather(*(list_models(where, max_bytes) for where in servers))
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        return loop.run_until_complete(ask())
 
 
 def look_at(where: ProviderSettings, offered: Offered | None) -> ModelInUse:
-    """The model of a kind, chosen if none is set and the server lists its models."""
+    """The model of a kind, chosen if none is set and the server lists its models. Jobs may name others as well."""
     today, is_chosen = datetime.now(UTC).date(), not where.model
     if is_chosen and offered is None and not where.is_openai:
         return ModelInUse(where)
@@ -47,12 +56,13 @@ def look_at(where: ProviderSettings, offered: Offered | None) -> ModelInUse:
         model = where.model or choose(where, offered)
     except FailJob as fault:
         return ModelInUse(where, fault=fault.detail)
-    return ModelInUse(replace(where, model=model), is_chosen, remark(where, model, offered, today))
+    remarks = [remark(where, name, offered, today) for name in dict.fromkeys((model, *where.allowed_models))]
+    return ModelInUse(replace(where, model=model), is_chosen, "; ".join(filter(None, remarks)))
 
 
 def models_in_use(settings: Settings) -> list[ModelInUse]:
     """The model of each kind that has a server. Each server is asked once, and all together take three seconds."""
     kinds = [where for kind in PROVIDER_KINDS if not (where := settings.provider(kind)).is_offline]
     servers = {(where.base_url, where.api_key): where for where in kinds}
-    offered = dict(zip(servers, asyncio.run(list_all(servers.values(), settings.max_answer_bytes)), strict=True))
+    offered = dict(zip(servers, list_all(servers.values(), settings.max_answer_bytes), strict=True))
     return [look_at(where, offered[where.base_url, where.api_key]) for where in kinds]

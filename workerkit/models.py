@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from workerkit.errors import OperatorFault
-from workerkit.settings import ProviderKind, ProviderSettings
+from workerkit.settings import ProviderKind, ProviderSettings, is_azure
 
 # OpenAI's models that a new deployment gets, the best first, with the day on which OpenAI ends each, if it has named
 # one (developers.openai.com/api/docs/deprecations).
@@ -88,17 +88,18 @@ def choose(where: ProviderSettings, offered: Offered | None, gone: Collection[st
     """The model of a server for a kind of which none is set. `gone` are models that it has refused of late.
 
     OpenAI's is the first of CURRENT that it offers. Another server's is its only one. Where the list can't be had, the
-    first of CURRENT is asked for: servers with one model often take any name, and no job waits for a list.
+    first of CURRENT is asked for: servers with one model often take any name, and no job waits for a list. One that was
+    refused is chosen only where there is no other: it may have been refused for what a single job asked for.
 
     Raises OperatorFault: it offers none or several; the choices are in the log.
     """
     setting = f"{where.kind.upper()}_MODEL"
     if where.is_openai or offered is None:
-        known = [name for name in CURRENT[where.kind] if name not in gone]
-        if found := [name for name in known if offered is None or name in offered]:
-            return found[0]
+        if found := [name for name in CURRENT[where.kind] if offered is None or name in offered]:
+            return next((name for name in found if name not in gone), found[0])
         raise OperatorFault(f"{where.place} offers none of {', '.join(CURRENT[where.kind])}: set {setting}")
-    names = [name for name in offered if not OTHER_KINDS.search(name.lower()) and name not in gone]
+    names = [name for name in offered if not OTHER_KINDS.search(name.lower())]
+    names = [name for name in names if name not in gone] or names
     if len(names) == 1:
         return names[0]
     plain = [name for name in names if PLAIN_NAME.fullmatch(name)]
@@ -106,20 +107,29 @@ def choose(where: ProviderSettings, offered: Offered | None, gone: Collection[st
     raise OperatorFault(f"{where.place} offers {len(names)} models: set {setting} to {choices}")
 
 
+def listed_name(model: str, offered: Offered) -> str | None:
+    """The name under which a server lists a model. Ollama adds `:latest`, and Gemini puts `models/` before it."""
+    return next((name for name in (model, f"{model}:latest", f"models/{model}") if name in offered), None)
+
+
 def remark(where: ProviderSettings, model: str, offered: Offered | None, today: date) -> str:
-    """What is wrong with a model in use: it isn't offered, or ends soon. An empty string if nothing is."""
-    if offered is not None and model not in offered:
+    """What is wrong with a model in use: it isn't offered, or ends soon. An empty string if nothing is.
+
+    Azure lists what can be deployed, and not what is.
+    """
+    listed = listed_name(model, offered or {})
+    if offered is not None and listed is None and not is_azure(where.base_url):
         return f"{model} isn't among the {len(offered)} models that are offered"
-    ends = (offered or {}).get(model) or (CURRENT[where.kind].get(model) if where.is_openai else None)
+    ends = (offered or {}).get(listed or model) or (CURRENT[where.kind].get(model) if where.is_openai else None)
     if ends and (ends - today).days <= NEAR_DAYS:
         return f"{model} {'ended' if ends < today else 'ends'} on {ends}: set another {where.kind.upper()}_MODEL before"
     return ""
 
 
 class Choices:
-    """The models that this process has chosen, by server and kind. One that is refused isn't chosen for an hour.
+    """The models that this process has chosen, by server and kind. After a refusal another one is, for an hour.
 
-    A choice without the server's list holds for a minute; then the list is asked for again.
+    A choice without the server's list holds for a minute or until it is refused; then the list is asked for again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -139,9 +149,11 @@ class Choices:
         return [model for (place, model), at in self._gone.items() if place == server and now - at < FORGET_AFTER_S]
 
     def drop(self, server: str, kind: ProviderKind, model: str) -> bool:
-        """Chooses another model next time, since the server refuses this one. False: there is nothing to choose."""
-        if self._chosen.get((server, kind)) != (model, math.inf):
+        """Chooses anew next time, since the server refuses this model. False: it wasn't chosen here."""
+        chosen, until = self._chosen.get((server, kind), ("", 0.0))
+        if chosen != model:
             return False
         del self._chosen[server, kind]
-        self._gone[server, model] = self._clock()
+        if until == math.inf:  # else the name was only a guess
+            self._gone[server, model] = self._clock()
         return True

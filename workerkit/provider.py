@@ -244,7 +244,7 @@ class OpenAIProvider:
         if not talk.may_go_on or not self._choices.drop(self.base_url, kind, talk.model):
             return False
         where = await self.with_model(replace(self._where, kind=kind, model=""))
-        if where.model == talk.model:  # the server lists it all the same
+        if where.model == talk.model:  # there is no other
             return False
         talk.use_model(where.model)
         return True
@@ -273,9 +273,12 @@ class OpenAIProvider:
         offered = None
         with contextlib.suppress(RetryJob, FailJob):  # then the call itself shows what is wrong
             offered = await self.models()
-        model = choose(where, offered, self._choices.gone(self.base_url))
-        self._choices.keep(self.base_url, where.kind, model, is_certain=where.is_openai or offered is not None)
-        logger.info("%s_MODEL=%s was chosen, since it isn't set; put this into .env", where.kind.upper(), model)
+        gone, is_certain = self._choices.gone(self.base_url), where.is_openai or offered is not None
+        model = choose(where, offered, gone)
+        self._choices.keep(self.base_url, where.kind, model, is_certain=is_certain)
+        reason = "was chosen, since it isn't set; put this into .env" if is_certain else "is tried: no list of models"
+        if model not in gone:
+            logger.info("%s_MODEL=%s %s", where.kind.upper(), model, reason)
         return model
 
     # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────
