@@ -584,12 +584,34 @@ def test_a_text_beside_a_refusal_is_a_text(refusal: str | None) -> None:
     assert whole(delta("one", refusal=refusal), END).text == "one"
 
 
+@table(
+    "thought",
+    ("a field", delta(None, reasoning_content="hm")),
+    ("another field", delta(None, reasoning="hm")),
+    ("a part", delta([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}])),
+    ("tokens of their own", {"usage": {"completion_tokens_details": {"reasoning_tokens": 7}}}),
+    ("tokens of the total", {"usage": {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 9}}),
+)
 @pytest.mark.parametrize("reason", ["length", "MAX_TOKENS"])
-def test_thoughts_up_to_the_cap_are_said_to_person_and_operator(reason: str) -> None:
+def test_thoughts_up_to_the_cap_are_said_to_person_and_operator(reason: str, thought: dict[str, Any]) -> None:
     with pytest.raises(OnlyThought) as caught:
-        whole(delta(None, reasoning_content="hm"), delta("", reason))
+        whole(thought, delta("", reason))
     assert "TEXT_THINKING_TOKENS" in caught.value.detail
     assert caught.value.sentence == sentences.ONLY_THOUGHT
+
+
+@table(
+    "usage",
+    ("none", None),
+    ("the parts make up the total", {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}),
+    ("no thought is counted", {"completion_tokens_details": {"reasoning_tokens": 0}}),
+    ("details of another kind", {"completion_tokens_details": 7, "total_tokens": "9"}),
+)
+def test_an_empty_text_at_its_cap_is_no_thinking_without_a_sign_of_it(usage: object) -> None:
+    with pytest.raises(FailJob) as caught:
+        whole(delta("", "length"), {"usage": usage})
+    assert type(caught.value) is FailJob
+    assert caught.value.sentence == sentences.NO_TEXT
 
 
 @table(

@@ -144,6 +144,10 @@ def test_a_text_that_is_whole_is_not_lost_for_what_is_wrong_behind_it(body: byte
 
 @table(
     "body",
+    ("nothing", b""),
+    ("blank lines", b"\r\n\n"),
+    ("signs of life alone", b": ping\n\nevent: ping\n\n"),
+    ("a first event that is cut off", b'data: {"cho'),
     ("no reason and no mark", stream(delta("one "))),
     ("an event that is cut off", stream(delta("one ")) + stream(delta("two", "stop"))[:-9]),
     ("an error", stream(delta("one "), {"error": {"message": "The engine stopped", "type": "server_error"}})),
@@ -152,6 +156,19 @@ def test_a_text_that_is_whole_is_not_lost_for_what_is_wrong_behind_it(body: byte
 def test_half_a_text_is_tried_again(body: bytes) -> None:
     with pytest.raises(RetryJob):
         answer_from(body, text("Hi"))
+
+
+@pytest.mark.parametrize("body", [b"404 page not found", b"data: {}\n\ndata: [DONE]\n\n", b"{}"])
+def test_what_is_no_text_at_all_is_not_tried_again(body: bytes) -> None:
+    with pytest.raises(FailJob) as caught:
+        answer_from(body, text("Hi"))
+    assert caught.value.sentence == sentences.UNUSABLE
+
+
+def test_a_text_whose_pieces_each_have_a_reason_is_half_if_its_connection_breaks() -> None:
+    body = stream(delta("one ", "stop"), delta("two ", "stop"))
+    with pytest.raises(RetryJob):
+        answer_from(body, text("Hi"), content_length=str(len(body) + 9))
 
 
 def test_an_error_within_a_stream_is_tried_again(provider: Provider) -> None:
@@ -173,13 +190,13 @@ def test_a_text_whose_pieces_each_have_a_reason_is_read_to_its_end(monkeypatch: 
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
         for number in range(6):
             writer.write(stream(delta(str(number), "stop")))
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2 if number < 2 else 0.5)
 
     async def ask() -> str:
         async with server(send_slowly) as url, opened(at_url(url)) as ours:
             return str((await ours.text({"model": "m", "messages": []}, lambda _: None)).text)
 
-    monkeypatch.setattr("workerkit.provider.AFTER_THE_END_S", 0.6)
+    monkeypatch.setattr("workerkit.provider.AFTER_THE_END_S", 0.4)
     assert asyncio.run(ask()) == "012345"
 
 

@@ -128,7 +128,7 @@ def parse_json(data: bytes) -> Any:
 
 
 class Answer:
-    """A provider's answer as it comes in, up to so many bytes of content."""
+    """A provider's answer as it comes in, up to so many bytes of content. `key` is the one that was sent to it."""
 
     def __init__(self, response: aiohttp.ClientResponse, max_bytes: int, key: str = "") -> None:
         self.status, self.headers, self.key = response.status, response.headers, key
@@ -163,6 +163,7 @@ class Answer:
 # ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LAST_EVENT = b"[DONE]"
+OTHER_FIELDS = (b":", b"event:", b"id:", b"retry:")
 MAX_MODEL_CHARACTERS, MAX_TOKENS = 200, 2**31
 MAX_TEXT_CHARACTERS = 4_000_000  # at up to four bytes each, a document can just hold them
 MAX_LINE_BYTES = 4 * MAX_TEXT_CHARACTERS
@@ -177,6 +178,7 @@ class EventReader:
 
     def __init__(self) -> None:
         self.is_ended = False
+        self.is_foreign = False  # whether something came that stands in no stream of events
         self._is_first = True
         self._line: list[bytes] = []  # the parts of a line whose end hasn't come yet
         self._line_bytes = 0
@@ -200,6 +202,8 @@ class EventReader:
                     return
                 if data:
                     yield data
+            elif line and not line.startswith(OTHER_FIELDS):
+                self.is_foreign = True
 
     def finish(self) -> Iterator[bytes]:
         """Yields the event whose blank line is missing at the end of a stream. It may be cut off."""
@@ -285,6 +289,21 @@ def text_of_part(part: object) -> str:
     return text or ""
 
 
+def has_thought_part(content: object) -> bool:
+    parts = content if isinstance(content, list) else []
+    return any(isinstance(part, dict) and part.get("type") in THOUGHT_PARTS for part in parts)
+
+
+def has_thinking_tokens(usage: Document) -> bool:
+    """Whether tokens were spent on thinking: they are counted apart, or, as by Gemini, in the total alone."""
+    details = usage.get("completion_tokens_details")
+    counted = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    total, asked, made = (usage.get(f"{name}_tokens") for name in ("total", "prompt", "completion"))
+    if isinstance(counted, int) and counted > 0:
+        return True
+    return isinstance(total, int) and isinstance(asked, int) and isinstance(made, int) and total > asked + made
+
+
 def text_of(content: object) -> str:
     """The text of a message, which is a string, null, or a list of parts. Raises TypeError: it is something else."""
     if isinstance(content, str):
@@ -315,9 +334,11 @@ class Completion:
         self._model, self._tokens = model, 0
         self._parts: list[str] = []
         self.length = 0  # of the text so far, in characters
-        self._has_begun = self._has_deltas = self._is_refused = False
+        self._has_begun = self._has_deltas = self._is_refused = self._has_thought = False
         self._reason = ""
+        self._goes_on = False  # behind a finish_reason, which a few servers give with each piece
         self.is_marked_done = False  # by `[DONE]`, or since the answer was one whole object
+        self.is_foreign = False  # whether something came that is no stream
 
     @property
     def has_text(self) -> bool:
@@ -326,7 +347,7 @@ class Completion:
     @property
     def is_finished(self) -> bool:
         """Whether the server has said why the text ended, so that nothing of it can be missing."""
-        return bool(self._reason) and not BROKEN_REASONS.fullmatch(self._reason)
+        return bool(self._reason) and not self._goes_on and not BROKEN_REASONS.fullmatch(self._reason)
 
     def add(self, chunk: Document) -> str:
         """Takes one event and returns its piece of the text.
@@ -347,6 +368,7 @@ class Completion:
             raise FailJob(f"a text of over {MAX_TEXT_CHARACTERS} characters", TOO_LARGE)
         if piece:
             self._parts.append(piece)
+            self._goes_on |= bool(self._reason)
         if reason and not (self.is_finished and BROKEN_REASONS.fullmatch(reason)):  # a fault behind the end is none
             self._reason = reason
         return piece
@@ -361,6 +383,7 @@ class Completion:
                 total = asked + made
             if isinstance(total, int) and 0 < total < MAX_TOKENS:
                 self._tokens = total
+            self._has_thought |= has_thinking_tokens(usage)
 
     def _text_of_choice(self, choice: Document) -> str:
         """The text of a choice. Some servers repeat the whole `message` behind the last delta, which is left out."""
@@ -372,6 +395,8 @@ class Completion:
             delta = choice.get("message") or delta
             content = delta.get("content") or choice.get("text")  # `text` is of the older completions interface
         self._is_refused |= isinstance(delta.get("refusal"), str) and bool(delta["refusal"])
+        if not content or not isinstance(content, str):
+            self._has_thought |= any(delta.get(name) for name in THOUGHT_PARTS) or has_thought_part(content)
         return text_of(content)
 
     @property
@@ -394,13 +419,15 @@ class Completion:
 
     def _fault(self, done_is_enough: bool) -> JobError | None:
         if not self._has_begun:
-            return FailJob("an answer without any chunk", UNUSABLE)
+            is_whole = self.is_marked_done or self.is_foreign
+            return FailJob("no text in it", UNUSABLE) if is_whole else RetryJob("it ended before its text", BROKE_OFF)
         if FORBIDDEN_REASONS.fullmatch(self._reason) or (self._is_refused and not self._parts):
             return InvalidInput(f"finish_reason {self._reason or 'none, but a refusal'}", CONTENT_RULES)
-        if not self.is_finished and (self._reason or not (self.is_marked_done and done_is_enough)):
+        is_ended = self._reason or (self.is_marked_done and done_is_enough)
+        if not is_ended or BROKEN_REASONS.fullmatch(self._reason):
             return RetryJob("the stream ended without a good finish_reason: half a text", BROKE_OFF)
         if self._parts:
             return None
-        if self.is_cut:
+        if self.is_cut and self._has_thought:
             return OnlyThought(f"finish_reason {self._reason} before the first word: {MORE_ROOM}", ONLY_THOUGHT)
-        return FailJob("an empty text", NO_TEXT)
+        return FailJob(f"an empty text, finish_reason {self._reason or 'none'}", NO_TEXT)

@@ -13,6 +13,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 from workerkit.answers import (
@@ -127,20 +128,20 @@ async def read_events(answer: Answer, piece: bytes, completion: Completion, take
     """Reads a stream to its end, and passes on each object that comes."""
     events, ends_at, length = EventReader(), None, -1
     while piece and not events.is_ended:
-        for event in events.feed(piece):
-            for document in parse_event(event):
-                take_one(document)
-        if completion.is_finished and completion.length > length:  # a few servers give the reason with each piece
+        for document in chain.from_iterable(map(parse_event, events.feed(piece))):
+            take_one(document)
+        if not completion.is_finished:
+            ends_at = None
+        elif completion.length > length:
             ends_at, length = asyncio.get_running_loop().time() + AFTER_THE_END_S, completion.length
         piece = await next_piece(answer, ends_at) if not events.is_ended else b""
     if events.is_ended:
         await read_to_end(answer)
     else:
         with contextlib.suppress(ValueError):  # the last event may be cut off
-            for event in events.finish():
-                for document in parse_event(event):
-                    take_one(document)
-    completion.is_marked_done = events.is_ended
+            for document in chain.from_iterable(map(parse_event, events.finish())):
+                take_one(document)
+    completion.is_marked_done, completion.is_foreign = events.is_ended, events.is_foreign
 
 
 async def read_text(answer: Answer, completion: Completion, take_one: Callable[[Any], None]) -> None:
