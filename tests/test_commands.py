@@ -27,11 +27,13 @@ from testbed.provider import Provider
 from tests.lab import IMAGE, KEY, NOWHERE, PNG, SECRET, TEXT, ago, change, claim, deliver, insert, queued, read, table
 from worker import COMMANDS, Runtime, Status
 from worker_commands.api_side import Followed, fetch_file, writable_folder
+from worker_commands.findings import probe
 from worker_commands.recover import recover
 from worker_commands.status import overview, status
 from worker_commands.submit import NO_WORKER, SubmitView, read_request, submit
 from worker_commands.terminal import print_rows, printable
-from workerkit.errors import JobFailed
+from workerkit.connections import NO_NAME
+from workerkit.errors import JobFailed, OperatorFault, ProviderAway, RetryJob
 from workerkit.lost_messages import LostMessages
 from workerkit.process import Heartbeat
 from workerkit.settings import Settings
@@ -198,6 +200,23 @@ def test_check_notes_what_an_operator_should_know(
 ) -> None:
     code, output = command_here("check", **given)
     assert (code, text in output) == (0, True)
+
+
+@table(
+    "error, seen",
+    ("a refused key", OperatorFault("HTTP 401 AuthenticationError: check it"), "HTTP 401 AuthenticationError"),
+    ("an error of a gateway", RetryJob("HTTP 504 APITimeoutError"), "HTTP 504 APITimeoutError"),
+    ("a model that loads", RetryJob("no answer within 30 s: is its model loading?"), "is its model loading?"),
+    ("a server that is away", ProviderAway(NO_NAME), NO_NAME),
+)
+def test_a_row_of_check_has_a_providers_place_and_its_own_words(error: Exception, seen: str) -> None:
+    def fail() -> str:
+        raise error
+
+    finding = probe("provider, text", "is the key right?", fail, "http://models/v1")
+    assert finding.seen.startswith("models:80: ")
+    assert seen in finding.seen
+    assert ("outside Docker" in finding.advice) is (seen == NO_NAME)
 
 
 def test_check_fetches_a_stored_file_by_its_public_url(runtime: Runtime, command_here: Command, tmp_path: Path) -> None:

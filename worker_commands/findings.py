@@ -34,11 +34,13 @@ def describe(error: Exception, advice: str, url: str) -> tuple[str, str]:
     """What went wrong, with the server's host and port, and what to do. Without URLs, keys or passwords."""
     if refusal := refusal_of(error):
         return f"{place_of(url)}: {refusal.reason}", refusal.advice
-    if fault := fault_at(url, error):
-        is_trust = "isn't trusted" in fault
-        more = advice_for(reason_of(error), url)
+    # A provider's error says the reason already, or what the provider itself has answered.
+    reason = error.detail if isinstance(error, JobError) else reason_of(error)
+    fault = f"{place_of(url)}: {reason}" if isinstance(error, JobError) else fault_at(url, error)
+    if fault:
+        is_trust, more = "isn't trusted" in fault, advice_for(reason, url)
         return fault, TRUST_ADVICE if is_trust else f"{more}; {advice}" if more else advice
-    known = str(error) if isinstance(error, (JobError, StoreUnavailable)) else type(error).__name__ + error_code(error)
+    known = str(error) if isinstance(error, StoreUnavailable) else type(error).__name__ + error_code(error)
     return (f"{place_of(url)}: {known}" if url else known), advice
 
 
