@@ -144,17 +144,18 @@ def lose_the_queue(place: Place) -> None:
     with Connection(place.environment["CELERY_BROKER_URL"]) as connection:
         channel: Any = connection.default_channel
         channel.queue_delete(place.api.queue)
-        poll(lambda: is_there(connection, place.api.queue), PATIENCE_S)
+        poll(lambda: is_consumed(connection, place.api.queue), PATIENCE_S)
     sent_at = datetime.now(UTC)
     place.submit("afterwards", Step(""))
     ended = place.api.wait(place.jobs["afterwards"], timeout_s=PATIENCE_S)
     assert (ended["completed_at"] - sent_at).total_seconds() < 30  # a sweep would find its message lost after a minute
 
 
-def is_there(connection: Connection, queue: str) -> bool:
+def is_consumed(connection: Connection, queue: str) -> bool:
+    """Whether a worker consumes the queue, which it does after it has bound it."""
     channel: Any = connection.channel()
     with suppress(NotFound), channel:
-        return bool(channel.queue_declare(queue, passive=True))
+        return bool(channel.queue_declare(queue, passive=True).consumer_count)
     return False
 
 
