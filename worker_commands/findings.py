@@ -34,9 +34,10 @@ def describe(error: Exception, advice: str, url: str) -> tuple[str, str]:
     """What went wrong, with the server's host and port, and what to do. Without URLs, keys or passwords."""
     if refusal := refusal_of(error):
         return f"{place_of(url)}: {refusal.reason}", refusal.advice
-    # A provider's error says the reason already, or what the provider itself has answered.
-    reason = error.detail if isinstance(error, JobError) else reason_of(error)
-    fault = f"{place_of(url)}: {reason}" if isinstance(error, JobError) else fault_at(url, error)
+    if isinstance(error, JobError):  # has the reason already, or what the provider itself has answered
+        reason, fault = error.detail, f"{place_of(url)}: {error.detail}"
+    else:
+        reason, fault = reason_of(error), fault_at(url, error)
     if fault:
         is_trust, more = "isn't trusted" in fault, advice_for(reason, url)
         return fault, TRUST_ADVICE if is_trust else f"{more}; {advice}" if more else advice

@@ -294,14 +294,26 @@ def has_thought_part(content: object) -> bool:
     return any(isinstance(part, dict) and part.get("type") in THOUGHT_PARTS for part in parts)
 
 
+def prompt_and_answer(usage: Document) -> int | None:
+    """The tokens of the prompt and of the answer together; None if they aren't counted."""
+    asked, made = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return asked + made if isinstance(asked, int) and isinstance(made, int) else None
+
+
+def total_tokens(usage: Document) -> int:
+    """The tokens of a whole call; 0 if they aren't counted."""
+    total = usage.get("total_tokens")
+    total = prompt_and_answer(usage) if total is None else total
+    return total if isinstance(total, int) and 0 < total < MAX_TOKENS else 0
+
+
 def has_thinking_tokens(usage: Document) -> bool:
     """Whether tokens were spent on thinking: they are counted apart, or, as by Gemini, in the total alone."""
     details = usage.get("completion_tokens_details")
     counted = details.get("reasoning_tokens") if isinstance(details, dict) else None
-    total, asked, made = (usage.get(f"{name}_tokens") for name in ("total", "prompt", "completion"))
-    if isinstance(counted, int) and counted > 0:
-        return True
-    return isinstance(total, int) and isinstance(asked, int) and isinstance(made, int) and total > asked + made
+    total, without = usage.get("total_tokens"), prompt_and_answer(usage)
+    is_in_total = isinstance(total, int) and without is not None and total > without
+    return is_in_total or (isinstance(counted, int) and counted > 0)
 
 
 def text_of(content: object) -> str:
@@ -378,11 +390,7 @@ class Completion:
         if model != self._model and isinstance(model, str) and 0 < len(model) <= MAX_MODEL_CHARACTERS:
             self._model = model if model.isprintable() else self._model
         if isinstance(usage, dict):
-            total, asked, made = (usage.get(f"{name}_tokens") for name in ("total", "prompt", "completion"))
-            if total is None and isinstance(asked, int) and isinstance(made, int):
-                total = asked + made
-            if isinstance(total, int) and 0 < total < MAX_TOKENS:
-                self._tokens = total
+            self._tokens = total_tokens(usage) or self._tokens
             self._has_thought |= has_thinking_tokens(usage)
 
     def _text_of_choice(self, choice: Document) -> str:

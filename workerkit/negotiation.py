@@ -189,11 +189,8 @@ class Negotiation:
 
     def mend(self, refusal: FieldRefused | Unexplained) -> None:
         """Changes the request after a refusal. Raises FailJob: it can't be changed so that the server may take it."""
-        field = refusal if isinstance(refusal, FieldRefused) else None
-        is_changed = self.may_go_on and (
-            self._drop_rules(field.named if field else None) or (field is not None and self._change(field))
-        )
-        if not is_changed:
+        named = refusal.named if isinstance(refusal, FieldRefused) else None
+        if not (self.may_go_on and (self._drop_rules(named) or self._change(refusal))):
             raise self._fault(refusal)
         self.body = self._shaped()
 
@@ -209,8 +206,10 @@ class Negotiation:
         self._rules = {name: rule for name, rule in self._rules.items() if name not in outdated}
         return True
 
-    def _change(self, refusal: FieldRefused) -> bool:
-        """Whether the field could be renamed, replaced or left out."""
+    def _change(self, refusal: FieldRefused | Unexplained) -> bool:
+        """Whether the field that is refused could be renamed, replaced or left out."""
+        if isinstance(refusal, Unexplained):
+            return False
         named = refusal.named
         name, words = named.name, named.words
         if name in (CAP, LATER_CAP):

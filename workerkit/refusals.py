@@ -409,6 +409,11 @@ class Words:
     codes: str
     said: str
 
+    @property
+    def spaced(self) -> str:
+        """Codes and messages, with blanks within names such as `image_url`."""
+        return f"{self.codes} | {self.said}".replace("_", " ")
+
     @classmethod
     def of(cls, refusal: Refusal, sent: Sent) -> Words:
         """The classes of exceptions that messages name, as LiteLLM's do, count as codes."""
@@ -514,7 +519,7 @@ def find_picture(refusal: Refusal, words: Words, request: Mapping[str, Any]) -> 
     """A picture of the job that the server complains about: the picture itself, or that there is one."""
     if not any(isinstance(message.get("content"), list) for message in messages_of(request)):
         return None
-    said = f"{words.codes} | {words.said}".replace("_", " ")
+    said = words.spaced
     if refusal.status in NAMED_STATUSES and BAD_PICTURE.search(said):
         return NamedField(PICTURE_FIELD, True, words.said)
     if refusal.status in NAMED_STATUSES | {500} and NO_EYES.search(said):  # llama.cpp says so with status 500
@@ -534,7 +539,7 @@ def find_field(refusal: Refusal, words: Words, request: Mapping[str, Any]) -> Na
     name = next((name for name in (*structured, *names_in(f"{words.said} | {words.codes}", request)) if name), None)
     if name is None:
         return None
-    return NamedField(name, bool(VALUE_FAULT.search(f"{words.codes} | {words.said}".replace("_", " "))), words.said)
+    return NamedField(name, bool(VALUE_FAULT.search(words.spaced)), words.said)
 
 
 # ── what it means ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -606,20 +611,27 @@ def by_status(status: int) -> Cause:
     return BY_STATUS.get(status, Cause.UNKNOWN if 400 <= status < 500 else Cause.PLACE)
 
 
+def is_weaker(cause: Cause | None, named: NamedField) -> bool:
+    """Whether a cause that only a message's words tell counts less than the field that is named.
+
+    The words for a long input and for a model are also those of complaints about a field.
+    """
+    if named.name == PICTURE_FIELD:
+        return cause is not Cause.CONTENT
+    return cause is None or (cause in (Cause.TOO_LONG, Cause.MODEL) and named.name not in ROLES)
+
+
 def find_cause(refusal: Refusal, words: Words, named: NamedField | None, wait_s: float | None) -> Cause:
     """Codes count first, then a named field, messages and the status.
 
-    The words for a long input and for a model are also those of complaints about a field. A quota that no code names,
-    and that comes with a wait, is one for each minute.
+    A quota that no code names, and that comes with a wait, is one for each minute.
     """
     if cause := fitting_row(refusal.status, words.codes):
         return cause
     cause = fitting_row(refusal.status, words.said)
     if named and named.name == "model":
         return cause or Cause.MODEL
-    is_weaker = cause in (Cause.TOO_LONG, Cause.MODEL) and named is not None and named.name not in ROLES
-    is_weaker |= cause is not Cause.CONTENT and named is not None and named.name == PICTURE_FIELD
-    if named and (cause is None or is_weaker):
+    if named and is_weaker(cause, named):
         return Cause.FIELD
     if cause is Cause.MONEY and refusal.status == 429 and wait_s is not None:
         return Cause.BUSY
