@@ -70,6 +70,11 @@ def speech(prompt: str) -> Ask:
 EVERY_KIND = [pytest.param(kind, id=kind.__name__) for kind in (text, image, speech)]
 
 
+def delta(content: object, reason: object = None, **more: object) -> dict[str, Any]:
+    """An event of a stream, with a piece of the text."""
+    return {"choices": [{"index": 0, "delta": {"content": content, **more}, "finish_reason": reason}]}
+
+
 # ── servers that send what a test says ───────────────────────────────────────────────────────────────────────────
 
 

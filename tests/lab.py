@@ -50,6 +50,16 @@ def bare_settings(**values: Any) -> Settings:
     return Settings(_env_file=None, **values)
 
 
+class Clock:
+    """A clock that a test sets by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.answers import gzip_bomb
+from tests.http_lab import delta
 from tests.lab import table
 from workerkit import sentences
 from workerkit.answers import (
@@ -339,11 +340,6 @@ def test_a_broken_object_is_no_word(data: bytes) -> None:
 
 
 # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def delta(content: object, reason: object = None, **more: object) -> dict[str, Any]:
-    """An event with a piece of the text."""
-    return {"choices": [{"index": 0, "delta": {"content": content, **more}, "finish_reason": reason}]}
 
 
 END = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}

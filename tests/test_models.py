@@ -7,14 +7,14 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, get_args
 
 import pytest
 
 from testbed.provider import Provider
-from tests.lab import AUDIO, IMAGE, KEY, TEXT, bare_settings, generate, serving, table
+from tests.http_lab import Ask, answer_of
+from tests.lab import AUDIO, IMAGE, KEY, TEXT, Clock, bare_settings, generate, serving, table
 from worker_commands.models_in_use import models_in_use
 from workerkit.errors import FailJob, OperatorFault
 from workerkit.models import CURRENT, MAX_NAMES, READ_ON, Choices, choose, date_of, parse_models, remark, sizes_of
@@ -139,14 +139,6 @@ def test_the_choices_hold_no_name_that_could_forge_a_line_and_not_too_many() -> 
     assert names == ["org/model:7b@q4+x-1.0", *(f"m{number}" for number in range(MAX_NAMES - 1))]
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @table(
     "is_certain, after_s, is_kept",
     ("from a list: for good", True, 10**9, True),
@@ -236,20 +228,11 @@ def test_the_sizes_that_a_family_of_models_offers(model: str, wanted: str, sizes
 # ── over HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(where: ProviderSettings, ask: Callable[[OpenAIProvider], Awaitable[Any]], memory: Memory | None = None) -> Any:
-    async def call() -> Any:
-        provider = OpenAIProvider(where, 2**20, memory)
-        try:
-            return await ask(provider)
-        finally:
-            await provider.close()
-
-    return asyncio.run(call())
+def run(where: ProviderSettings, ask: Ask, memory: Memory | None = None) -> Any:
+    return answer_of(ask, where, memory=memory)
 
 
-def texts(
-    where: ProviderSettings, count: int = 1, prompt: str = "Hello"
-) -> Callable[[OpenAIProvider], Awaitable[list[str]]]:
+def texts(where: ProviderSettings, count: int = 1, prompt: str = "Hello") -> Ask:
     """Asks for so many texts at a time, each as a job does. Returns the models of the answers."""
 
     async def ask(provider: OpenAIProvider) -> list[str]:

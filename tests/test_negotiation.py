@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tests.lab import table
+from tests.lab import Clock, table
 from workerkit.answers import MORE_ROOM, Answer, Completion, OnlyThought
 from workerkit.errors import FailJob, InvalidInput, JobError, OperatorFault, RetryJob
 from workerkit.negotiation import LOWEST_EFFORT, MAX_CALLS, Learnt, Negotiation, lower_cap, other_size
@@ -368,14 +368,6 @@ def test_an_error_behind_the_first_piece_of_a_text_is_not_negotiated(refusal: Bo
 
 
 # ── what was learnt ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 CAPPED = {**ASKED, "max_tokens": 200}

@@ -33,6 +33,7 @@ from tests.http_lab import (
     answer_from,
     answer_of,
     at_url,
+    delta,
     http_answer,
     image,
     opened,
@@ -99,10 +100,6 @@ def test_a_server_that_calls_its_stream_something_else_is_understood(provider: P
 
 def stream(*documents: object) -> bytes:
     return b"".join(b"data: %s\n\n" % json.dumps(document).encode() for document in documents)
-
-
-def delta(content: str, reason: str | None = None) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {"content": content}, "finish_reason": reason}]}
 
 
 @table(
