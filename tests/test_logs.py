@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from celery.exceptions import Reject
@@ -190,6 +193,48 @@ def test_every_handler_of_celery_writes_each_event_on_one_line() -> None:
 def test_celerys_pending_deprecations_are_not_logged(message: str, is_logged: bool) -> None:
     logs.install(debug=False, handlers=[])
     assert bool(logging.getLogger("py.warnings").filter(line(message))) is is_logged
+
+
+# ── lines as JSON ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_json(record: logging.LogRecord) -> dict[str, Any]:
+    return dict(json.loads(logs.JsonFormatter().format(record)))
+
+
+def test_a_line_as_json_has_time_level_and_process() -> None:
+    record = line('said "hello"')
+    wanted = {"level": "ERROR", "process": record.processName, "logger": record.name, "message": 'said "hello"'}
+    got = as_json(record)
+    assert abs(datetime.fromisoformat(got.pop("time")).timestamp() - record.created) < 0.002
+    assert got == wanted
+
+
+def test_a_line_that_names_a_job_has_its_id() -> None:
+    job_id = "6b0a213b98f606a6aa964e7c"
+    assert as_json(line(f"job={job_id} not claimed"))["job"] == job_id
+    assert "job" not in as_json(line("job=7 not claimed"))
+
+
+def test_a_line_about_an_attempt_has_its_figures() -> None:
+    record = line("job=… completed")
+    record.fields = {"event": "completed", "ran_s": 1.25, "reason": None}
+    got = as_json(record)
+    assert (got["event"], got["ran_s"], "reason" in got) == ("completed", 1.25, False)
+
+
+def test_an_exception_stays_on_the_line_of_its_event() -> None:
+    text = logs.JsonFormatter().format(line("failed", error=ZeroDivisionError("division by zero")))
+    assert json.loads(text)["exception"] == "ZeroDivisionError: division by zero"
+    assert "\n" not in text
+
+
+@pytest.mark.usefixtures("loggers_restored")
+def test_installing_twice_filters_once() -> None:
+    for _ in range(2):
+        logs.install(debug=False, handlers=[])
+    counts = {len(logging.getLogger(name).filters) for name in logs.LOGGERS_OF_OUTAGES}
+    assert counts == {1}
 
 
 # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────

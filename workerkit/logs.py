@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from celery.exceptions import Reject
@@ -15,6 +18,8 @@ REPEAT_AFTER_S = 60.0
 TASK_IN_TEMPLATE = "%s[%s]"  # how Celery's lines name a task and its id
 MAX_LINE_CHARACTERS = 1000
 FORMAT = "%(asctime)s %(levelname)s %(processName)s %(message)s"
+
+JOB_IN_LINE = re.compile(r"\bjob=([\da-f]{24})\b")
 
 # At DEBUG these log message bodies, arguments and documents, which hold prompts.
 LOGGERS_WITH_CONTENT = (
@@ -128,15 +133,36 @@ def on_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
+class JsonFormatter(logging.Formatter):
+    """Writes each line as a JSON object: time (UTC), level, process, message, and what the line has besides its text.
+
+    A line that names a job has the job's id as `job`. A line about an attempt has more, in `fields` of its record.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"time": time, "level": record.levelname, "process": record.processName, "logger": record.name}
+        line |= {"job": found[1]} if (found := JOB_IN_LINE.search(message)) else {}
+        line |= {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
+        line |= {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json.dumps({**line, "message": message}, default=str, ensure_ascii=False)
+
+
 def is_worth_a_warning(record: logging.LogRecord) -> bool:
     """Whether a Python warning concerns the operator; Celery's own pending deprecations don't."""
     return "CPendingDeprecation" not in record.getMessage()
 
 
-def install(debug: bool, handlers: Iterable[logging.Handler]) -> None:
-    """Sets up logging once Celery has made its handlers. `debug` makes the worker's own lines more detailed."""
+def install(debug: bool, handlers: Iterable[logging.Handler], log_format: str = "text") -> None:
+    """Sets up logging once Celery has made its handlers. `debug` makes the worker's own lines more detailed.
+
+    `log_format` is `text` or `json`. Celery makes handlers twice, so this is called twice.
+    """
     for handler in handlers:
         handler.addFilter(on_one_line)
+        if log_format == "json":
+            handler.setFormatter(JsonFormatter())
     for name in LOGGERS_WITH_CONTENT:
         logging.getLogger(name).setLevel(logging.INFO)
     for name in LOGGERS_WITH_URLS:
@@ -144,6 +170,7 @@ def install(debug: bool, handlers: Iterable[logging.Handler]) -> None:
     logging.getLogger("celery.app.trace").addFilter(without_reject)
     noise = LibraryNoiseFilter()
     for name in LOGGERS_OF_OUTAGES:
-        logging.getLogger(name).addFilter(noise)
+        if not any(isinstance(one, LibraryNoiseFilter) for one in logging.getLogger(name).filters):
+            logging.getLogger(name).addFilter(noise)
     logging.getLogger("py.warnings").addFilter(is_worth_a_warning)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)

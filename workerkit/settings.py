@@ -348,6 +348,7 @@ class Settings(BaseSettings):
     celery_soft_time_limit: PositiveSeconds = 90  # seconds that an attempt may take
     celery_time_limit: PositiveSeconds = 120  # seconds after which the process of an attempt is killed
     debug: bool = False  # show DEBUG lines too (never prompts or keys); the worker itself writes none
+    log_format: Literal["text", "json"] = "text"  # lines of the log as text, or each as a JSON object
 
     celery_broker_url: BrokerUrl = NO_SECRET  # another broker than REDIS_URL
     celery_result_backend: RedisUrl = NO_SECRET  # another result backend than REDIS_URL
