@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, partial
@@ -53,7 +53,8 @@ from pydantic import BaseModel
 
 from workerkit import __version__, logs, mongodb, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.bookkeeping import INDEXES, Snapshot, first_attempt, owner_of, parse_bookkeeping, waiting
+from workerkit.attempts import AttemptRecord, end_of, in_words, usage_of, why
+from workerkit.bookkeeping import INDEXES, Snapshot, first_attempt, kept_attempts, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
 from workerkit.errors import (
@@ -95,9 +96,9 @@ from workerkit.process import (
     signals_deferred,
 )
 from workerkit.progress import Progress
-from workerkit.provider import Memory, OpenAIProvider, Provider
+from workerkit.provider import Provider, Providers
 from workerkit.results import Media, Result
-from workerkit.settings import PROVIDER_KINDS, Limits, ProviderKind, ProviderSettings, Settings, load_settings
+from workerkit.settings import Limits, ProviderKind, ProviderSettings, Settings, load_settings
 from workerkit.sounds import inspect_sound
 from workerkit.surroundings import modules_fault, pool_fault, refuse, write_any_character
 from workerkit.turns import Turns
@@ -129,7 +130,7 @@ class Job:
 
     `owner` is the fencing token, new for each attempt. `has_past` says that it had ended before, and was put back.
     `waited_s` is the time from its creation, or from the end of its last wait, until the claim; None where the document
-    has no such time.
+    has no such time. `attempts` are those that have ended; when this one ends, it is the last of them.
     """
 
     id: ObjectId
@@ -143,6 +144,7 @@ class Job:
     first_started_at: datetime
     has_past: bool = False
     waited_s: float | None = field(default=None, compare=False)
+    attempts: tuple[AttemptRecord, ...] = ()
     leased_at: float = field(default_factory=lambda: time.monotonic(), compare=False)
 
     @property
@@ -154,6 +156,17 @@ class Job:
 
 
 Outcome = Result | JobError
+
+
+def output_of(outcome: Outcome) -> Mapping[str, Any]:
+    """The output of a result; empty for an error. A handler may return anything."""
+    return values.as_mapping(outcome.output if isinstance(outcome, Result) else None)
+
+
+def log_fields(job: Job, **fields: Any) -> Document:
+    """What a line about a job has besides its text, where each line of the log is a JSON object."""
+    return {"fields": {"job": str(job.id), "type": job.job_type, "attempt": job.attempt, **fields}}
+
 
 # ── Celery app ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -223,7 +236,8 @@ OBJECT_ID_DIGITS = 24
 TIMES = dict.fromkeys(("status", "started_at", "updated_at", "created_at", "worker"), 1)
 ADDRESS = dict.fromkeys(("user_id", "session_id", "error_message"), 1)
 NOTICE = {**ADDRESS, "status": 1, "worker.owner": 1}
-END = dict.fromkeys(("completed_at", "output_data.model_used", "output_data.tokens_used"), 1)
+FIGURES = ("model_used", "tokens_used", "prompt_tokens", "completion_tokens", "duration_seconds", "resolution")
+END = dict.fromkeys(("completed_at", *(f"output_data.{name}" for name in FIGURES)), 1)
 
 
 class Reason(StrEnum):
@@ -330,7 +344,7 @@ class JobStore:
                 own = first_attempt(lease, now, is_copy=delivery.is_copy, former=job)
                 document = self._update(job.unchanged(), self._afresh(now, own))
             elif job:
-                own = job.bookkeeping.next_attempt(lease)
+                own = job.bookkeeping.next_attempt(lease, self._settings.max_attempts)
                 document = self._update(job.unchanged(), {"$set": {"updated_at": now, "worker": own}})
         return self._job(document) if document else NotClaimed(Reason.WAITING)
 
@@ -385,6 +399,7 @@ class JobStore:
             limits=limits,
             first_started_at=own.first_started_at or now,
             has_past=bool(own.past),
+            attempts=own.attempts,
             waited_s=max(0.0, (now - waited_since).total_seconds()) if waited_since else None,
             leased_at=time.monotonic() - (self._settings.lease_seconds - left_s),
         )
@@ -406,13 +421,14 @@ class JobStore:
             own = {"owner": job.owner, "attempt": job.attempt}
             return self._end_by_force(self._fence(job), sentence, own) is not None
 
-    def release(self, job: Job, available_at: datetime, *, counted: bool) -> bool:
+    def release(self, job: Job, available_at: datetime, sentence: str = "", *, counted: bool) -> bool:
         """Releases the job: it may be claimed from `available_at` on. False: it is no longer this attempt's.
 
         The answer is False as well if the reply to an earlier try was lost, and the job was claimed or ended since.
         """
-        released = {f"worker.{name}": value for name, value in waiting(available_at, self.rescue_first_s).items()}
-        update: Document = {"$set": {"updated_at": self.now(), **released, "worker.released_by": job.owner}}
+        own = {**waiting(available_at, self.rescue_first_s), "released_by": job.owner, "message": sentence}
+        own |= kept_attempts(job.attempts)
+        update: Document = {"$set": {"updated_at": self.now(), **{f"worker.{name}": own[name] for name in own}}}
         if not counted:
             update["$inc"] = {"worker.attempt": -1}
         with unknown_when_unreachable():
@@ -429,10 +445,11 @@ class JobStore:
 
     def _end(self, job: Job, status: Status, **fields: Any) -> bool:
         ended = self._ended(status, **fields)
+        # The lease ends, too, so that a live one shows a cancel: see `find_cancelled`.
+        own = dict.fromkeys(("unnotified", "lease_until"), ended["completed_at"])
+        own |= {"message": sentences.final_sentence(ended), **kept_attempts(job.attempts)}
         with unknown_when_unreachable():
-            # The lease ends, too, so that a live one shows a cancel: see `find_cancelled`.
-            own = dict.fromkeys(("worker.unnotified", "worker.lease_until"), ended["completed_at"])
-            update = {"$set": {**ended, **own}}
+            update = {"$set": {**ended, **{f"worker.{name}": own[name] for name in own}}}
             if self._jobs.update_one(self._fence(job), update).matched_count:
                 return True
             document = self._jobs.find_one({"_id": job.id}, NOTICE) or {}
@@ -525,7 +542,9 @@ class JobStore:
 
         Raises StoreRefused: MongoDB takes this end in no form.
         """
-        return self._end_by_force(job.unchanged(), sentence, {**job.bookkeeping.kept(), "owner": job.bookkeeping.owner})
+        own = job.bookkeeping
+        kept = {**own.kept(), **own.lost_attempt(self.now()), "owner": own.owner, "message": sentence}
+        return self._end_by_force(job.unchanged(), sentence, kept)
 
     def _end_by_force(self, same: Document, sentence: str, own: Document) -> Document | None:
         """Fails a job; with less and less in its document, where MongoDB refuses more."""
@@ -737,7 +756,7 @@ async def text_generation(call: Call) -> Result:
         raise InvalidInput("max_tokens over the cap", sentence)
     request = {"model": call.model, "messages": inputs.conversation(), **inputs.passed_on()}
     answer = await call.provider.text(request, call.progress, call.settings.usual_cap)
-    output = {"generated_text": answer.text, "model_used": answer.model, "tokens_used": answer.tokens}
+    output = {"generated_text": answer.text, "model_used": answer.model, "tokens_used": answer.tokens, **answer.parts}
     return Result({**output, "is_cut": True} if answer.is_cut else output)
 
 
@@ -765,40 +784,6 @@ async def audio_generation(call: Call) -> Result:
     return Result(output, Media(data, sound_format, "audio_url"))
 
 
-class Providers:
-    """One provider for each server and key, made when first needed, in the process that generates."""
-
-    CLOSE_S = 5.0
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings, self._memory = settings, Memory()
-        self._made: dict[tuple[asyncio.AbstractEventLoop, str, str], Provider] = {}
-
-    def preload(self) -> None:
-        """Imports the HTTP client before the first job needs it."""
-        if not all(self._settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
-            importlib.import_module("aiohttp")
-
-    def get(self, kind: ProviderKind) -> Provider:
-        """The provider of one kind of generation. Call it on the event loop, to which its connections then belong."""
-        where = self._settings.provider(kind)
-        if where.is_offline:
-            from workerkit.offline import OfflineProvider
-
-            return OfflineProvider()
-        key = (asyncio.get_running_loop(), where.base_url, where.api_key)
-        if key not in self._made:
-            self._made[key] = OpenAIProvider(where, self._settings.max_answer_bytes, self._memory)
-        return self._made[key]
-
-    def close(self) -> None:
-        """Closes every provider on its own loop. Call it from another thread, while the loops run."""
-        for (loop, _, _), provider in self._made.items():
-            with contextlib.suppress(TimeoutError):  # a handler blocks its loop
-                asyncio.run_coroutine_threadsafe(provider.close(), loop).result(self.CLOSE_S)
-        self._made.clear()
-
-
 # ── recovery ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 LIMIT_MARGIN_S = 5.0
@@ -817,6 +802,26 @@ class Attempt:
         self.reason: JobError | None = None  # once it was cancelled
         self._stop: Callable[[], object] | None = None
         self._lock = threading.Lock()
+
+    def record(self, outcome: Outcome, ended_at: datetime | None = None) -> AttemptRecord:
+        """What is kept of this attempt if it ends now, with this outcome."""
+        job, where = self.job, self.provider
+        model = values.as_text(output_of(outcome).get("model_used", where and where.model))
+        return AttemptRecord(
+            attempt=job.attempt,
+            end=end_of(outcome),
+            node=NODE,
+            ended_at=ended_at,
+            waited_s=job.waited_s and round(job.waited_s, 2),
+            ran_s=round(time.monotonic() - self.started_at, 2),
+            provider=where.place if where else None,
+            model=model,
+            **why(outcome),
+        )
+
+    def ended(self, outcome: Outcome, at: datetime) -> Job:
+        """The job as it is written when this attempt ends."""
+        return replace(self.job, attempts=(*self.job.attempts, self.record(outcome, at)))
 
     def is_lease_fresh(self) -> bool:
         return time.monotonic() < self.renewed_at + self.lease_s
@@ -1603,9 +1608,8 @@ def run(runtime: Runtime, attempt: Attempt) -> Outcome:
     job = attempt.job
     if not attempt.is_lease_fresh():  # the process was suspended, or MongoDB's answer took long
         return HandBack("its lease ran out before it began")
-    logger.info("%s started", job)
-    again = f" (try {job.attempt} of {runtime.settings.max_attempts})" if job.attempt > 1 else ""
-    announce_job(runtime, job, Status.PROCESSING, f"Your job has started{again}.")
+    logger.info("%s started", job, extra=log_fields(job, event="started", waited_s=job.waited_s))
+    announce_job(runtime, job, Status.PROCESSING, sentences.started(job.attempt, runtime.settings.max_attempts))
     try:
         if job.attempt > 1 and (kept := find_kept(runtime, job)):
             return kept
@@ -1639,12 +1643,13 @@ def within_bounds(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
             wait_s = min(wait_s, settings.retry_after_max)
         is_in_time = job.first_started_at > store.oldest_start(job.limits, wait_s)
         if is_in_time and (asked_s is None or wait_s <= settings.retry_after_max):
-            return RetryJob(outcome.detail, outcome.sentence, wait_s, is_counted=outcome.is_counted)
+            number, wait_s = job.attempt + outcome.is_counted, wait_s or 0.0
+            sentence = sentences.trying_again(outcome.sentence, wait_s, number, settings.max_attempts)
+            return RetryJob(outcome.detail, sentence, wait_s, is_counted=outcome.is_counted)
         if asked_s is not None and outcome.is_counted:
             return FailJob(outcome.detail, sentences.try_again_after(outcome.sentence, store.now(), asked_s))
-    tries = f"{job.attempt} tries" if job.attempt > 1 else "one try"
     failure = OperatorFault if isinstance(outcome, NotStored) else FailJob
-    return failure(outcome.detail, f"{outcome.sentence}; given up after {tries}. Please try again later.")
+    return failure(outcome.detail, sentences.given_up(outcome.sentence, job.attempt))
 
 
 def file_name(job: Job, suffix: str) -> str:
@@ -1668,19 +1673,21 @@ def discard_files(runtime: Runtime, job: Job) -> None:
             runtime.artifacts.delete(name)
 
 
-def write_outcome(runtime: Runtime, job: Job, outcome: Outcome) -> Outcome:
+def write_outcome(runtime: Runtime, attempt: Attempt, outcome: Outcome) -> Outcome:
     """Makes the fenced write that belongs to an outcome. Returns DropJob if the job is no longer this attempt's.
 
     Raises StoreUnavailable: the write may have been made; try again. StoreRefused, ArtifactsUnavailable: it wasn't.
     """
     store, now = runtime.store, runtime.store.now()
+    job = attempt.ended(outcome, now)
     match outcome:
         case Result():
             done = complete(runtime, job, outcome)
         case RetryJob():
-            done = store.release(job, now + timedelta(seconds=outcome.after_s or 0), counted=outcome.is_counted)
+            at = now + timedelta(seconds=outcome.after_s or 0)
+            done = store.release(job, at, outcome.sentence, counted=outcome.is_counted)
         case HandBack():
-            done = store.release(job, now, counted=False)
+            done = store.release(job, now, outcome.sentence, counted=False)
         case FailJob():
             done = store.fail(job, outcome.sentence)
         case _:
@@ -1700,7 +1707,7 @@ def write_patiently(runtime: Runtime, attempt: Attempt, outcome: Outcome, signal
         try:
             # A MongoDB that hangs must not outlast the hard limit, nor the grace of a shutdown.
             with pymongo.timeout(max(runtime.poll_store_s, min(try_s, give_up_at - time.monotonic()))):
-                written = write_outcome(runtime, job, outcome)
+                written = write_outcome(runtime, attempt, outcome)
             runtime.unwritten_log.over()
             if is_kept:
                 runtime.notes.forget_result(job.kept_name)
@@ -1778,16 +1785,11 @@ def repeat_final_status(runtime: Runtime, job: Job) -> None:
 
 def log_end(runtime: Runtime, attempt: Attempt, outcome: Outcome, event: str) -> None:
     """Logs the end of an attempt in one line: waiting and running time, model and provider, tokens, and the reason."""
-    job, where = attempt.job, attempt.provider
-    output = values.as_mapping(outcome.output if isinstance(outcome, Result) else None)  # a handler returns anything
-    model = output.get("model_used", where.model if where else None)
-    figures = [f"waited {job.waited_s:.1f} s"] if job.waited_s is not None else []
-    figures += [f"ran {time.monotonic() - attempt.started_at:.1f} s"]
-    figures += [f"{model} at {where.place}" if where else f"{model}"] if model else []
-    figures += [f"{output['tokens_used']} tokens"] if "tokens_used" in output else []
+    record, usage = attempt.record(outcome), usage_of(output_of(outcome))
     reason = "" if isinstance(outcome, Result) else f": {outcome.detail}"
     level = logging.INFO if isinstance(outcome, Result) else runtime.causes.level(outcome.log_level, outcome.detail)
-    logger.log(level, "%s %s%s (%s)", job, event, reason, ", ".join(figures))
+    fields = log_fields(attempt.job, event=record.end, **{**record.document(), **usage})
+    logger.log(level, "%s %s%s (%s)", attempt.job, event, reason, in_words(record, usage), extra=fields)
 
 
 def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
@@ -1803,10 +1805,9 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             remove_leftovers(runtime, job)
             return {"job_id": str(job.id), "status": Status.COMPLETED.value}
         case RetryJob():
-            wait_s, number = outcome.after_s or 0.0, job.attempt + outcome.is_counted
+            wait_s = outcome.after_s or 0.0
             log_end(runtime, attempt, outcome, f"will be tried again in {wait_s:.1f} s")
-            next_try = f"trying again in {math.ceil(wait_s)} s ({number} of {runtime.settings.max_attempts})"
-            announce_job(runtime, job, Status.PROCESSING, f"{outcome.sentence}; {next_try}.")
+            announce_job(runtime, job, Status.PROCESSING, outcome.sentence)
             raise redelivery(task, job.id, wait_s)
         case HandBack():
             log_end(runtime, attempt, outcome, "handed back")
@@ -1875,8 +1876,8 @@ def configure(settings: Settings, runtime: Runtime | None = None) -> Runtime:
 
 
 def set_up_logging(**kwargs: Any) -> None:
-    """In the parent, at its start."""
-    logs.install(app.settings.debug, kwargs["logger"].handlers)
+    """In the parent, at its start: once for Celery's own handlers, and once for those of its task logger."""
+    logs.install(app.settings.debug, kwargs["logger"].handlers, app.settings.log_format)
 
 
 @signals.import_modules.connect(sender=app)
@@ -1938,6 +1939,7 @@ def stop_keeper(**_: Any) -> None:
 
 HOOKS: tuple[tuple[Any, Callable[..., None]], ...] = (
     (signals.after_setup_logger, set_up_logging),
+    (signals.after_setup_task_logger, set_up_logging),
     (signals.worker_before_create_process, share_memory),
     (signals.worker_process_init, start_keeper),
     (signals.celeryd_after_setup, start_in_threads),

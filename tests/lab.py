@@ -28,6 +28,7 @@ from workerkit.bookkeeping import Snapshot
 from workerkit.inputs import check_input
 from workerkit.messages import Delivery
 from workerkit.process import Heartbeat
+from workerkit.provider import Providers
 from workerkit.settings import Limits, Settings
 from workerkit.turns import EveryTurn
 
@@ -152,7 +153,7 @@ def generate(job_type: str, input_data: object, settings: Settings, pieces: list
     inputs = check_input(handler.input_model, input_data)
 
     async def call() -> Result:
-        provider = worker.Providers(settings).get(handler.provider)
+        provider = Providers(settings).get(handler.provider)
         progress = (pieces if pieces is not None else []).append
         try:
             defaults = await provider.with_model(settings.provider(handler.provider))

@@ -10,6 +10,7 @@ from bson import Code, DatetimeMS, MinKey, ObjectId, Regex
 
 from tests.lab import table
 from workerkit.bookkeeping import Bookkeeping, Snapshot, first_attempt, parse_bookkeeping
+from workerkit.sentences import GOES_ON
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 LONGEST_WAIT_S, ORPHAN_AFTER_S = 1000.0, 180.0
@@ -128,7 +129,9 @@ def test_a_rescue_keeps_attempts_limits_queue_and_task() -> None:
     rescued = snapshot(lease_until=NOW).rescued(NOW, 30, 600)
     kept = {name: LIVE[name] for name in ("queue", "priority", "task_id", "attempt", "first_started_at", "past")}
     waits = {"owner": None, "available_at": NOW, "rescue_at": NOW + timedelta(seconds=120)}
-    assert rescued == {"updated_at": NOW, "worker": {**kept, **waits, "limits": [120, 90], "rescues": 3}}
+    own = rescued.pop("worker")
+    assert (rescued, own.pop("message"), own.pop("attempts")[0]["end"]) == ({"updated_at": NOW}, GOES_ON, "lost")
+    assert own == {**kept, **waits, "limits": [120, 90], "rescues": 3}
 
 
 def test_the_life_of_an_older_workers_job_begins_with_its_rescue() -> None:
@@ -138,9 +141,10 @@ def test_the_life_of_an_older_workers_job_begins_with_its_rescue() -> None:
 
 
 def test_the_next_attempt_counts_and_takes_the_new_lease() -> None:
-    own = parse({**LIVE, "owner": None}).next_attempt({"owner": "owner-2", "task_id": "task-2"})
+    own = parse({**LIVE, "owner": None}).next_attempt({"owner": "owner-2", "task_id": "task-2"}, 5)
     assert (own["owner"], own["task_id"], own["attempt"], own["rescues"]) == ("owner-2", "task-2", 4, 2)
     assert "rescue_at" not in own
+    assert own["message"] == "Your job has started (try 4 of 5)."
 
 
 def test_a_new_life_has_nothing_of_the_former_one_but_how_it_ended() -> None:
@@ -148,7 +152,7 @@ def test_a_new_life_has_nothing_of_the_former_one_but_how_it_ended() -> None:
     former = Snapshot({"_id": ObjectId(), **ended, "output_data": {"model_used": "m"}}, parse({**LIVE, "past": []}))
     own = first_attempt({"owner": "owner-2"}, NOW, is_copy=False, former=former)
     [life] = own.pop("past")
-    assert own == {"owner": "owner-2", "attempt": 1, "first_started_at": NOW}
+    assert own == {"owner": "owner-2", "attempt": 1, "first_started_at": NOW, "message": "Your job has started."}
     assert (life["ended_at"], life["model"], life["attempts"], len(life["reason"])) == (NOW, "m", 3, 200)
 
 

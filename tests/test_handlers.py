@@ -15,6 +15,7 @@ import worker
 from testbed.processes import SOURCE
 from testbed.provider import Provider
 from tests.lab import IMAGE, TEXT, bare_settings, generate, serving, table
+from workerkit.provider import Providers
 from workerkit.settings import PROVIDER_KINDS
 
 
@@ -103,7 +104,7 @@ def test_each_type_has_its_own_server_and_those_alike_share_one() -> None:
     urls = {"openai_base_url": "http://all/v1", "image_base_url": "http://pictures/v1"}
 
     async def get() -> list[str]:
-        providers = worker.Providers(bare_settings(**urls))
+        providers = Providers(bare_settings(**urls))
         made: list[Any] = [providers.get(kind) for kind in PROVIDER_KINDS]
         assert made[0] is made[2]
         await asyncio.gather(*(provider.close() for provider in made))
@@ -116,9 +117,7 @@ def test_one_server_with_two_keys_is_asked_with_each_types_own() -> None:
     keys = {"openai_api_key": "the key for text", "image_api_key": "the key for pictures"}
 
     async def get() -> list[dict[str, str]]:
-        providers = worker.Providers(
-            bare_settings(openai_base_url="http://all/v1", image_base_url="http://all/v1", **keys)
-        )
+        providers = Providers(bare_settings(openai_base_url="http://all/v1", image_base_url="http://all/v1", **keys))
         made: list[Any] = [providers.get(kind) for kind in PROVIDER_KINDS[:2]]
         await asyncio.gather(*(provider.close() for provider in made))
         return [provider._headers for provider in made]
@@ -135,8 +134,12 @@ def test_with_neither_key_nor_url_the_stand_in_serves_and_signs() -> None:
 
 @table("values, is_loaded", ("offline", {}, False), ("with a provider", {"openai_base_url": "http://x"}, True))
 def test_the_http_client_is_loaded_ahead_where_it_will_be_used(values: dict[str, str], is_loaded: bool) -> None:
-    script = "import sys, worker, json; worker.Providers(worker.Settings(_env_file=None, **json.loads(sys.argv[1])))"
-    command = [sys.executable, "-c", f"{script}.preload(); print('aiohttp' in sys.modules)", json.dumps(values)]
+    script = """
+import json, sys, worker
+worker.Runtime(worker.Settings(_env_file=None, **json.loads(sys.argv[1]))).providers.preload()
+print("aiohttp" in sys.modules)
+"""
+    command = [sys.executable, "-c", script, json.dumps(values)]
     ended = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, timeout=30)
     assert ended.stdout == f"{is_loaded}\n"
 

@@ -98,10 +98,21 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(("limits", "past"), list),
 }
 
+FOR_READERS = ("message", "attempts")
+
+
+def own_of(value: Any) -> Any:
+    """What `worker` holds, without what nothing is decided by."""
+    own = normal(value)
+    return {name: each for name, each in own.items() if name not in FOR_READERS} if isinstance(own, dict) else own
+
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the worker writes in a job's document; None where it isn't there. `own` is what `worker` holds."""
+    """What the worker writes in a job's document; None where it isn't there. `own` is what `worker` holds.
+
+    What it holds for readers is in tests/test_attempts.py.
+    """
 
     status: str
     created_at: datetime
@@ -116,7 +127,7 @@ class Facts:
     @classmethod
     def of(cls, document: Document) -> Facts:
         names = [each.name for each in fields(cls) if each.name != "own"]
-        return cls(**{name: normal(document.get(name)) for name in names}, own=normal(document.get("worker")))
+        return cls(**{name: normal(document.get(name)) for name in names}, own=own_of(document.get("worker")))
 
     def read(self, name: str, now: datetime) -> Any:
         """A field of the bookkeeping, or None where it makes no sense."""
@@ -332,7 +343,7 @@ class Model:
     @staticmethod
     def is_unchanged(facts: Facts, seen: Snapshot) -> bool:
         """Whether the job is still what was read. MongoDB, unlike Python, tells True from 1."""
-        return facts.status == seen.status and repr(facts.own) == repr(normal(plain(seen.bookkeeping.raw)))
+        return facts.status == seen.status and repr(facts.own) == repr(own_of(plain(seen.bookkeeping.raw)))
 
     @staticmethod
     def is_dead(call: Call, facts: Facts) -> bool:

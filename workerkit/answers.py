@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workerkit.errors import Document, FailJob, InvalidInput, JobError, OperatorFault, RetryJob
@@ -31,6 +31,7 @@ class TextAnswer:
     model: str
     tokens: int
     is_cut: bool = False  # at the cap of its tokens
+    parts: Document = field(default_factory=dict)  # `prompt_tokens` and `completion_tokens`, if the server counts them
 
 
 # ── bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -307,6 +308,12 @@ def total_tokens(usage: Document) -> int:
     return total if isinstance(total, int) and 0 < total < MAX_TOKENS else 0
 
 
+def counted_parts(usage: Document) -> Document:
+    """The tokens of the prompt and those of the answer, as far as they are counted."""
+    parts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    return {name: value for name, value in parts.items() if type(value) is int and 0 <= value < MAX_TOKENS}
+
+
 def has_thinking_tokens(usage: Document) -> bool:
     """Whether tokens were spent on thinking: they are counted apart, or, as by Gemini, in the total alone."""
     details = usage.get("completion_tokens_details")
@@ -343,7 +350,7 @@ class Completion:
     """A text answer as it comes in. A server may send any types, so each one is checked."""
 
     def __init__(self, model: str) -> None:
-        self._model, self._tokens = model, 0
+        self._model, self._tokens, self._counted = model, 0, Document()
         self._parts: list[str] = []
         self.length = 0  # of the text so far, in characters
         self._has_begun = self._has_deltas = self._is_refused = self._has_thought = False
@@ -391,6 +398,7 @@ class Completion:
             self._model = model if model.isprintable() else self._model
         if isinstance(usage, dict):
             self._tokens = total_tokens(usage) or self._tokens
+            self._counted |= counted_parts(usage)
             self._has_thought |= has_thinking_tokens(usage)
 
     def _text_of_choice(self, choice: Document) -> str:
@@ -423,7 +431,7 @@ class Completion:
             raise fault
         # A server may cut a character in two between pieces; UTF-16 joins its halves again.
         text = "".join(self._parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return TextAnswer(text, self._model, self._tokens or len(self._parts), is_cut=self.is_cut)
+        return TextAnswer(text, self._model, self._tokens or len(self._parts), self.is_cut, self._counted)
 
     def _fault(self, done_is_enough: bool) -> JobError | None:
         if not self._has_begun:

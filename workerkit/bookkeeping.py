@@ -6,21 +6,24 @@ document holds, since a query that is built from the typed value would not match
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
 from bson import ObjectId
 
+from workerkit import sentences
+from workerkit.attempts import COMPLETED, LOST, LOST_REASON, MAX_KEPT, AttemptRecord, read_record, usage_of
 from workerkit.errors import Document
 from workerkit.settings import is_duration
-from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_priority, as_text, as_time
+from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_priority, as_seconds, as_text, as_time
 
 MAX_LEASE_S = 3600.0
 MAX_LIMIT_S = 2 * 86_400.0
 CLOCK_TOLERANCE_S = 60.0  # by which the times of two processes may differ while MongoDB answers slowly
 PAST_LIVES = 5
+LATER_FIGURES = ("prompt_tokens", "completion_tokens", "pictures")  # which older lives lack
 # The indexes of the jobs: name, fields, and options. Those of the bookkeeping hold few jobs, and cost little.
 INDEXES: dict[str, tuple[list[str], Document]] = {
     "worker_status_id": (["status", "_id"], {}),
@@ -40,6 +43,8 @@ def as_life(value: Any) -> Document:
         "model": as_text(model),
         "tokens": as_number(life.get("tokens")),
         "attempts": as_number(life.get("attempts")),
+        **{name: as_number(value) for name in LATER_FIGURES if (value := life.get(name)) is not None},
+        **({"seconds": seconds} if (seconds := as_seconds(life.get("seconds"))) is not None else {}),
     }
 
 
@@ -67,6 +72,8 @@ class Bookkeeping:
     attempt: int = 0
     first_started_at: datetime | None = None
     limits: tuple[float, float] | None = None
+    message: str | None = None
+    attempts: tuple[AttemptRecord, ...] = ()
     past: tuple[Document, ...] = ()
 
     @property
@@ -78,10 +85,18 @@ class Bookkeeping:
         """Whether the job has been worked on, or ended, before."""
         return bool({"attempt", "owner", "unnotified"} & set(as_mapping(self.raw)))
 
-    def next_attempt(self, lease: Document) -> Document:
+    def next_attempt(self, lease: Document, max_attempts: int) -> Document:
         """The bookkeeping of the attempt that has this lease. It keeps when the job became available, for the log."""
         since = {"available_at": self.available_at} if self.available_at else {}
-        return {**self.kept(), **since, **lease, "attempt": self.attempt + 1}
+        number = self.attempt + 1
+        return {**self.kept(), **since, **lease, "attempt": number, "message": sentences.started(number, max_attempts)}
+
+    def lost_attempt(self, now: datetime) -> Document:
+        """The records of the attempts with the one that holds the job and can't end it any more, if there is one."""
+        if not self.owner:
+            return {}
+        lost = AttemptRecord(self.attempt, LOST, self.node, now, reason=LOST_REASON)
+        return kept_attempts((*self.attempts, lost))
 
     def message_options(self) -> Document:
         """With what Celery sends another message for the job: its task's limits, priority and origin."""
@@ -93,7 +108,8 @@ class Bookkeeping:
         names = ("queue", "priority", "task_id", "rescues", "attempt", "first_started_at", "limits", "past")
         values = {name: getattr(self, name) for name in names}
         present = {name: value for name, value in values.items() if value not in (None, ())}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in present.items()}
+        kept = {name: list(value) if isinstance(value, tuple) else value for name, value in present.items()}
+        return {**kept, **kept_attempts(self.attempts)}
 
 
 def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkeeping:
@@ -104,7 +120,9 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
     def time(name: str, ahead_s: float) -> datetime | None:
         return as_time(raw.get(name), now + timedelta(seconds=ahead_s))
 
-    limits, past = (value if isinstance(value := raw.get(name), list) else [] for name in ("limits", "past"))
+    lists = (value if isinstance(value := raw.get(name), list) else [] for name in ("limits", "past", "attempts"))
+    limits, past, attempts = lists
+    message = raw.get("message")
     return Bookkeeping(
         raw,
         has_owner_field="owner" in raw,
@@ -118,8 +136,15 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
         rescue_at=time("rescue_at", longest_wait_s),
         first_started_at=time("first_started_at", CLOCK_TOLERANCE_S),
         limits=(limits[0], limits[1]) if len(limits) == 2 and all(map(is_duration, limits)) else None,
+        message=message[:MAX_TEXT_CHARACTERS] if isinstance(message, str) else None,
+        attempts=tuple(filter(None, map(read_record, attempts[-MAX_KEPT:]))),
         past=tuple(as_life(life) for life in past if isinstance(life, Mapping))[-PAST_LIVES:],
     )
+
+
+def kept_attempts(records: Sequence[AttemptRecord]) -> Document:
+    """What a document keeps of a job's attempts that have ended: the last few."""
+    return {"attempts": [record.document() for record in records[-MAX_KEPT:]]} if records else {}
 
 
 def owner_of(document: Mapping[str, Any]) -> Any:
@@ -134,7 +159,8 @@ def waiting(available_at: datetime, rescue_s: float) -> Document:
 
 def first_attempt(lease: Document, now: datetime, *, is_copy: bool, former: Snapshot | None = None) -> Document:
     """The bookkeeping with which a job's life begins. Of former lives the last few ends are kept."""
-    own = {**lease, "attempt": 1, "first_started_at": now, **({"rescues": 0} if is_copy else {})}
+    own = {**lease, "attempt": 1, "first_started_at": now, "message": sentences.started(1, 1)}
+    own |= {"rescues": 0} if is_copy else {}
     if former and former.bookkeeping.has_past:
         own["past"] = [*former.bookkeeping.past, former.life()][-PAST_LIVES:]
     return own
@@ -197,15 +223,19 @@ class Snapshot:
         rescues = own.rescues or 0
         rescue_s = min(rescue_first_s * 2 ** min(rescues, 10), rescue_max_s)
         begins = {"attempt": 0, "first_started_at": now} if self.is_of_older_worker else {}
-        released = {**own.kept(), **waiting(now, rescue_s), "rescues": rescues + 1, **begins}
+        kept = {**own.kept(), **own.lost_attempt(now), "message": sentences.GOES_ON}
+        released = {**kept, **waiting(now, rescue_s), "rescues": rescues + 1, **begins}
         return {"updated_at": now, "worker": released, **({"started_at": now} if begins else {})}
 
     def life(self) -> Document:
         """What is kept of the life that has ended."""
-        document, output = self.document, as_mapping(self.document.get("output_data"))
+        document, own = self.document, self.bookkeeping
         ended = {"ended_at": document.get("completed_at"), "reason": document.get("error_message")}
-        used = {"model": output.get("model_used"), "tokens": output.get("tokens_used")}
-        return as_life({**ended, **used, "attempts": self.bookkeeping.attempt})
+        # A life that didn't complete has left the output of the one before. An older worker has kept no attempts.
+        is_own = own.message is None or [one.end for one in own.attempts[-1:]] == [COMPLETED]
+        output = as_mapping(document.get("output_data") if is_own else None)
+        used = {"model": output.get("model_used"), **usage_of(output)}
+        return as_life({**ended, **used, "attempts": own.attempt})
 
     def age(self, now: datetime) -> timedelta:
         """The time since it started, as far as its document says; `timedelta.max` where that has no such time."""

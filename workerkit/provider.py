@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import importlib
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -40,7 +41,7 @@ from workerkit.pictures import PictureFetcher, origin_of, origins_of
 from workerkit.proxies import proxy_for
 from workerkit.refusals import IN_ANSWER, FieldRefused, ModelGone, Unexplained, is_error, judge, read_refusal
 from workerkit.sentences import NO_PICTURE, NO_SOUND, UNUSABLE
-from workerkit.settings import OPENAI_URL, ProviderKind, ProviderSettings, redact_url
+from workerkit.settings import OPENAI_URL, PROVIDER_KINDS, ProviderKind, ProviderSettings, Settings, redact_url
 
 Made = TypeVar("Made")
 
@@ -342,3 +343,37 @@ class OpenAIProvider:
                     raise error_within(answer, document, talk.body, "audio")
                 raise FailJob("JSON instead of a sound", UNUSABLE)
             return data
+
+
+class Providers:
+    """One provider for each server and key, made when first needed, in the process that generates."""
+
+    CLOSE_S = 5.0
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._memory = settings, Memory()
+        self._made: dict[tuple[asyncio.AbstractEventLoop, str, str], Provider] = {}
+
+    def preload(self) -> None:
+        """Imports the HTTP client before the first job needs it."""
+        if not all(self._settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
+            importlib.import_module("aiohttp")
+
+    def get(self, kind: ProviderKind) -> Provider:
+        """The provider of one kind of generation. Call it on the event loop, to which its connections then belong."""
+        where = self._settings.provider(kind)
+        if where.is_offline:
+            from workerkit.offline import OfflineProvider
+
+            return OfflineProvider()
+        key = (asyncio.get_running_loop(), where.base_url, where.api_key)
+        if key not in self._made:
+            self._made[key] = OpenAIProvider(where, self._settings.max_answer_bytes, self._memory)
+        return self._made[key]
+
+    def close(self) -> None:
+        """Closes every provider on its own loop. Call it from another thread, while the loops run."""
+        for (loop, _, _), provider in self._made.items():
+            with contextlib.suppress(TimeoutError):  # a handler blocks its loop
+                asyncio.run_coroutine_threadsafe(provider.close(), loop).result(self.CLOSE_S)
+        self._made.clear()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
 READY = "Your result is ready."
+GOES_ON = "Your job was interrupted, and goes on as soon as a worker is free."
 CANT_BE_STORED = "The result is too large or can't be stored."
 UNUSABLE = "The provider's answer could not be used."
 TOO_LARGE = "The provider's answer is too large."
@@ -34,6 +36,22 @@ DAMAGED = "Your request reached us damaged. Please send it again."
 STOPPED = "This was stopped by the operator."
 EXPIRED_UNTRIED = "This waited too long before it could begin. Please try again."
 REVOKED_SENTENCES = {"revoked": STOPPED, "expired": EXPIRED_UNTRIED}
+
+
+def started(attempt: int, max_attempts: int) -> str:
+    """What the person reads when an attempt begins."""
+    return f"Your job has started (try {attempt} of {max_attempts})." if attempt > 1 else "Your job has started."
+
+
+def trying_again(sentence: str, wait_s: float, attempt: int, max_attempts: int) -> str:
+    """What the person reads while a job waits for that attempt."""
+    return f"{sentence}; trying again in {math.ceil(wait_s)} s ({attempt} of {max_attempts})."
+
+
+def given_up(sentence: str, attempts: int) -> str:
+    """What the person reads when the last attempt has met something that may be over later."""
+    tries = f"{attempts} tries" if attempts > 1 else "one try"
+    return f"{sentence}; given up after {tries}. Please try again later."
 
 
 def try_again_after(sentence: str, now: datetime, wait_s: float) -> str:

@@ -24,6 +24,12 @@ def as_number(value: object) -> int | None:
     return value if is_number and 0 <= value <= MAX_NUMBER else None  # type: ignore[operator, return-value]
 
 
+def as_seconds(value: object) -> float | None:
+    """A length of time. A document may hold a number that is none, or that no clock could hold."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if is_number and 0 <= value <= MAX_NUMBER else None  # type: ignore[operator, return-value]
+
+
 def as_priority(value: object) -> int | None:
     """A message's priority, which is one byte on RabbitMQ."""
     number = as_number(value)
