@@ -82,8 +82,8 @@ def test_there_are_the_contracts_four_statuses() -> None:
 
 @table(
     "error, detail, sentence",
-    ("nothing given", RetryJob(), "The provider is busy", "The provider is busy"),
-    ("a detail is for the log alone", RetryJob("HTTP 503"), "HTTP 503", "The provider is busy"),
+    ("nothing given", RetryJob(), "The AI service is busy", "The AI service is busy"),
+    ("a detail is for the log alone", RetryJob("HTTP 503"), "HTTP 503", "The AI service is busy"),
     ("both", FailJob("HTTP 400", "Change it."), "HTTP 400", "Change it."),
     ("a sentence is better than no detail", FailJob(sentence="Change it."), "Change it.", "Change it."),
 )
@@ -524,7 +524,7 @@ def test_a_model_off_the_list_is_refused_with_the_list(provider: Provider, model
     settings = serving(provider, text_models="small", image_models="pictures")
     with pytest.raises(FailJob) as caught:
         generate(TEXT, {"prompt": "Hi", "model": model}, settings)
-    assert caught.value.sentence == "This model isn't offered. Choose one of: testbed-model, small."
+    assert caught.value.sentence == sentences.model_not_offered(["testbed-model", "small"])
     assert provider.calls == []
 
 
@@ -536,14 +536,14 @@ def test_the_input_of_your_own_job_type_is_checked() -> None:
     worker.handles("mine", Wanted)(worker.text_generation)
     with pytest.raises(InvalidInput) as caught:
         generate("mine", {}, bare_settings())
-    assert caught.value.sentence == "The input can't be used: text field required."
+    assert caught.value.sentence == "Your request can't be used: text field required."
 
 
 def test_an_unknown_job_type_is_named_cut_to_size() -> None:
     with pytest.raises(FailJob) as caught:
         worker.find_handler("video_generation" + "!" * 1000)
     assert "video_generation" in caught.value.sentence
-    assert len(caught.value.sentence) < 100
+    assert len(caught.value.sentence) < 150
 
 
 # ── recovery ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -634,7 +634,7 @@ def test_a_job_whose_process_was_killed_at_the_hard_limit_took_too_long(runtime:
 @table(
     "document, sentence",
     ("a failure says why", {"status": "failed", "error_message": "No."}, "No."),
-    ("or at least that", {"status": "failed", "error_message": None}, "The job has failed."),
+    ("or at least that", {"status": "failed", "error_message": None}, sentences.FAILED),
     ("a success has no message", {"status": "completed"}, "Your result is ready."),
 )
 def test_every_end_has_a_sentence_for_the_person(document: dict[str, Any], sentence: str) -> None:
@@ -854,7 +854,7 @@ def test_a_busy_provider_means_a_wait_that_the_person_reads(runtime: Runtime, no
         deliver(runtime, job_id)
     notice = notices.statuses(2)[-1]
     assert notice["status"] == "processing"
-    assert notice["message"] == "The provider is busy; trying again in 1 s (2 of 4)."
+    assert notice["message"] == "The AI service is busy; trying again in 1 s (2 of 4)."
     assert read(runtime, job_id)["worker"]["owner"] is None
     assert len(queued(runtime)) == 1
 
@@ -930,11 +930,11 @@ def test_a_retry_gets_its_wait(runtime: Runtime, job: Job, error: RetryJob, leas
 
 @table(
     "attempt, age_s, after_s, says",
-    ("the tries are used up", 4, 0, 30, "The provider is busy; given up after 4 tries."),
+    ("the tries are used up", 4, 0, 30, "The AI service is busy; given up after 4 tries."),
     ("our wait would end too late", 2, 599, None, "given up after 2 tries."),
     ("even after the first", 1, 599, None, "given up after one try."),
-    ("the provider's would end too late", 1, 580, 30, "The provider is busy. Please try again after "),
-    ("the provider's is longer than is waited", 1, 0, 3600, "The provider is busy. Please try again after "),
+    ("the provider's would end too late", 1, 580, 30, "The AI service is busy. Please try again after "),
+    ("the provider's is longer than is waited", 1, 0, 3600, "The AI service is busy. Please try again after "),
 )
 def test_a_retry_beyond_the_bounds_fails(runtime: Runtime, attempt: int, age_s: int, after_s: int, says: str) -> None:
     job = some_job(attempt=attempt, first_started_at=ago(age_s))

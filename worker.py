@@ -707,8 +707,7 @@ class Call:
         offered = (self.defaults.model, *self.defaults.allowed_models)
         if wanted is None or wanted in offered:
             return wanted or self.defaults.model
-        sentence = f"This model isn't offered. Choose one of: {', '.join(offered)}."
-        raise InvalidInput("a model that isn't on the list", sentence)
+        raise InvalidInput("a model that isn't on the list", sentences.model_not_offered(offered))
 
 
 Run = Callable[[Call], Awaitable[Result]]
@@ -742,8 +741,8 @@ def find_handler(job_type: str) -> Handler:
     """The handler of a job type. Raises OperatorFault: there is none."""
     if job_type in HANDLERS:
         return HANDLERS[job_type]
-    sentence = f"This kind of job isn't known here: {job_type[:40]!r}."
-    raise OperatorFault("no handler for this job type: does HANDLER_MODULES name its module?", sentence)
+    fault = "no handler for this job type: does HANDLER_MODULES name its module?"
+    raise OperatorFault(fault, sentences.unknown_type(job_type))
 
 
 @handles("text_generation", TextInput, provider="text")
@@ -752,8 +751,7 @@ async def text_generation(call: Call) -> Result:
     inputs: TextInput = call.input
     cap = call.settings.text_max_tokens
     if inputs.max_tokens and inputs.max_tokens > cap:
-        sentence = f"The input can't be used: max_tokens should be at most {cap}."
-        raise InvalidInput("max_tokens over the cap", sentence)
+        raise InvalidInput("max_tokens over the cap", sentences.over_the_cap("max_tokens", cap))
     request = {"model": call.model, "messages": inputs.conversation(), **inputs.passed_on()}
     answer = await call.provider.text(request, call.progress, call.settings.usual_cap)
     output = {"generated_text": answer.text, "model_used": answer.model, "tokens_used": answer.tokens, **answer.parts}
@@ -1534,7 +1532,7 @@ def answer_not_claimed(task: JobTask, job_id: ObjectId, not_claimed: NotClaimed)
     runtime, reason, job = task.runtime, not_claimed.reason, not_claimed.job
     logger.log(logging.ERROR if reason is Reason.UNKNOWN else logging.INFO, "job=%s not claimed: %s", job_id, reason)
     if (job is None and reason is not Reason.WAITING) or reason is Reason.FOREIGN_STATUS:
-        raise JobFailed("There is no such job.")
+        raise JobFailed(sentences.NO_SUCH_JOB)
     if job and reason is Reason.TERMINAL:
         return answer_ended(runtime, job, is_copy="is_copy" in carried_data(task.request.args))
     if job and reason is Reason.EXHAUSTED:

@@ -130,8 +130,8 @@ def servers_with_jobs() -> Iterator[dict[str, str]]:
             api.insert("image_generation", {"prompt": "A city"}, status="processing", started_at=now)
             api.submit("text_generation", {"prompt": f"Question {number}"})
         failures = (
-            ("text_generation", "The provider is busy; given up after 4 tries. Please try again later."),
-            ("image_generation", "The input can't be used: prompt should not be blank."),
+            ("text_generation", "The AI service is busy; given up after 4 tries. Please try again later."),
+            ("image_generation", "Your request can't be used: prompt should not be blank."),
         )
         for minutes, (job_type, sentence) in enumerate(failures, start=2):
             ended_at = now - timedelta(minutes=minutes)

@@ -32,7 +32,6 @@ JOBS: dict[str, dict[str, Any]] = {
     IMAGE: {"prompt": "A futuristic city", "size": "512x512"},
     AUDIO: {"text": "Hello world", "voice": "default"},
 }
-REFUSED = "The provider refused this request."
 CELERY_COMMAND = ("-m", "celery", "-A", "worker", "worker")  # a worker that Celery's own command line starts
 
 in_each_pool = pytest.mark.parametrize("site", POOLS, indirect=True)

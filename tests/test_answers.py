@@ -22,7 +22,6 @@ from tests.http_lab import delta
 from tests.lab import table
 from workerkit import sentences
 from workerkit.answers import (
-    BROKE_OFF,
     MAX_LINE_BYTES,
     MAX_TEXT_CHARACTERS,
     Answer,
@@ -156,7 +155,7 @@ def test_an_encoded_answer_whose_end_is_missing_is_never_taken_for_a_whole_one(c
     for beginning, _ in cut_in_two(pack(WORDS)):
         with pytest.raises(RetryJob) as caught:
             asyncio.run(answer_in([beginning], coding).read())
-        assert caught.value.sentence == BROKE_OFF
+        assert caught.value.sentence == sentences.BROKE_OFF
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", ""])
@@ -512,7 +511,7 @@ def test_a_text_that_ends_at_its_cap_is_whole_and_says_so(reason: str) -> None:
 def test_a_reason_that_is_a_fault_means_half_a_text(reason: str, is_marked_done: bool) -> None:
     with pytest.raises(RetryJob) as caught:
         added(delta("one"), delta(None, reason), is_marked_done=is_marked_done).whole()
-    assert caught.value.sentence == BROKE_OFF
+    assert caught.value.sentence == sentences.BROKE_OFF
 
 
 @pytest.mark.parametrize("text", ["", "half a text"])

@@ -217,7 +217,7 @@ def test_a_job_that_waits_says_for_what(runtime: Runtime, handler: SetHandler) -
     handler(raising(ProviderAway("refused", after_s=7.0, is_counted=False)))
     with pytest.raises(Retry):
         deliver(runtime, job_id := insert_text(runtime, "Hello"))
-    wanted = "The provider can't be reached; trying again in 7 s (1 of 4)."
+    wanted = "The AI service can't be reached; trying again in 7 s (1 of 4)."
     assert read(runtime, job_id)["worker"]["message"] == wanted
 
 

@@ -16,7 +16,8 @@ import pytest
 from testbed.api import TASK_NAME
 from testbed.processes import SOURCE, poll
 from tests.lab import TEXT
-from tests.site import CACHE, REFUSED, Site, SiteOf, events_of, run_forked
+from tests.site import CACHE, Site, SiteOf, events_of, run_forked
+from workerkit.sentences import REFUSED
 
 LIVES = {
     "is it well": ["task-received", "task-started", "task-succeeded"],

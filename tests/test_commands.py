@@ -521,7 +521,7 @@ def test_a_submit_saves_a_file_and_prints_its_path(follow: Callable[..., Any], t
 def test_a_submit_of_a_job_that_fails_ends_with_1_and_says_why(follow: Callable[..., Any]) -> None:
     code, out, err = follow("text", "[status 400]")
     assert (code, out) == (1, "")
-    assert "The provider refused this request." in err
+    assert "The AI service refused this request." in err
 
 
 @pytest.fixture

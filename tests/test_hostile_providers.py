@@ -27,17 +27,16 @@ from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, 
 from tests.site import JOBS, Site, open_api, worker_settings
 from worker import Attempt, Runtime, run
 from workerkit.errors import JobError
-from workerkit.sentences import NO_PICTURE, NO_SOUND, NOT_SET_UP, TOO_LARGE, TOOK_TOO_LONG, UNUSABLE
+from workerkit.sentences import NO_PICTURE, NO_SOUND, NOT_SET_UP, PICTURE_TOO_LARGE, TOO_LARGE, TOOK_TOO_LONG, UNUSABLE
 
 # ── poison ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_GROWTH_MB = 150  # with answers of 32 MiB
 MAX_S = 20
-UNREACHABLE = "The provider can't be reached; given up after 2 tries. Please try again later."
+UNREACHABLE = "The AI service can't be reached; given up after 2 tries. Please try again later."
 NOT_FETCHED = "The picture can't be fetched; given up after 2 tries. Please try again later."
-BUSY = "The provider is busy; given up after 2 tries. Please try again later."
-BROKE_OFF = "The provider broke off; given up after 2 tries. Please try again later."
-PICTURE_TOO_LARGE = "The provider's picture is too large."
+BUSY = "The AI service is busy; given up after 2 tries. Please try again later."
+BROKE_OFF = "The AI service stopped in the middle; given up after 2 tries. Please try again later."
 COMPLETED = None
 ENDLESS = ("interim-endless", "chunk-size-endless")  # not even a byte of the answer itself
 POISON: list[tuple[str, str, str | None]] = [
@@ -189,14 +188,14 @@ def test_a_model_that_is_loading_costs_no_try_and_the_person_reads_it(site: Site
     job = site.api.text("[loading times=4] loaded")  # twice as often as a job has tries here
     assert site.api.wait(job, timeout_s=60)["status"] == "completed"
     said = [update["message"] for update in site.api.updates(job)]
-    assert sum(message.startswith("The model is starting; trying again in") for message in said) == 4
+    assert sum(message.startswith("The AI model is starting; trying again in") for message in said) == 4
     assert len(site.provider.calls_for("loaded")) == 5
 
 
 def test_a_provider_that_asks_to_wait_too_long_fails_the_job_at_once_and_says_when(site: Site) -> None:
     ended = site.api.wait(site.api.text("[status 429 retry-after=3600] patience"))
     assert ended["status"] == "failed"
-    assert re.fullmatch(r"The provider is busy\. Please try again after .*\d\d:\d\d UTC\.", ended["error_message"])
+    assert re.fullmatch(r"The AI service is busy\. Please try again after .*\d\d:\d\d UTC\.", ended["error_message"])
     assert len(site.provider.calls_for("patience")) == 1
 
 
@@ -226,7 +225,7 @@ def providers_name_is_unknown(place: Place) -> None:
     poll(lambda: len(api.notices(jobs[3])) >= 2, PATIENCE_S, description="the fourth job has been tried")
     assert [api.status(job) for job in jobs].count("failed") == 0
     assert first["message"] == "Your job has started."
-    assert "The provider can't be reached; trying again in" in api.updates(jobs[0])[1]["message"]
+    assert "The AI service can't be reached; trying again in" in api.updates(jobs[0])[1]["message"]
 
 
 def provider_never_answers(place: Place) -> None:

@@ -177,7 +177,7 @@ HOST = "should name a host and, if any, a valid port"
 )
 def test_a_url_that_names_no_picture_is_refused(url: object, fault: str) -> None:
     found = fault_of(TextInput, said(text("Hi"), picture(url)))
-    assert found.sentence.startswith(f"The input can't be used: messages.0.content.1.image_url.url {fault}")
+    assert found.sentence.startswith(f"Your request can't be used: messages.0.content.1.image_url.url {fault}")
 
 
 OTHER_TYPE = "is a part of type '{}', which isn't supported here; use 'text' and 'image_url'"
@@ -203,7 +203,7 @@ OTHER_TYPE = "is a part of type '{}', which isn't supported here; use 'text' and
 )
 def test_a_bad_part_is_named_by_its_place(part: object, place_and_fault: str) -> None:
     found = fault_of(TextInput, said(text("Hi"), part))
-    assert found.sentence.startswith(f"The input can't be used: messages.0.content.1{place_and_fault}")
+    assert found.sentence.startswith(f"Your request can't be used: messages.0.content.1{place_and_fault}")
 
 
 PICTURE_OF_ANOTHER = "messages.0.content.0 is a picture in a message of role '{}'; put it into one of role 'user'"
@@ -226,7 +226,7 @@ PICTURE_OF_ANOTHER = "messages.0.content.0 is a picture in a message of role '{}
     ),
 )
 def test_content_that_cant_be_used_fails_with_a_sentence(input_data: dict[str, Any], fault: str) -> None:
-    assert fault_of(TextInput, input_data).sentence.startswith(f"The input can't be used: {fault}")
+    assert fault_of(TextInput, input_data).sentence.startswith(f"Your request can't be used: {fault}")
 
 
 # ── fields that are refused by name ──────────────────────────────────────────────────────────────────────────────────
@@ -312,7 +312,7 @@ ASKED_FOR: tuple[tuple[str, Model, dict[str, Any], str], ...] = (
 
 @table("model, asked_for, advice", *ASKED_FOR)
 def test_a_field_that_isnt_supported_is_refused_by_name(model: Model, asked_for: dict[str, Any], advice: str) -> None:
-    assert fault_of(model, USABLE[model] | asked_for).sentence.startswith(f"The input can't be used: {advice}")
+    assert fault_of(model, USABLE[model] | asked_for).sentence.startswith(f"Your request can't be used: {advice}")
 
 
 def test_the_table_above_has_every_field_that_is_refused() -> None:
@@ -331,7 +331,7 @@ def test_the_contract_names_every_field_that_is_refused() -> None:
 
 def test_the_sentence_about_a_refused_field_reads_as_one() -> None:
     assert fault_of(TextInput, {"prompt": "Hi", "n": 3}).sentence == (
-        "The input can't be used: n isn't supported here; send one job for each answer."
+        "Your request can't be used: n isn't supported here; send one job for each answer."
     )
 
 
@@ -488,7 +488,7 @@ def test_a_bad_input_fails_with_a_sentence_about_its_fault(model: Model, input_d
 
 def test_the_sentence_about_a_bad_input_reads_as_one() -> None:
     assert fault_of(TextInput, {"prompt": "Hi", "temperature": 3}).sentence == (
-        "The input can't be used: temperature should be less than or equal to 2."
+        "Your request can't be used: temperature should be less than or equal to 2."
     )
 
 

@@ -16,9 +16,9 @@ from testbed.api import STATUS_CHANNEL, TASK_NAME, Api
 from testbed.processes import poll
 from tests.lab import AUDIO, IMAGE, KEY, TEXT
 from tests.place import OpenPlace, Step
-from tests.site import JOBS, POOLS, REFUSED, Site, SiteOf, artifacts, in_each_pool, of_each_type
+from tests.site import JOBS, POOLS, Site, SiteOf, artifacts, in_each_pool, of_each_type
 from workerkit.sentences import DAMAGED as DAMAGED_SENTENCE
-from workerkit.sentences import NOT_SET_UP, TOOK_TOO_LONG
+from workerkit.sentences import NOT_SET_UP, REFUSED, TOOK_TOO_LONG, unknown_type
 
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -277,7 +277,7 @@ def test_an_unknown_job_type_fails_with_a_sentence(site: Site) -> None:
     job = site.api.submit("video_generation", {"prompt": "unknown"})
     site.api.wait_notice(job, "failed")
     assert site.goes_on()
-    assert site.api.document(job)["error_message"] == "This kind of job isn't known here: 'video_generation'."
+    assert site.api.document(job)["error_message"] == unknown_type("video_generation")
     assert "Traceback" not in site.log()
 
 
@@ -287,7 +287,7 @@ def test_unusable_input_fails_with_a_sentence_and_costs_nothing(site: Site, inpu
     site.api.wait_notice(job, "failed")
     before = len(site.provider.calls)
     assert site.goes_on()
-    assert site.api.document(job)["error_message"].startswith("The input can't be used: ")
+    assert site.api.document(job)["error_message"].startswith("Your request can't be used: ")
     assert len(site.provider.calls) == before + 1
     assert "Traceback" not in site.log()
 
@@ -392,8 +392,8 @@ def test_two_errors_of_the_provider_are_tried_again(site: Site) -> None:
     site.api.wait_notice(job, "completed")
     messages = [update["message"] for update in site.api.updates(job)]
     assert [message for message in messages if "trying again" in message] == [
-        "The provider is busy; trying again in 1 s (2 of 4).",
-        "The provider is busy; trying again in 1 s (3 of 4).",
+        "The AI service is busy; trying again in 1 s (2 of 4).",
+        "The AI service is busy; trying again in 1 s (3 of 4).",
     ]
     assert set(site.api.notices(job)[:-1]) == {"processing"}
     assert len(site.provider.calls_for("third time lucky")) == 3
@@ -402,7 +402,7 @@ def test_two_errors_of_the_provider_are_tried_again(site: Site) -> None:
 def test_errors_without_end_fail_the_job_after_four_tries(site: Site) -> None:
     job = site.api.text("never lucky [status 500]")
     failed = site.api.wait(job)
-    assert failed["error_message"] == ("The provider is busy; given up after 4 tries. Please try again later.")
+    assert failed["error_message"] == ("The AI service is busy; given up after 4 tries. Please try again later.")
     assert len(site.provider.calls_for("never lucky")) == 4
     assert site.goes_on()
     assert site.api.notices(job)[-2:] == ["processing", "failed"]

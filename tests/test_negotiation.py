@@ -23,7 +23,7 @@ from workerkit.errors import FailJob, InvalidInput, JobError, OperatorFault, Ret
 from workerkit.negotiation import LOWEST_EFFORT, MAX_CALLS, Learnt, Negotiation, lower_cap, other_size
 from workerkit.provider import Memory, OpenAIProvider, take
 from workerkit.refusals import Unexplained, judge, read_refusal, words_of
-from workerkit.sentences import ONLY_THOUGHT, TOO_LONG
+from workerkit.sentences import ONLY_THOUGHT, TOO_LONG, field_refused
 from workerkit.settings import ProviderSettings
 
 Body = dict[str, Any]
@@ -276,7 +276,7 @@ def test_what_the_job_asked_for_fails_it_by_name(kind: str, asked: Body) -> None
     talk = Talk(unsupported(name), kind=kind)
     fault = talk.fault(asked)
     assert isinstance(fault, InvalidInput)
-    expected = f"The input can't be used: this model doesn't take this `{name}`; leave it out, or change it."
+    expected = f"Your request can't be used: this AI model doesn't take this `{name}`; leave it out, or change it."
     assert fault.sentence == expected
     assert len(talk.sent) == 1
 
@@ -284,7 +284,7 @@ def test_what_the_job_asked_for_fails_it_by_name(kind: str, asked: Body) -> None
 def test_a_sound_format_that_the_job_asked_for_fails_by_the_name_that_the_job_has_for_it() -> None:
     server = says("response_format should be 'wav' or 'flac'", "response_format")
     fault = Talk(server, kind="audio").fault({**SPOKEN, "response_format": "mp3"})
-    assert fault.sentence == "The input can't be used: this model doesn't take this `format`; use one of: wav, flac."
+    assert fault.sentence == field_refused("format", ["wav", "flac"])
 
 
 def test_the_qualities_that_a_server_offers_are_said() -> None:

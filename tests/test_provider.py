@@ -44,7 +44,7 @@ from tests.http_lab import (
 )
 from tests.lab import KEY, NOWHERE, SECRET, table
 from workerkit import sentences
-from workerkit.answers import BROKE_OFF, OnlyThought
+from workerkit.answers import OnlyThought
 from workerkit.errors import FailJob, JobError, OperatorFault, RetryJob
 from workerkit.models import CURRENT
 from workerkit.provider import Memory, OpenAIProvider
@@ -220,7 +220,7 @@ def test_a_mark_alone_is_an_end_until_the_server_has_given_a_reason(provider: Pr
     assert answer_of(in_turn(no_reason, no_reason), where(provider)).text == "two"
     with pytest.raises(RetryJob) as caught:
         answer_of(in_turn(text("[say one]"), no_reason), where(provider))
-    assert caught.value.sentence == BROKE_OFF
+    assert caught.value.sentence == sentences.BROKE_OFF
 
 
 def test_another_model_of_a_server_may_give_no_reasons(provider: Provider) -> None:
@@ -598,7 +598,7 @@ def test_an_answer_that_breaks_off_is_tried_again(provider: Provider, kind: Kind
 
 @table(
     "prompt, error, sentence",
-    ("a clean end in mid-text", "[half]", RetryJob, BROKE_OFF),
+    ("a clean end in mid-text", "[half]", RetryJob, sentences.BROKE_OFF),
     ("no words", "[empty]", FailJob, sentences.NO_TEXT),
     ("its rules forbid it", "[finish content_filter]", FailJob, sentences.CONTENT_RULES),
     ("another object", "[shape]", FailJob, sentences.UNUSABLE),
@@ -657,7 +657,7 @@ def test_a_provider_that_isnt_there_is_tried_again_uncounted(kind: Kind) -> None
     place = at_url(f"http://{NOWHERE}/v1")
     with pytest.raises(RetryJob) as caught:
         answer_of(kind("Hello"), place)
-    assert (caught.value.sentence, caught.value.is_counted) == ("The provider can't be reached", False)
+    assert (caught.value.sentence, caught.value.is_counted) == ("The AI service can't be reached", False)
 
 
 # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────────

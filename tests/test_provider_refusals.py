@@ -87,8 +87,8 @@ CAUSES: dict[str, tuple[type[JobError], str, str]] = {
     "place": (OperatorFault, sentences.NOT_SET_UP, "is /v1 missing?"),
     "setup": (OperatorFault, sentences.NOT_SET_UP, "the server itself isn't set up"),
     "loading": (ProviderAway, sentences.STARTING, "the model is loading"),
-    "busy": (RetryJob, "The provider is busy", ""),
-    "away": (ProviderAway, "The provider is busy", ""),
+    "busy": (RetryJob, "The AI service is busy", ""),
+    "away": (ProviderAway, "The AI service is busy", ""),
     "unknown": (Unexplained, sentences.REFUSED, "the provider's own log may say more"),
 }
 CAUSE_ROWS = [

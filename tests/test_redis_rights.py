@@ -429,7 +429,7 @@ def assert_serves_clients(site: Site) -> None:
     assert site.worker.name in inspected(api)
     job = api.insert(TEXT, JOBS[TEXT])
     api.celery.control.revoke(api.enqueue(job, countdown=1.5).id)
-    assert api.wait(job)["error_message"] == "This was stopped by the operator."
+    assert api.wait(job)["error_message"] == "This was stopped by the people who run this service."
 
 
 def inspected(api: Api, timeout_s: float = 5) -> dict[str, Any]:

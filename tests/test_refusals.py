@@ -292,7 +292,7 @@ def test_a_file_that_can_never_be_stored_fails_the_job_after_a_few_tries(
             deliver(runtime, job_id)
         release_now(runtime, job_id)
     sentence = failure(runtime, job_id)
-    assert sentence == "The result can't be stored at the moment; given up after 4 tries. Please try again later."
+    assert sentence == "The result can't be saved at the moment; given up after 4 tries. Please try again later."
     assert read(runtime, job_id)["error_message"] == sentence
     assert len(provider.calls) == 1
     [line] = [record for record in caplog.records if " failed: " in record.getMessage()]

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workerkit.errors import Document, FailJob, InvalidInput, JobError, OperatorFault, RetryJob
-from workerkit.sentences import CONTENT_RULES, NO_TEXT, ONLY_THOUGHT, TOO_LARGE, UNUSABLE
+from workerkit.sentences import BROKE_OFF, CONTENT_RULES, NO_TEXT, ONLY_THOUGHT, TOO_LARGE, UNUSABLE
 
 if TYPE_CHECKING:
     import aiohttp
 
-BROKE_OFF = "The provider broke off"
 WEB_PAGE = "a web page instead of an answer: does the URL lead to an API, and is /v1 missing in it?"
 
 

@@ -16,7 +16,7 @@ class JobError(Exception):
     `sentence` is what the person who waits reads. `detail` is for the log. Neither may hold a key or a prompt.
     """
 
-    default_sentence: ClassVar = "Something went wrong while generating. Please try again."
+    default_sentence: ClassVar = sentences.WENT_WRONG
     log_level: ClassVar = logging.WARNING
 
     def __init__(self, detail: str = "", sentence: str = "") -> None:
@@ -32,7 +32,7 @@ class RetryJob(JobError):
     the job closer to its last one.
     """
 
-    default_sentence = "The provider is busy"
+    default_sentence = sentences.BUSY
 
     def __init__(
         self, detail: str = "", sentence: str = "", after_s: float | None = None, *, is_counted: bool = True
@@ -42,15 +42,15 @@ class RetryJob(JobError):
 
 
 class ProviderAway(RetryJob):
-    """The provider can't be reached, so after a few such failures the other jobs wait as well."""
+    """The AI service can't be reached, so after a few such failures the other jobs wait as well."""
 
-    default_sentence = "The provider can't be reached"
+    default_sentence = sentences.AWAY
 
 
 class NotStored(RetryJob):
     """The artifact store doesn't take the result, which is kept for the next try where Redis takes it."""
 
-    default_sentence = "The result can't be stored at the moment"
+    default_sentence = sentences.NOT_STORED
     log_level = logging.ERROR
 
 
@@ -74,7 +74,7 @@ class OperatorFault(FailJob):
 class HandBack(JobError):
     """This worker is shutting down. Another one goes on with the job, and the attempt is not counted."""
 
-    default_sentence = "The worker is restarting; your job goes on in a moment."
+    default_sentence = sentences.RESTARTING
     log_level = logging.INFO
 
 

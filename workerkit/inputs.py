@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from workerkit import sentences
 from workerkit.errors import InvalidInput
 from workerkit.media import MAX_PICTURE_SIDE
 from workerkit.settings import IMAGE_SIZE
@@ -467,7 +468,7 @@ def check_input(model: type[BaseModel], input_data: object) -> BaseModel:
         fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(map(str, fault["loc"]))[:MAX_PLACE_CHARACTERS]
     what = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    sentence = f"The input can't be used: {where or 'it'} {what[:1].lower()}{what[1:]}."
+    sentence = sentences.unusable(f"{where or 'it'} {what[:1].lower()}{what[1:]}")
     # The log gets names that stand in the code only: further down, a place can hold keys that the person wrote.
     names = {*model.model_fields, *getattr(model, "REFUSED", ())}
     field = fault["loc"][0] if fault["loc"] and fault["loc"][0] in names else "it"

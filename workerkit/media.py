@@ -11,7 +11,7 @@ import string
 from collections.abc import Sequence
 
 from workerkit.errors import FailJob
-from workerkit.sentences import UNUSABLE
+from workerkit.sentences import PICTURE_TOO_LARGE, UNUSABLE
 
 MAX_PICTURE_SIDE = 4096
 MAX_PICTURE_PIXELS = MAX_PICTURE_SIDE**2
@@ -43,7 +43,7 @@ def inspect_picture(data: bytes) -> tuple[str, str]:
         with Image.open(io.BytesIO(data), formats=list(PICTURE_SUFFIXES)) as picture:
             width, height = picture.size
             if width * height > MAX_PICTURE_PIXELS:
-                raise FailJob(f"a picture of {width}x{height}", "The provider's picture is too large.")
+                raise FailJob(f"a picture of {width}x{height}", PICTURE_TOO_LARGE)
             picture.load()
             return f"{width}x{height}", PICTURE_SUFFIXES.get(str(picture.format), "jpg")  # MPO: several JPEGs in one
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -259,6 +259,5 @@ class Negotiation:
         if name == PICTURE_FIELD:
             return sentences.BAD_PICTURE if named.is_value else sentences.NO_EYES
         offered = [value for value in values_offered(named) if value != self.body.get(name)]
-        advice = f"use one of: {', '.join(offered)}" if offered else "leave it out, or change it"
         is_sound = name == "response_format" and isinstance(self._asked[name], str)
-        return f"The input can't be used: this model doesn't take this `{'format' if is_sound else name}`; {advice}."
+        return sentences.field_refused("format" if is_sound else name, offered)

@@ -595,7 +595,7 @@ def describe(refusal: Refusal, sent: Sent) -> str:
 def longest_allowed(words: Words) -> str:
     """The most characters that the provider takes, as it says; or an empty string."""
     found = re.search(r"at most (\d{2,7}) characters", words.said)
-    return f" It takes at most {found[1]} characters." if found else ""
+    return sentences.at_most_characters(found[1]) if found else ""
 
 
 def with_status(refusal: Refusal) -> Refusal:
