@@ -53,7 +53,7 @@ from pydantic import BaseModel
 
 from workerkit import __version__, logs, mongodb, sentences, values
 from workerkit.artifacts import Artifacts, open_artifacts
-from workerkit.attempts import AttemptRecord, end_of, in_words, usage_of, why
+from workerkit.attempts import AttemptRecord, end_of, in_words, output_of, usage_of, why
 from workerkit.bookkeeping import INDEXES, Snapshot, first_attempt, kept_attempts, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
@@ -158,11 +158,6 @@ class Job:
 Outcome = Result | JobError
 
 
-def output_of(outcome: Outcome) -> Mapping[str, Any]:
-    """The output of a result; empty for an error. A handler may return anything."""
-    return values.as_mapping(outcome.output if isinstance(outcome, Result) else None)
-
-
 def log_fields(job: Job, **fields: Any) -> Document:
     """What a line about a job has besides its text, where each line of the log is a JSON object."""
     return {"fields": {"job": str(job.id), "type": job.job_type, "attempt": job.attempt, **fields}}
@@ -232,8 +227,9 @@ app.add_defaults(read_configuration)
 # ── job store ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OBJECT_ID_DIGITS = 24
-# What is read of a job: never its input and output, which may be large.
+# What is read of a job: never its output, which may be large, and its input only when it is claimed.
 TIMES = dict.fromkeys(("status", "started_at", "updated_at", "created_at", "worker"), 1)
+CLAIMED = dict.fromkeys(("job_type", "user_id", "session_id", "input_data", "created_at"), 1)
 ADDRESS = dict.fromkeys(("user_id", "session_id", "error_message"), 1)
 NOTICE = {**ADDRESS, "status": 1, "worker.owner": 1}
 FIGURES = ("model_used", "tokens_used", "prompt_tokens", "completion_tokens", "duration_seconds", "resolution")
@@ -331,7 +327,7 @@ class JobStore:
         now = self.now()
         lease = self._lease(now, owner, delivery, waited_s)
         untouched = {"_id": job_id, "status": Status.PENDING, "worker": None}  # null matches a missing field, too
-        document = self._update(untouched, self._afresh(now, first_attempt(lease, now, is_copy=delivery.is_copy)))
+        document = self._take(untouched, self._afresh(now, first_attempt(lease, now, is_copy=delivery.is_copy)))
         for _ in range(self.CLAIM_TRIES):
             if document:
                 break
@@ -342,11 +338,16 @@ class JobStore:
                 return NotClaimed(reason, job)
             elif job and job.status == Status.PENDING:
                 own = first_attempt(lease, now, is_copy=delivery.is_copy, former=job)
-                document = self._update(job.unchanged(), self._afresh(now, own))
+                document = self._take(job.unchanged(), self._afresh(now, own))
             elif job:
                 own = job.bookkeeping.next_attempt(lease, self._settings.max_attempts)
-                document = self._update(job.unchanged(), {"$set": {"updated_at": now, "worker": own}})
+                document = self._take(job.unchanged(), {"$set": {"updated_at": now, "worker": own}})
         return self._job(document) if document else NotClaimed(Reason.WAITING)
+
+    def _take(self, same: Document, update: Document) -> Document | None:
+        """Claims the job that is still the same. The reply needn't hold what is sent, nor a former life's output."""
+        document = self._update(same, update, CLAIMED)
+        return document and {**document, "worker": update["$set"]["worker"]}
 
     def _afresh(self, now: datetime, own: Document) -> Document:
         """The update that begins a life. The result of a former one stays until it is replaced."""

@@ -392,7 +392,7 @@ class Model:
 
     @staticmethod
     def undo_rescue(call: Call, facts: Facts, _: Any) -> Facts | None:
-        if facts.status != "processing" or facts.own != normal(call["released"]):
+        if facts.status != "processing" or facts.own != own_of(call["released"]):
             return None
         rescue_at = call.now + timedelta(seconds=SETTINGS.sweep_interval)
         return replace(facts, own={**facts.own, "rescues": facts.own["rescues"] - 1, "rescue_at": rescue_at})

@@ -72,6 +72,11 @@ def end_of(outcome: Result | JobError) -> str:
     return ABANDONED
 
 
+def output_of(outcome: Result | JobError) -> Mapping[str, Any]:
+    """The output of a result; empty for an error. A handler may return anything."""
+    return as_mapping(outcome.output if isinstance(outcome, Result) else None)
+
+
 def why(outcome: Result | JobError) -> Document:
     """The fields of a record that tell the operator why there is no result."""
     if isinstance(outcome, Result):
