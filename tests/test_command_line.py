@@ -160,9 +160,9 @@ def test_check_finds_everything_in_order(environment: dict[str, str], tmp_path: 
 
 NO_MONGODB = "mongodb://user:planted@127.0.0.1:{port}/x"
 WRONG = {
-    "MONGODB_URL": (NO_MONGODB, "is MONGODB_URL right"),
-    "REDIS_URL": ("redis://:planted@127.0.0.1:{port}/0", "is REDIS_URL right"),
-    "OPENAI_BASE_URL": ("http://127.0.0.1:{port}/v1", "is the URL right"),
+    "MONGODB_URL": (NO_MONGODB, "start the server that belongs there"),
+    "REDIS_URL": ("redis://:planted@127.0.0.1:{port}/0", "start the server that belongs there"),
+    "OPENAI_BASE_URL": ("http://127.0.0.1:{port}/v1", "start the server that belongs there"),
     "ARTIFACT_URL": ("file:///proc/no/such/folder", "is ARTIFACT_URL right"),
 }
 

@@ -129,6 +129,7 @@ def test_check_makes_a_picture_and_a_sound_if_it_is_asked_to(
     ("Redis", {"REDIS_URL": f"redis://:{SECRET}@{NOWHERE}"}, f"Redis {NOWHERE}: nothing listens there"),
     ("the broker", {"CELERY_BROKER_URL": f"redis://{NOWHERE}"}, f"broker {NOWHERE}: nothing listens there"),
     ("a provider", {"TEXT_BASE_URL": f"http://{NOWHERE}/v1"}, f"provider, text {NOWHERE}: nothing listens there"),
+    ("a picture's", {"IMAGE_BASE_URL": f"http://{NOWHERE}/v1"}, f"provider, image {NOWHERE}: nothing listens there"),
     ("a name", {"REDIS_URL": "redis://no-such-name:6379"}, "Redis no-such-name:6379: the name doesn't resolve outside"),
     ("S3", {"ARTIFACT_URL": "s3://bucket", "S3_ENDPOINT_URL": f"http://{NOWHERE}"}, f"artifact store {NOWHERE}: "),
 )
@@ -213,7 +214,7 @@ def test_a_row_of_check_has_a_providers_place_and_its_own_words(error: Exception
     def fail() -> str:
         raise error
 
-    finding = probe("provider, text", "is the key right?", fail, "http://models/v1")
+    finding = probe("provider, text", "is the key right?", fail, "http://models/v1", "TEXT_BASE_URL")
     assert finding.seen.startswith("models:80: ")
     assert seen in finding.seen
     assert ("outside Docker" in finding.advice) is (seen == NO_NAME)

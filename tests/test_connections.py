@@ -18,9 +18,11 @@ from kombu import Connection
 
 from testbed.servers import DATABASE_USER, MongoServer, RedisServer
 from tests.lab import NOWHERE, SECRET, table
-from workerkit.connections import NO_NAME, advice_for, fault_at, place_of, user_of
+from workerkit.connections import NO_NAME, NOTHING, WRONG_LOGIN, advice_for, fault_at, place_of, start_of, user_of
+from workerkit.settings import MONGODB_URL
 
 WAIT_S = 0.5
+START_REDIS = "start it: docker compose up --wait redis"
 
 
 @table(
@@ -95,12 +97,6 @@ def test_a_name_that_does_not_resolve(scheme: str) -> None:
     assert fault(CLIENTS[scheme], f"{scheme}://no-such-host.invalid:1/") == f"no-such-host.invalid:1: {NO_NAME}"
 
 
-@table("url, advice", ("of compose.yaml", "redis://redis/0", "127.0.0.1"), ("of the internet", "redis://a.example", ""))
-def test_a_name_of_docker_alone_comes_with_advice(url: str, advice: str) -> None:
-    assert advice in advice_for(NO_NAME, url)
-    assert bool(advice) == bool(advice_for(NO_NAME, url))
-
-
 @pytest.fixture
 def silent() -> Iterator[str]:
     """The address of a server that takes connections and says nothing."""
@@ -137,6 +133,43 @@ def test_a_socket_that_is_not_there() -> None:
 
 def test_an_error_of_another_kind_has_no_reason() -> None:
     assert fault_at("http://host/", ValueError(SECRET)) == ""
+
+
+# ── what to start, and how ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "reason, url, advice",
+    (
+        "a default",
+        NO_NAME,
+        MONGODB_URL,
+        "start it: docker compose up --wait mongodb; or name another server in VARIABLE",
+    ),
+    ("compose's name", NO_NAME, "redis://redis/1", f"{START_REDIS}; outside Docker use 127.0.0.1 in VARIABLE"),
+    ("another name without a dot", NO_NAME, "http://models/v1", "outside Docker use 127.0.0.1 in VARIABLE"),
+    ("a name of the internet", NO_NAME, "redis://a.example", ""),
+    ("compose's port", NOTHING, "redis://:pw@127.0.0.1", f"{START_REDIS}; or change VARIABLE"),
+    ("another port", NOTHING, "redis://localhost:6390", "start the server that belongs there; or change VARIABLE"),
+    ("Ollama's port", NOTHING, "http://127.0.0.1:11434/v1", "start it: ollama serve; or change VARIABLE"),
+    ("IPv6", NOTHING, "http://[::1]:11434/v1", "start it: ollama serve; or change VARIABLE"),
+    ("RabbitMQ's port", NOTHING, "amqp://localhost", "start it: docker run --detach --publish 127.0.0.1:5672:5672 "),
+    ("a server elsewhere", NOTHING, "redis://10.0.0.1", ""),
+    ("one that answers", WRONG_LOGIN, "redis://localhost", ""),
+)
+def test_what_isnt_running_comes_with_what_starts_it_and_the_variable_to_change(
+    monkeypatch: pytest.MonkeyPatch, reason: str, url: str, advice: str
+) -> None:
+    monkeypatch.setattr("workerkit.connections.is_container", lambda: False)
+    given = advice_for(reason, url, "VARIABLE")
+    assert given.startswith(advice) if advice else not given
+    assert start_of(reason, url) in given
+
+
+def test_in_a_container_the_advice_says_whose_loopback_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workerkit.connections.is_container", lambda: True)
+    advice = advice_for(NOTHING, "http://127.0.0.1:11434/v1", "OPENAI_BASE_URL")
+    assert advice.endswith("or change OPENAI_BASE_URL (this is a container, and 127.0.0.1 is inside it)")
 
 
 # ── logins ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -27,8 +27,9 @@ from worker_commands.models_in_use import ModelInUse, models_in_use
 from worker_commands.redis_rights import check_rights
 from worker_commands.terminal import print_rows
 from workerkit.broker import is_refused, refusal
-from workerkit.connections import place_of
+from workerkit.connections import COMPOSE_UP, place_of
 from workerkit.errors import RetryJob, StoreRefused, StoreUnavailable
+from workerkit.loopback import LOOPBACKS
 from workerkit.media import inspect_picture
 from workerkit.messages import Delivery
 from workerkit.mongodb import unknown_when_unreachable
@@ -85,12 +86,19 @@ def rehearse_jobs(runtime: Runtime) -> str:
     return "a job claimed, completed, failed, released; deleted"
 
 
+def reached_at(settings: Settings, url: str, more: str) -> str:
+    """That a server was reached, and where; and the name in whose place it is used, since that doesn't resolve."""
+    names = [name for name, place in settings.loopback.items() if place == place_of(url)]
+    return f"{place_of(url)} reached{more}" + "".join(f" ({name} doesn't resolve here)" for name in names)
+
+
 def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
     url = runtime.settings.mongodb_url.get_secret_value()
+    try_here = partial(probe, url=url, variable="MONGODB_URL")
 
     def version() -> str:
         runtime.database.command("ping")
-        return f"{place_of(url)} reached, version {runtime.mongo.server_info()['version']}"
+        return reached_at(runtime.settings, url, f", version {runtime.mongo.server_info()['version']}")
 
     def write() -> str:
         probes = runtime.database["worker_check"]
@@ -103,16 +111,17 @@ def check_mongodb(runtime: Runtime) -> Iterator[Finding]:
         runtime.store.ensure_indexes()
         return "there"
 
-    reached = probe("MongoDB", "is MONGODB_URL right, with user, password and authSource?", version, url)
+    another = "is this another MongoDB than compose's? MONGODB_PORT publishes that elsewhere, MONGODB_URL names yours"
+    advice = "is MONGODB_URL right, with user, password and authSource?"
+    reached = try_here("MongoDB", another if "mongodb" in runtime.settings.loopback else advice, version)
     yield reached
     if reached.is_fault:
         return
-    yield probe("MongoDB write", "the user needs readWrite on DATABASE_NAME", write, url)
+    yield try_here("MongoDB write", "the user needs readWrite on DATABASE_NAME", write)
     advice = "the validator of the collection jobs must allow what the worker writes"
-    yield probe("MongoDB documents", advice, partial(rehearse_jobs, runtime), url)
-    yield probe(
-        "MongoDB indexes", "the worker runs without them, more slowly: let the user create indexes", indexes, url
-    )
+    yield try_here("MongoDB documents", advice, partial(rehearse_jobs, runtime))
+    advice = "the worker runs without them, more slowly: let the user create indexes"
+    yield try_here("MongoDB indexes", advice, indexes)
 
 
 # What a setting of Redis should be, and what another value leads to.
@@ -152,27 +161,7 @@ def redis_setting(client: redis.Redis, name: str) -> str:
     return UNREADABLE
 
 
-def check_redis(runtime: Runtime) -> Iterator[Finding]:
-    client, settings = runtime.redis, runtime.settings
-    url = settings.redis_url.get_secret_value()
-    broker_url = settings.celery_broker_url.get_secret_value() or url
-
-    def publish() -> str:
-        return f"{place_of(url)} reached; {client.publish(STATUS_CHANNEL, '{}')} listening on {STATUS_CHANNEL}"
-
-    def broker() -> str:
-        waiting = f"{runtime.broker.queue_length()} waiting in {settings.celery_queue_name}"
-        return f"{place_of(broker_url)} reached; {waiting}"
-
-    def rehearse() -> str:
-        runtime.broker.rehearse()
-        return "sufficient"
-
-    yield probe("Redis", "is REDIS_URL right?", partial(unless_refused, publish), url)
-    yield probe("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", partial(unless_refused, broker), broker_url)
-    if settings.is_rabbitmq:
-        yield probe("broker rights", "is CELERY_BROKER_URL right?", rehearse, broker_url)
-    yield from check_rights(runtime)
+def check_redis_settings(client: redis.Redis, url: str) -> Iterator[Finding]:
     for name, (good, advice) in REDIS_SETTINGS.items():
         finding = probe(f"Redis {name}", "is REDIS_URL right?", partial(redis_setting, client, name), url)
         if finding.seen == UNREADABLE:
@@ -181,7 +170,42 @@ def check_redis(runtime: Runtime) -> Iterator[Finding]:
             yield finding if finding.is_fault or finding.seen == good else replace(finding, advice=advice)
 
 
-def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
+def check_redis(runtime: Runtime) -> Iterator[Finding]:
+    client, settings = runtime.redis, runtime.settings
+    url = settings.redis_url.get_secret_value()
+    own_broker_url = settings.celery_broker_url.get_secret_value()
+    broker_url = own_broker_url or url
+    try_broker = partial(probe, url=broker_url, variable="CELERY_BROKER_URL" if own_broker_url else "REDIS_URL")
+
+    def publish() -> str:
+        return reached_at(settings, url, f"; {client.publish(STATUS_CHANNEL, '{}')} listening on {STATUS_CHANNEL}")
+
+    def broker() -> str:
+        waiting = f"; {runtime.broker.queue_length()} waiting in {settings.celery_queue_name}"
+        return reached_at(settings, broker_url, waiting)
+
+    def rehearse() -> str:
+        runtime.broker.rehearse()
+        return "sufficient"
+
+    reached = probe("Redis", "is REDIS_URL right?", partial(unless_refused, publish), url, "REDIS_URL")
+    yield reached
+    if reached.is_fault and broker_url == url:
+        yield replace(reached, what="broker")
+    else:
+        yield try_broker("broker", "is CELERY_BROKER_URL (else REDIS_URL) right?", partial(unless_refused, broker))
+    if settings.is_rabbitmq:
+        yield try_broker("broker rights", "is CELERY_BROKER_URL right?", rehearse)
+    yield from check_rights(runtime)
+    if not reached.is_fault:
+        yield from check_redis_settings(client, url)
+
+
+SERVES_FILES = f"ARTIFACT_BASE_URL should be an address that serves the files (compose's: {COMPOSE_UP} artifacts)"
+
+
+def check_artifacts(runtime: Runtime, mongodb: Finding) -> Iterator[Finding]:
+    """Rows about the store of files. Where that is MongoDB, which can't be reached, it isn't tried again."""
     name, data = f"check-{secrets.token_hex(4)}.txt", b"stored by the worker's check"
     urls: list[str] = []
 
@@ -196,12 +220,17 @@ def check_artifacts(runtime: Runtime) -> Iterator[Finding]:
 
     settings = runtime.settings
     is_gridfs = settings.artifact_url == "gridfs"
+    if is_gridfs and mongodb.is_fault:
+        yield replace(mongodb, what="artifact store", seen=f"kept in MongoDB, {mongodb.seen}")
+        return
     own_url = settings.s3_endpoint_url or settings.artifact_url
     store_url = settings.mongodb_url.get_secret_value() if is_gridfs else own_url
-    yield probe("artifact store", "is ARTIFACT_URL right, and may the worker write there?", store, store_url)
+    variable = "S3_ENDPOINT_URL" if settings.s3_endpoint_url else "ARTIFACT_URL"
+    advice = "is ARTIFACT_URL right, and may the worker write there?"
+    yield probe("artifact store", advice, store, store_url, variable)
     if urls and urls[0].startswith("http"):
-        finding = probe("artifact URL", "ARTIFACT_BASE_URL should be an address that serves the files", fetch, urls[0])
-        is_loopback = urllib.parse.urlsplit(urls[0]).hostname in ("localhost", "127.0.0.1", "::1")
+        finding = probe("artifact URL", SERVES_FILES, fetch, urls[0])
+        is_loopback = urllib.parse.urlsplit(urls[0]).hostname in LOOPBACKS
         yield replace(finding, is_fault=finding.is_fault and not is_loopback)  # in a container that's another host
     elif urls and not urls[0].startswith("data:"):
         advice = "the API must serve this path (examples/ has the route), or set ARTIFACT_BASE_URL"
@@ -259,12 +288,19 @@ def check_provider(one: ModelInUse, settings: Settings, *, is_called: bool) -> F
     """One kind's model and, if it is to be called, a real answer of it."""
     where, what = one.where, f"provider, {one.where.kind}"
     kind = where.kind.upper()
-    advice = f"is the URL right ({kind}_BASE_URL or OPENAI_BASE_URL), and the key?"
+
+    def call() -> str:
+        if one.away and not is_called:
+            raise one.away
+        return asyncio.run(make_tiny_call(one, settings))
+
     if one.fault and not where.model:
         return Finding(what, f"{where.place}: {one.fault}", f"set {kind}_MODEL", is_fault=True)
-    if not is_called:
+    if not is_called and not one.away:
         return Finding(what, where.label, one.fault or NOTHING_GENERATED)
-    finding = probe(what, advice, lambda: asyncio.run(make_tiny_call(one, settings)), where.base_url or OPENAI_URL)
+    advice = f"is the URL right ({kind}_BASE_URL or OPENAI_BASE_URL), and the key?"
+    variable = f"{kind}_BASE_URL" if getattr(settings, f"{where.kind}_base_url") else "OPENAI_BASE_URL"
+    finding = probe(what, advice, call, where.base_url or OPENAI_URL, variable)
     chosen = f"put {kind}_MODEL={where.model} into .env" if one.is_chosen else ""
     return finding if finding.is_fault else replace(finding, advice=one.fault or chosen)
 
@@ -283,10 +319,21 @@ def check_providers(settings: Settings, *, generate: bool) -> Iterator[Finding]:
 
 def find_all(runtime: Runtime, *, generate: bool) -> Iterator[Finding]:
     """Tries everything that the worker uses, one after the other."""
-    yield from check_mongodb(runtime)
+    reached, *others = check_mongodb(runtime)
+    yield from (reached, *others)
     yield from check_redis(runtime)
-    yield from check_artifacts(runtime)
+    yield from check_artifacts(runtime, reached)
     yield from check_providers(runtime.settings, generate=generate)
+
+
+def print_starts(found: Sequence[Finding]) -> None:
+    """Prints the commands that start what isn't running, each on a line of its own, so that they can be pasted."""
+    starts = dict.fromkeys(finding.start for finding in found if finding.start)
+    services = [start.removeprefix(COMPOSE_UP) for start in starts if start.startswith(COMPOSE_UP)]
+    commands = [COMPOSE_UP + "".join(services)] if services else []
+    commands += [start for start in starts if not start.startswith(COMPOSE_UP)]
+    if commands:
+        print("Start what isn't running, and check again:", *(f"  {one}" for one in commands), sep="\n")
 
 
 def check(runtime: Runtime, *, generate: bool = False) -> int:
@@ -295,6 +342,7 @@ def check(runtime: Runtime, *, generate: bool = False) -> int:
     marks = ["FAULT" if finding.is_fault else "note" if finding.advice else "ok" for finding in findings]
     rows = [(mark, one.what, one.seen, one.advice) for mark, one in zip(marks, findings, strict=True)]
     print_rows(("", "what", "seen", "what to do"), rows, {"FAULT": "red", "note": "yellow", "ok": "green"})
+    print_starts(findings)
     return int(any(finding.is_fault for finding in findings))
 
 

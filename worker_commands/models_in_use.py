@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from workerkit.errors import FailJob, RetryJob
+from workerkit.errors import FailJob, ProviderAway, RetryJob
 from workerkit.models import Offered, choose, remark
 from workerkit.provider import OpenAIProvider
 from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings
@@ -16,39 +16,47 @@ from workerkit.settings import PROVIDER_KINDS, ProviderSettings, Settings
 
 @dataclass(frozen=True)
 class ModelInUse:
-    """A kind's server with its model, whether that was chosen now, and a fault for the operator, if there is one."""
+    """A kind's server with its model, whether that was chosen now, and a fault for the operator, if there is one.
+
+    `away` is why the server can't be reached.
+    """
 
     where: ProviderSettings
     is_chosen: bool = False
     fault: str = ""
+    away: ProviderAway | None = None
 
 
-async def list_models(where: ProviderSettings, max_bytes: int) -> Offered | None:
-    """What a server lists; None if it lists nothing, since a job's own call shows what is wrong."""
+async def list_models(where: ProviderSettings, max_bytes: int) -> Offered | ProviderAway | None:
+    """What a server lists, or why it can't be reached. None: it lists nothing; a job's own call shows what is wrong."""
     provider = OpenAIProvider(where, max_bytes)
     try:
         return await provider.models()
+    except ProviderAway as away:
+        return away
     except (RetryJob, FailJob):
         return None
     finally:
         await provider.close()
 
 
-def list_all(servers: Iterable[ProviderSettings], max_bytes: int) -> list[Offered | None]:
+def list_all(servers: Iterable[ProviderSettings], max_bytes: int) -> list[Offered | ProviderAway | None]:
     """What each server lists. All are asked at the same time, so that those that hang cost no more than one.
 
     `asyncio.run` would wait for a name server that doesn't answer; closing the loop doesn't.
     """
 
-    async def ask() -> list[Offered | None]:
+    async def ask() -> list[Offered | ProviderAway | None]:
         return await asyncio.gather(*(list_models(where, max_bytes) for where in servers))
 
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         return loop.run_until_complete(ask())
 
 
-def look_at(where: ProviderSettings, offered: Offered | None) -> ModelInUse:
+def look_at(where: ProviderSettings, offered: Offered | ProviderAway | None) -> ModelInUse:
     """The model of a kind, chosen if none is set and the server lists its models. Jobs may name others as well."""
+    if isinstance(offered, ProviderAway):
+        return replace(look_at(where, None), away=offered)
     today, is_chosen = datetime.now(UTC).date(), not where.model
     if is_chosen and offered is None and not where.is_openai:
         return ModelInUse(where)

@@ -13,8 +13,9 @@ from worker import NODE, app, configure
 from worker_commands.models_in_use import ModelInUse, models_in_use
 from worker_commands.terminal import printable
 from workerkit import __version__
+from workerkit.connections import COMPOSE_UP
 from workerkit.proxies import USUAL_PORTS, ProxyFault, proxy_of
-from workerkit.settings import PROVIDER_KINDS, Settings, load_settings, redact_url
+from workerkit.settings import PROVIDER_KINDS, Settings, load_settings, redact_url, remarks, unresolved_servers
 
 
 def proxies_in_use() -> Iterator[str]:
@@ -37,6 +38,15 @@ def print_models(models: Iterable[ModelInUse]) -> None:
             print(printable(f"  WARNING: {one.where.kind}: {one.fault}."))
 
 
+def print_remarks(settings: Settings) -> None:
+    """Prints what may not be as the operator means it: a server in another's place, or none."""
+    for remark in remarks(settings):
+        print(f"  WARNING: {remark}")
+    for one in unresolved_servers(settings):
+        start = f"start it ({COMPOSE_UP} {one.host}), then this worker again"
+        print(f"  WARNING: {one.host} doesn't resolve here: {start}; or set {one.variable}")
+
+
 def print_connections(settings: Settings) -> None:
     """Prints what the worker is connected to, without passwords."""
     models = models_in_use(settings)
@@ -53,6 +63,7 @@ def print_connections(settings: Settings) -> None:
     if proxies := ", ".join(proxies_in_use()):
         rows["proxies"] = proxies
     print(f"AI Backend Worker {__version__}", *(f"  {name:9} {value}" for name, value in rows.items()), sep="\n")
+    print_remarks(settings)
     print_models(models)
     if any(settings.provider(kind).is_offline for kind in PROVIDER_KINDS):
         print("  WARNING: no provider is set for some kinds, so the OFFLINE STAND-IN answers, which is no model.")

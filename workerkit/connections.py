@@ -6,10 +6,11 @@ import re
 import urllib.parse
 from collections.abc import Iterator
 
+from workerkit.loopback import LOOPBACK, LOOPBACKS, is_container
 from workerkit.proxies import USUAL_PORTS
-from workerkit.settings import redact_url
+from workerkit.settings import COMPOSE_SERVERS, redact_url
 
-NO_NAME = "the name doesn't resolve"
+NO_NAME, NOTHING = "the name doesn't resolve", "nothing listens there"
 NO_ANSWER = "no answer"
 WRONG_LOGIN, NO_LOGIN = "wrong user or password", "it wants a user and password"
 # What the errors of all clients say, the most telling first. Their own texts may hold URLs and are never shown.
@@ -22,13 +23,25 @@ REASONS: tuple[tuple[str, str], ...] = (
     (r"WRONGPASS|invalid username-password|invalid password|Authentication failed|AuthenticationFailed", WRONG_LOGIN),
     (r"ACCESS_REFUSED - Login|bad auth", WRONG_LOGIN),
     (r"NOAUTH|AuthenticationError|Authentication required|requires authentication|Unauthorized", NO_LOGIN),
-    (r"Connection refused|Connect call failed|Errno 111\b|Errno 61\b", "nothing listens there"),
+    (r"Connection refused|Connect call failed|Errno 111\b|Errno 61\b", NOTHING),
     (r"Network is unreachable|No route to host|Errno 113\b|Errno 101\b", "there is no route to it"),
     (r"(?:Errno|Error) 2\b[^|]*No such file|FileNotFoundError", "there is no such socket"),
     (r"[Tt]imed? ?out|Timeout|TimeoutError", NO_ANSWER),
     (r"Connection reset|ServerDisconnected|closed by server|connection closed|Broken pipe|EOF", "it hangs up"),
 )
 PORTS = {"mongodb": 27017, "redis": 6379, "rediss": 6379, "sentinel": 26379, "amqp": 5672, "amqps": 5671, **USUAL_PORTS}
+COMPOSE_UP = "docker compose up --wait"  # it returns when the servers are healthy
+# What starts a server on this machine, by the port that it usually has.
+STARTS = {
+    **{one.usual_port: f"{COMPOSE_UP} {one.host}" for one in COMPOSE_SERVERS},
+    5672: f"docker run --detach --publish {LOOPBACK}:5672:5672 rabbitmq:4",
+    11434: "ollama serve",
+    1234: "lms server start",
+    8000: "vllm serve MODEL",
+    8080: "llama-server --model FILE",
+    4000: "litellm --config FILE",
+    9000: "minio server FOLDER",
+}
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:
@@ -68,11 +81,28 @@ def user_of(url: str) -> str:
     return urllib.parse.unquote(login.partition(":")[0])
 
 
-def advice_for(reason: str, url: str) -> str:
-    """What to do about a reason, where it tells more than the name of the variable."""
-    host = place_of(url).partition(":")[0]
+def start_of(reason: str, url: str) -> str:
+    """The command that starts the server of a URL, if it isn't running on this machine, where it should; else empty."""
+    host, _, port = place_of(url).rpartition(":")
+    is_of_compose = host in (one.host for one in COMPOSE_SERVERS)
+    is_missing = is_of_compose if reason == NO_NAME else reason == NOTHING and host in LOOPBACKS
+    return STARTS.get(int(port), "") if is_missing and port.isdigit() else ""
+
+
+def advice_for(reason: str, url: str, variable: str) -> str:
+    """What to do about a reason: what to start, and which variable to change. Empty where the reason tells too little.
+
+    In the contract's default URLs 127.0.0.1 is used by itself, once something listens there.
+    """
+    host, start = place_of(url).rpartition(":")[0], start_of(reason, url)
+    steps = [f"start it: {start}"] if start else []
+    if reason == NO_NAME and url in (one.url for one in COMPOSE_SERVERS):
+        return "; ".join([*steps, f"or name another server in {variable}"])
     if reason == NO_NAME and re.fullmatch(r"[\w-]+", host):
-        return "outside Docker use 127.0.0.1"
+        return "; ".join([*steps, f"outside Docker use {LOOPBACK} in {variable}"])
+    if reason == NOTHING and host in LOOPBACKS:
+        inside = f" (this is a container, and {host} is inside it)" if is_container() else ""
+        return "; ".join([*(steps or ["start the server that belongs there"]), f"or change {variable}{inside}"])
     return ""
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import pymongo
+from dotenv.parser import parse_stream
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -30,6 +32,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pymongo.errors import PyMongoError
 
 from workerkit.certificates import authority_fault, first_fault, folder_fault, pair_fault
+from workerkit.logs import logger
+from workerkit.loopback import IN_A_POD, LOOPBACK, ComposeServer, listens, resolves
 from workerkit.proxies import ProxyFault, proxy_for
 from workerkit.redis_urls import SCHEMES as REDIS_SCHEMES
 from workerkit.redis_urls import RedisTarget
@@ -39,7 +43,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # 
 PROVIDER_KINDS: tuple[ProviderKind, ...] = ("text", "image", "audio")
 EXIT_BAD_SETTINGS = 2
 MAX_SECONDS = 86_400
-DOTENV = ".env"
+DOTENV, DOTENV_ENCODING = ".env", "utf-8-sig"  # Windows' editors put a mark in front of UTF-8
 MIN_CROWDED_LEASE_S, MAX_UNCROWDED = 10, 100
 IMAGE_SIZE = r"[1-9]\d{1,3}x[1-9]\d{1,3}"
 
@@ -251,6 +255,12 @@ ArtifactUrl = Annotated[
 NO_SECRET = SecretStr("")
 OPENAI_URL = "https://api.openai.com/v1"
 MONGODB_URL = "mongodb://ai_backend_user:ai_backend_password@mongodb:27017/ai_backend?authSource=ai_backend"
+REDIS_URL = "redis://redis:6379/0"
+COMPOSE_SERVERS = (
+    # A replica set would name its members by their hosts in compose's network: so this very server alone is asked.
+    ComposeServer("MONGODB_URL", MONGODB_URL, "mongodb", 27017, "MONGODB_PORT", "&directConnection=true"),
+    ComposeServer("REDIS_URL", REDIS_URL, "redis", 6379, "REDIS_PORT"),
+)
 
 
 def crowded_lease_fault(lease_s: float, concurrency: int) -> str:
@@ -334,7 +344,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_file=DOTENV,
-        env_file_encoding="utf-8-sig",  # Windows' editors put a mark in front of UTF-8
+        env_file_encoding=DOTENV_ENCODING,
         env_ignore_empty=True,
         extra="ignore",
         validate_default=True,
@@ -343,7 +353,7 @@ class Settings(BaseSettings):
 
     mongodb_url: MongoUrl = SecretStr(MONGODB_URL)  # MongoDB, shared with the API
     database_name: Annotated[str, Field(pattern=r'^[^/\\. "$]{1,63}$')] = "ai_backend"  # database of the jobs
-    redis_url: RedisUrl = SecretStr("redis://redis:6379/0")  # queue, results, notifications
+    redis_url: RedisUrl = SecretStr(REDIS_URL)  # queue, results, notifications
     celery_queue_name: Name = "ai_jobs"  # queue to take jobs from
     celery_soft_time_limit: PositiveSeconds = 90  # seconds that an attempt may take
     celery_time_limit: PositiveSeconds = 120  # seconds after which the process of an attempt is killed
@@ -399,6 +409,13 @@ class Settings(BaseSettings):
 
     ssl_cert_file: AuthorityFile = ""  # file with the authorities that are trusted; empty: the system's
     ssl_cert_dir: AuthorityFolder = ""  # folder with such files
+
+    _loopback: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def loopback(self) -> dict[str, str]:
+        """The hosts of the default URLs that don't resolve here, each with the address that is used in its place."""
+        return self._loopback
 
     @model_validator(mode="before")
     @classmethod
@@ -545,7 +562,7 @@ def proxy_faults(settings: Settings) -> list[str]:
 def content_fault(data: bytes) -> str:
     """Why these bytes can't be read as a text of settings, or an empty string."""
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode(DOTENV_ENCODING)
     except UnicodeDecodeError as error:
         is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         where = "is in UTF-16" if is_utf16 else f"isn't in UTF-8 (line {data[: error.start].count(10) + 1})"
@@ -573,6 +590,48 @@ def refuse(lines: Sequence[str]) -> NoReturn:
     raise SystemExit(EXIT_BAD_SETTINGS) from None
 
 
+def read_dotenv() -> dict[str, str]:
+    """The variables of `.env`, by their names as they stand there. A pipe, which can be read only once, has none."""
+    if not Path(DOTENV).is_file():
+        return {}
+    with Path(DOTENV).open(encoding=DOTENV_ENCODING) as lines:
+        return {line.key: line.value or "" for line in parse_stream(lines) if line.key}
+
+
+def compose_servers(settings: Settings) -> list[ComposeServer]:
+    """The servers whose URL is the contract's default. In Kubernetes there are none: a pod's loopback has others."""
+    urls = {one: getattr(settings, one.variable.lower()).get_secret_value() for one in COMPOSE_SERVERS}
+    return [one for one, url in urls.items() if url == one.url and IN_A_POD not in os.environ]
+
+
+def unresolved_servers(settings: Settings) -> list[ComposeServer]:
+    """Those whose names don't resolve here, and nothing listens on the loopback in their place."""
+    return [one for one in compose_servers(settings) if not resolves(one.host)]
+
+
+def with_loopback(settings: Settings) -> Settings:
+    """The settings, with 127.0.0.1 in a default URL whose host doesn't resolve here, if something listens there.
+
+    So the contract's `.env` serves on a host as in a container: compose publishes its servers there. A URL that isn't
+    the default is never changed. The port is tried first, since that costs nothing where the name resolves.
+    """
+    servers = compose_servers(settings)
+    if not servers:
+        return settings
+    variables = {**read_dotenv(), **os.environ}
+    ports = {one: port for one in servers if listens(port := one.port(variables)) and not resolves(one.host)}
+    urls = {one.variable.lower(): SecretStr(one.url_at(port)) for one, port in ports.items()}
+    moved = settings.model_copy(update=urls)
+    moved._loopback = {one.host: f"{LOOPBACK}:{port}" for one, port in ports.items()}
+    return moved
+
+
+def remarks(settings: Settings) -> list[str]:
+    """What an operator should know at the start: which server is used in another's place."""
+    moved = "{} doesn't resolve here, so {} is used, where compose.yaml publishes it"
+    return [moved.format(host, place) for host, place in settings.loopback.items()]
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Reads the settings. If any are wrong, prints all faults to stderr and exits with 2.
 
@@ -589,4 +648,15 @@ def load_settings(**overrides: Any) -> Settings:
     for name in ("ssl_cert_file", "ssl_cert_dir"):
         if value := getattr(settings, name):
             os.environ[name.upper()] = value
+    return with_loopback(settings) if overrides.get("_env_file", DOTENV) else settings
+
+
+def announce_settings() -> Settings:
+    """Reads the settings, and logs the remarks on them, where Celery's own command starts the process.
+
+    Celery has not set up the log by then, so they go to stderr, as the faults do.
+    """
+    settings = load_settings()
+    for remark in remarks(settings):
+        logger.warning("%s", remark)
     return settings
