@@ -195,6 +195,7 @@ def test_check_says_that_mongodb_is_away(
     ("a model that was chosen", {}, "put TEXT_MODEL=testbed-model into .env"),
     ("a tiny text", {}, "testbed-model at http://127.0.0.1:"),
     ("no picture without being asked", {}, "nothing was generated; --generate makes one"),
+    ("a misspelt variable", {"WORKER_CONCURENCY": "4"}, "is WORKER_CONCURRENCY meant?"),
 )
 def test_check_notes_what_an_operator_should_know(
     runtime: Runtime, command_here: Command, given: dict[str, str], text: str

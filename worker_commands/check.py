@@ -34,7 +34,15 @@ from workerkit.media import inspect_picture
 from workerkit.messages import Delivery
 from workerkit.mongodb import unknown_when_unreachable
 from workerkit.provider import OpenAIProvider
-from workerkit.settings import OPENAI_URL, PROVIDER_KINDS, ProviderKind, Settings, load_settings, redact_url
+from workerkit.settings import (
+    OPENAI_URL,
+    PROVIDER_KINDS,
+    ProviderKind,
+    Settings,
+    load_settings,
+    misspelt_variables,
+    redact_url,
+)
 from workerkit.sounds import inspect_sound
 from workerkit.values import as_mapping
 
@@ -319,6 +327,8 @@ def check_providers(settings: Settings, *, generate: bool) -> Iterator[Finding]:
 
 def find_all(runtime: Runtime, *, generate: bool) -> Iterator[Finding]:
     """Tries everything that the worker uses, one after the other."""
+    for one in misspelt_variables():
+        yield Finding("settings", one.seen, one.advice)
     reached, *others = check_mongodb(runtime)
     yield from (reached, *others)
     yield from check_redis(runtime)

@@ -39,7 +39,7 @@ def print_models(models: Iterable[ModelInUse]) -> None:
 
 
 def print_remarks(settings: Settings) -> None:
-    """Prints what may not be as the operator means it: a server in another's place, or none."""
+    """Prints what may not be as the operator means it: a server in another's place, a misspelt variable."""
     for remark in remarks(settings):
         print(f"  WARNING: {remark}")
     for one in unresolved_servers(settings):

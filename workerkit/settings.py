@@ -34,6 +34,7 @@ from pymongo.errors import PyMongoError
 from workerkit.certificates import authority_fault, first_fault, folder_fault, pair_fault
 from workerkit.logs import logger
 from workerkit.loopback import IN_A_POD, LOOPBACK, ComposeServer, listens, resolves
+from workerkit.misspelt import Misspelt, find_misspelt
 from workerkit.proxies import ProxyFault, proxy_for
 from workerkit.redis_urls import SCHEMES as REDIS_SCHEMES
 from workerkit.redis_urls import RedisTarget
@@ -626,10 +627,17 @@ def with_loopback(settings: Settings) -> Settings:
     return moved
 
 
+def misspelt_variables() -> list[Misspelt]:
+    """The variables of the environment and of `.env` that are probably misspelt settings."""
+    places = {**dict.fromkeys(read_dotenv(), DOTENV), **dict.fromkeys(os.environ, "environment")}
+    return list(find_misspelt(places, Settings.model_fields))
+
+
 def remarks(settings: Settings) -> list[str]:
-    """What an operator should know at the start: which server is used in another's place."""
+    """What an operator should know at the start: which server is used in another's place, and what may be misspelt."""
     moved = "{} doesn't resolve here, so {} is used, where compose.yaml publishes it"
-    return [moved.format(host, place) for host, place in settings.loopback.items()]
+    lines = [moved.format(host, place) for host, place in settings.loopback.items()]
+    return lines + [f"{one.seen}: {one.advice}" for one in misspelt_variables()]
 
 
 def load_settings(**overrides: Any) -> Settings:
