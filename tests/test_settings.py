@@ -564,10 +564,3 @@ def test_the_table_of_settings_has_every_variable_with_its_default() -> None:
         default = default.get_secret_value() if hasattr(default, "get_secret_value") else default
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         assert rows[name.upper()] == (str(default).lower() if isinstance(default, bool) else str(default)), name
-
-
-def test_compose_passes_on_every_setting_but_those_that_it_decides_itself() -> None:
-    passed_on = re.findall(r"(?m)^      ([A-Z][A-Z0-9_]+):", (SOURCE / "compose.yaml").read_text())
-    decided = re.compile("CELERY_BROKER_URL|CELERY_RESULT_BACKEND|AWS_|S3_|SSL_CERT_")
-    names = {name.upper() for name in Settings.model_fields if not decided.match(name.upper())}
-    assert names <= set(passed_on)

@@ -1,0 +1,18 @@
+"""Flower's configuration, for `celery -A worker flower --conf=FILE`: it only shows, and never a prompt."""
+
+from typing import Any
+
+from flower.events import EventsState
+
+read_only = True  # no button and no request can revoke, start or stop anything
+
+show = EventsState.event
+
+
+def show_without_arguments(state: Any, event: dict[str, Any]) -> None:
+    """A worker's events name the job only. Those of the API's own client (`task-sent`) hold the prompt."""
+    is_sent = event["type"] == "task-sent"
+    show(state, {**event, "args": "", "kwargs": ""} if is_sent else event)
+
+
+EventsState.event = show_without_arguments
