@@ -3,15 +3,19 @@
 
 FROM python:3.11-slim-bookworm AS builder
 
-# Optional packages, for example --build-arg EXTRA_PACKAGES=s3fs for artifacts on S3.
-ARG EXTRA_PACKAGES=""
 COPY requirements.txt constraints.txt /tmp/
 # The environment gets no pip of its own: the base image's installs into it. Bytecode is written here, once, since the
 # worker can't write any (not root, read-only). It is never compared with its source again.
 RUN python -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
-        -r /tmp/requirements.txt -c /tmp/constraints.txt $EXTRA_PACKAGES \
+        -r /tmp/requirements.txt -c /tmp/constraints.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+
+# Optional packages, for example --build-arg EXTRA_PACKAGES=s3fs for artifacts on S3. They come last, so that images with
+# different ones share what stands above.
+ARG EXTRA_PACKAGES=""
+RUN test -z "$EXTRA_PACKAGES" \
+    || pip --python /opt/venv/bin/python install --no-cache-dir -c /tmp/constraints.txt $EXTRA_PACKAGES
 
 
 FROM python:3.11-slim-bookworm
