@@ -98,7 +98,7 @@ from workerkit.process import (
 from workerkit.progress import Progress
 from workerkit.provider import Provider, Providers
 from workerkit.results import Media, Result
-from workerkit.settings import Limits, ProviderKind, ProviderSettings, Settings, load_settings
+from workerkit.settings import Limits, ProviderKind, ProviderSettings, Settings, announce_settings
 from workerkit.sounds import inspect_sound
 from workerkit.surroundings import modules_fault, pool_fault, refuse, write_any_character
 from workerkit.turns import Turns
@@ -174,7 +174,7 @@ class WorkerApp(Celery):
 
     @cached_property
     def settings(self) -> Settings:
-        return load_settings()
+        return announce_settings()
 
 
 def celery_configuration(settings: Settings) -> Document:

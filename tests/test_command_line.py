@@ -53,6 +53,12 @@ def test_every_bad_setting_is_named_at_once_and_the_worker_ends_with_2(
     assert "planted" not in shown
 
 
+def test_celerys_own_command_names_misspelt_variables(tmp_path: Path) -> None:
+    ended = run_python({"WORKER_CONCURENCY": "planted"}, tmp_path, "-m", "celery", "-A", "worker", "report")
+    assert "WORKER_CONCURENCY (environment) isn't a setting: is WORKER_CONCURRENCY meant?" in ended.stderr
+    assert "planted" not in ended.stdout + ended.stderr
+
+
 def test_a_soft_limit_over_the_hard_one_is_a_fault(tmp_path: Path) -> None:
     ended = run_worker({"CELERY_SOFT_TIME_LIMIT": "120", "CELERY_TIME_LIMIT": "120"}, tmp_path)
     assert ended.returncode == 2

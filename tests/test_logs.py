@@ -14,7 +14,10 @@ import pytest
 from celery.exceptions import Reject
 from celery.worker.consumer.consumer import INVALID_TASK_ERROR  # type: ignore[attr-defined]
 
+from testbed.api import Api
+from testbed.processes import poll
 from tests.lab import SECRET, table
+from tests.site import StartWorker
 from workerkit import logs
 from workerkit.logs import LibraryNoiseFilter, OncePerCause, RepeatedFaultLog, on_one_line, place_of, without_reject
 
@@ -251,3 +254,36 @@ def test_the_place_of_a_syntax_error_is_in_the_faulty_file(tmp_path: Path) -> No
     with pytest.raises(SyntaxError) as caught:
         compile("x = 1\ny = (", str(tmp_path / "faulty.py"), "exec")
     assert place_of(caught.value) == "faulty.py:2"
+
+
+# ── a worker's whole log ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def json_lines(api: Api, environment: dict[str, str], start_worker: StartWorker) -> list[dict[str, Any]]:
+    """The log of a worker that ended jobs in several ways and then got SIGTERM; each line has to be an object."""
+    worker = start_worker(LOG_FORMAT="json", WORKER_CONCURENCY="2", WORKER_POOL="threads", SHUTDOWN_GRACE="0")
+    prompts = ("planted prompt [say hello]", "planted prompt [status 401]", "planted prompt [status 503 times=1]")
+    for prompt in prompts:
+        job = api.text(prompt)
+        poll(lambda job=job: api.status(job) in ("completed", "failed"), 60)  # type: ignore[misc]
+    running = api.text("planted prompt [hang]")
+    poll(lambda: api.status(running) == "processing", 60)
+    worker.process.terminate()
+    assert worker.process.wait(60) == 0
+    assert not [secret for secret in ("planted", environment["OPENAI_API_KEY"]) if secret in worker.text()]
+    return [json.loads(line) for line in worker.text().splitlines()]
+
+
+@pytest.mark.servers
+def test_every_line_of_a_worker_is_an_object_from_its_start_to_its_end(json_lines: list[dict[str, Any]]) -> None:
+    assert json_lines[0]["event"] == "start"
+    assert all(one["level"] and one["message"] and datetime.fromisoformat(one["time"]) for one in json_lines)
+    assert any("WORKER_CONCURRENCY meant?" in one["message"] for one in json_lines)
+    ends = [(one["event"], one.get("reason")) for one in json_lines if "ran_s" in one]
+    assert [event for event, _ in ends] == ["completed", "failed", "retried", "completed", "handed_back"]
+    reasons = [reason.partition(":")[0] for _, reason in ends if reason]
+    assert reasons[:2] == ["HTTP 401 invalid_request_error invalid_api_key", "HTTP 503 server_error"]
+    completed = next(one for one in json_lines if one.get("event") == "completed")
+    figures = ("job", "type", "attempt", "waited_s", "ran_s", "provider", "model", "tokens", "prompt_tokens")
+    assert [name for name in figures if name not in completed] == []

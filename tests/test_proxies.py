@@ -22,7 +22,7 @@ from testbed.network import Certificate, TlsProxy, make_certificate
 from testbed.provider import Provider
 from tests.lab import KEY, NOWHERE, SECRET, bare_settings, table
 from tests.site import run_python
-from worker_commands.run import print_connections
+from worker_commands.run import print_start
 from workerkit.errors import JobError, OperatorFault, ProviderAway
 from workerkit.provider import OpenAIProvider
 from workerkit.proxies import ProxyFault, matches, proxy_for
@@ -416,7 +416,7 @@ def test_the_start_names_the_proxies_without_their_passwords(
     proxies: SetProxies, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proxies(http_proxy=f"http://user:{SECRET}@proxy:3128", all_proxy="socks5://proxy:1080")
-    print_connections(bare_settings())
+    print_start(bare_settings())
     said = capsys.readouterr().out
     assert "proxies   http://***@proxy:3128 (http), none for https: all_proxy should be an HTTP proxy" in said
     assert SECRET not in said

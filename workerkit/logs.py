@@ -6,9 +6,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from celery.exceptions import Reject
 
@@ -133,6 +134,13 @@ def on_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
+def json_line(level: str, message: str, fields: Mapping[str, Any] | None = None, at: float | None = None) -> str:
+    """A line of the log as a JSON object. `at` is its time in seconds since 1970, by default now."""
+    time_text = datetime.fromtimestamp(time.time() if at is None else at, UTC).isoformat(timespec="milliseconds")
+    line = {"time": time_text, "level": level, **(fields or {}), "message": message}
+    return json.dumps(line, default=str, ensure_ascii=False)
+
+
 class JsonFormatter(logging.Formatter):
     """Writes each line as a JSON object: time (UTC), level, process, message, and what the line has besides its text.
 
@@ -141,12 +149,11 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": time, "level": record.levelname, "process": record.processName, "logger": record.name}
-        line |= {"job": found[1]} if (found := JOB_IN_LINE.search(message)) else {}
-        line |= {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
-        line |= {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
-        return json.dumps({**line, "message": message}, default=str, ensure_ascii=False)
+        fields = {"process": record.processName, "logger": record.name}
+        fields |= {"job": found[1]} if (found := JOB_IN_LINE.search(message)) else {}
+        fields |= {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
+        fields |= {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json_line(record.levelname, message, fields, record.created)
 
 
 def is_worth_a_warning(record: logging.LogRecord) -> bool:
