@@ -1963,7 +1963,7 @@ def connect_hooks(sender: Any, **_: Any) -> None:
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Each is `command` in the module of worker_commands/ that has its name.
-COMMANDS = ("check", "demo", "health", "recover", "run", "status", "submit")
+COMMANDS = ("check", "demo", "health", "recover", "run", "schema", "status", "submit")
 
 
 def load_command(name: str) -> click.Command:

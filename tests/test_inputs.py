@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -169,6 +169,7 @@ HOST = "should name a host and, if any, a valid port"
     ("not base64", "data:image/png,AAAA", HEAD),
     ("a character too few", "data:image/png;base64,AAA", BASE64),
     ("padding too early", "data:image/png;base64,AA==AAAA", BASE64),
+    ("padding that belongs nowhere", "data:image/png;base64,AAAA====", BASE64),
     ("a line end in base64", "data:image/png;base64,AAAA\nAAAA", BASE64),
     ("base64 of URLs", "data:image/png;base64,-_-_", BASE64),
     ("no ASCII", "data:image/png;base64,ÄÄÄÄ", BASE64),
@@ -399,6 +400,20 @@ def test_an_input_of_your_own_refuses_no_field_unless_it_says_so() -> None:
 
     assert check_input(Own, {"title": "Hi", "n": 2, "tools": [1], "style": "vivid"})
     assert "bpm isn't supported here; use `tempo`" in fault_of(Song, {"tempo": 90, "bpm": 90}).sentence
+
+
+def test_an_input_of_your_own_takes_true_and_false_where_it_asks_for_them() -> None:
+    class Own(JobInput):
+        is_loud: bool
+        is_sure: Literal[True] | None = None
+        times: int = 1
+
+    assert check_input(Own, {"is_loud": False, "is_sure": True}).model_dump() == {
+        "is_loud": False,
+        "is_sure": True,
+        "times": 1,
+    }
+    assert "times should not be true or false" in fault_of(Own, {"is_loud": True, "times": True}).sentence
 
 
 def test_an_input_of_your_own_takes_a_field_that_its_base_refuses() -> None:

@@ -1,6 +1,7 @@
 """What a job's `input_data` may hold, for each job type (contract, section 2).
 
-Everything is checked before anything is spent. A fault becomes a sentence for the person who waits.
+Everything is checked before anything is spent. A fault becomes a sentence for the person who waits. The models' JSON
+Schemas say the same as the validators, as far as a JSON Schema can; descriptions say the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, LiteralString
+from typing import Annotated, Any, ClassVar, Literal, LiteralString, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -19,12 +20,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from workerkit import sentences
 from workerkit.errors import InvalidInput
@@ -44,6 +47,11 @@ MAX_URL_CHARACTERS = 8_192
 
 MAX_PLACE_CHARACTERS = 100
 MAX_DEPTH = 50  # of a response_format
+
+# In JSON Schemas: only what the regular expressions of all languages mean alike. A blank is what `str.strip` takes off.
+NOT_BLANK = "[^\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)"
+SIDE = "(?:[1-9][0-9]{1,2}|[1-3][0-9]{3}|40[0-8][0-9]|409[0-6])"  # up to MAX_PICTURE_SIDE
 
 
 def check_words(value: str) -> str:
@@ -67,6 +75,16 @@ def fault_at(place: tuple[int | str, ...], kind: LiteralString, what: str) -> Va
     return ValidationError.from_exception_data("input", [{"type": error, "loc": place, "input": None}])
 
 
+def either_case(text: str) -> str:
+    """A regular expression for the text in small letters and in capitals. A JSON Schema knows no flags."""
+    return "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in text)
+
+
+def needs_one_of(*names: str) -> dict[str, Any]:
+    """What a JSON Schema says where one of these fields has to be given."""
+    return {"anyOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names]}
+
+
 # ── fields that are refused by name ──────────────────────────────────────────────────────────────────────────────────
 
 NOTHING: tuple[object, ...] = ("", [], {}, False)
@@ -88,13 +106,45 @@ class Unsupported:
         return not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.harmless)
 
 
+def or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of a field that may be missing, which null counts as."""
+    null = {"type": "null"}
+    schema = {key: value for key, value in schema.items() if key != "default" or value is not None}
+    if null in schema.get("anyOf", ()) or not schema.keys() - {"title", "description"}:
+        return schema
+    said: dict[str, Any] = {key: schema.pop(key) for key in ("title", "description", "default") if key in schema}
+    return {**said, "anyOf": [schema, null]}
+
+
+def takes_booleans(annotation: object) -> bool:
+    """Whether a field of this type may be true or false."""
+    is_boolean = annotation in (bool, Any) or isinstance(annotation, bool)
+    return is_boolean or any(map(takes_booleans, get_args(annotation)))
+
+
 class Checked(BaseModel):
-    """Null counts as missing, numbers are finite, unknown keys are ignored, and those in `REFUSED` refused by name."""
+    """Null counts as missing, numbers are finite, unknown keys are ignored, and those in `REFUSED` refused by name.
+
+    `RULES` is what the JSON Schema says about several fields together.
+    """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     SHAPE: ClassVar = "an object"
     REFUSED: ClassVar[Mapping[str, Unsupported]] = {}
+    RULES: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The JSON Schema with what `drop_nulls` adds to the fields: a null for what may be missing, and refusals."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        fields = schema.setdefault("properties", {})
+        for name in fields.keys() - set(schema.get("required", ())):
+            fields[name] = or_null(fields[name])
+        for name, field in cls.REFUSED.items():
+            fields.setdefault(name, {"enum": [None, *field.harmless], "description": f"Not supported: {field.advice}."})
+        schema |= cls.RULES
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -109,15 +159,15 @@ class Checked(BaseModel):
 
 
 class JobInput(Checked):
-    """Base of the inputs. Besides what `Checked` does: true is no number."""
+    """Base of the inputs. Besides what `Checked` does: true is no number, while a number may come as text."""
 
     SHAPE = "an object with the job's parameters"
     PASSED_ON: ClassVar[Mapping[str, str]] = {}  # fields of the input, each with its name in OpenAI's API
 
     @field_validator("*", mode="before")
     @classmethod
-    def refuse_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):
+    def refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not takes_booleans(cls.model_fields[info.field_name or ""].annotation):
             raise ValueError("should not be true or false")
         return value
 
@@ -127,13 +177,16 @@ class JobInput(Checked):
         return {name: value for name, value in given.items() if value is not None}
 
 
-Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(check_words)]
+Prompt = Annotated[
+    str, Field(max_length=MAX_PROMPT_CHARACTERS, json_schema_extra={"pattern": NOT_BLANK}), AfterValidator(check_words)
+]
 
 
 # ── pictures in messages ─────────────────────────────────────────────────────────────────────────────────────────────
 
+PICTURE_KINDS = ("png", "jpeg", "webp", "gif")
 WEB_URL = re.compile(r"https?://", re.IGNORECASE)
-DATA_URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,", re.IGNORECASE)
+DATA_URL = re.compile(rf"data:image/({'|'.join(PICTURE_KINDS)});base64,", re.IGNORECASE)
 
 
 def check_web_url(url: str) -> None:
@@ -160,6 +213,8 @@ def check_data_url(url: str) -> None:
         raise ValueError(f"is over {MAX_DATA_URL_BYTES // 10**6} MB; make the picture smaller, or send its http(s) URL")
     try:
         picture = binascii.a2b_base64(url[head.end() :], strict_mode=True)
+        if url.endswith("=") and len(picture) % 3 == 0:  # Python lets more padding pass than there may be
+            raise ValueError
     except ValueError:
         raise ValueError("should have valid base64 behind the comma, padded and without line ends") from None
     if not picture:
@@ -176,10 +231,30 @@ def check_url(url: str) -> str:
     return url
 
 
+WEB_PATTERN = rf"{either_case('http')}[sS]?://[^/?#@\x00-\x20\x7f]+(?:[/?#][^\x00-\x20\x7f]*)?"
+DATA_PATTERN = (
+    f"{either_case('data:image/')}(?:{'|'.join(map(either_case, PICTURE_KINDS))}){either_case(';base64,')}{BASE64}"
+)
+PictureUrl = Annotated[
+    str,
+    AfterValidator(check_url),
+    Field(
+        description="An http(s) URL that the model server can reach: it names a host, no user, no port 0, and holds no "
+        "control characters. Or a `data:` URL with a PNG, JPEG, WebP or GIF.",
+        json_schema_extra={
+            "anyOf": [
+                {"pattern": f"^{WEB_PATTERN}$", "maxLength": MAX_URL_CHARACTERS},
+                {"pattern": f"^{DATA_PATTERN}$", "maxLength": MAX_DATA_URL_BYTES},
+            ]
+        },
+    ),
+]
+
+
 class Picture(Checked):
     SHAPE = "a URL, or an object with a `url`"
 
-    url: Annotated[str, AfterValidator(check_url)]
+    url: PictureUrl
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
@@ -192,7 +267,7 @@ class PicturePart(Checked):
     type: Literal["image_url"]
     image_url: Picture
 
-    @field_validator("image_url", mode="before")
+    @field_validator("image_url", mode="before", json_schema_input_type=Picture | PictureUrl)
     @classmethod
     def take_plain_url(cls, value: Any) -> Any:
         return {"url": value} if isinstance(value, str) else value
@@ -216,10 +291,9 @@ def check_part(value: Any) -> TextPart | PicturePart:
 
 
 Part = Annotated[TextPart | PicturePart, BeforeValidator(check_part)]
+Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
 CONTENT_OF_TEXT: TypeAdapter[str] = TypeAdapter(Prompt)
-CONTENT_OF_PARTS: TypeAdapter[list[Part]] = TypeAdapter(
-    Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
-)
+CONTENT_OF_PARTS: TypeAdapter[list[Part]] = TypeAdapter(Parts)
 
 
 class Message(Checked):
@@ -230,11 +304,15 @@ class Message(Checked):
         "audio": Unsupported("send what was said as text, in `content`"),
         "refusal": Unsupported("send the words as text, in `content`"),
     }
+    RULES = {  # pictures come from the user alone
+        "if": {"properties": {"role": {"not": {"const": "user"}}}},
+        "then": {"properties": {"content": {"items": {"properties": {"type": {"const": "text"}}}}}},
+    }
 
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart | PicturePart]
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=Prompt | Parts)
     @classmethod
     def check_content(cls, value: Any) -> str | list[TextPart | PicturePart]:
         if isinstance(value, str):
@@ -303,28 +381,42 @@ UNSUPPORTED_IN_TEXT = {
     "echo": Unsupported("only the answer is kept, so leave it out"),
 }
 
-STOP: TypeAdapter[str | list[str]] = TypeAdapter(
-    Annotated[str, Field(max_length=200)] | Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=4)]
-)
+StopWord = Annotated[str, Field(max_length=200)]
+Stop = StopWord | Annotated[list[StopWord], Field(max_length=4)]
+STOP: TypeAdapter[str | list[str]] = TypeAdapter(Stop)
+
+
+Model = Annotated[str | None, Field(description="One of those that the operator's settings allow.")]
 
 
 class TextInput(JobInput):
+    """What a text is made from. The model reads `system`, `messages` and `prompt`, in this order."""
+
     REFUSED = UNSUPPORTED_IN_TEXT
+    RULES = needs_one_of("prompt", "messages")
 
     prompt: Prompt | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = Field(
+        None,
+        description=f"Their texts have at most {MAX_PROMPT_CHARACTERS:,} characters together. They hold at most "
+        f"{MAX_PICTURES} pictures, whose URLs have at most {MAX_DATA_URLS_BYTES:,} characters together.",
+    )
     system: Prompt | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="At most TEXT_MAX_TOKENS, a setting of the operator's.")
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    response_format: dict[str, Any] | None = None
-    model: str | None = None
+    response_format: dict[str, Any] | None = Field(
+        None,
+        description="As in OpenAI's Chat Completions. "
+        f"At most {MAX_PROMPT_CHARACTERS:,} characters as JSON, and nested at most {MAX_DEPTH} levels deep.",
+    )
+    model: Model = None
 
     PASSED_ON = {name: name for name in ("max_tokens", "temperature", "top_p", "stop", "seed", "response_format")}
 
-    @field_validator("stop", mode="plain")
+    @field_validator("stop", mode="plain", json_schema_input_type=Stop)
     @classmethod
     def check_stop(cls, value: Any) -> str | list[str]:
         try:
@@ -332,7 +424,7 @@ class TextInput(JobInput):
         except ValidationError:
             raise ValueError("should be a text of at most 200 characters, or a list of at most 4 of them") from None
 
-    @field_validator("response_format", mode="plain")
+    @field_validator("response_format", mode="plain", json_schema_input_type=dict[str, Any])
     @classmethod
     def check_response_format(cls, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -402,13 +494,17 @@ UNSUPPORTED_IN_PICTURES = {
 
 
 class ImageInput(JobInput):
+    """What a picture is made from."""
+
     REFUSED = UNSUPPORTED_IN_PICTURES
     PASSED_ON = {"size": "size", "quality": "quality"}
 
     prompt: Prompt
-    size: str | None = None
+    size: Annotated[str, Field(json_schema_extra={"pattern": f"^(?:auto|{SIDE}x{SIDE})$"})] | None = Field(
+        None, description="Width and height in pixels. The nearest size that the model knows is used."
+    )
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
-    model: str | None = None
+    model: Model = None
 
     @field_validator("size")
     @classmethod
@@ -432,18 +528,30 @@ UNSUPPORTED_IN_SOUND = {
 }
 
 
+# No other signs in ASCII. Which letters there are beyond it no regular expression says that all languages share.
+VOICE_PATTERN = r"^[^\x00-\x1f!-,;-@\[-\^`{-\x7f]{1,64}$"
+Voice = Annotated[str, Field(json_schema_extra={"pattern": VOICE_PATTERN})]
+
+
 class AudioInput(JobInput):
+    """What is spoken: `text` or, if there is none, `prompt`."""
+
     REFUSED = UNSUPPORTED_IN_SOUND
+    RULES = needs_one_of("text", "prompt")
     PASSED_ON = {"voice": "voice", "format": "response_format", "speed": "speed"}
 
     text: Prompt | None = None
     prompt: Prompt | None = None
-    voice: str | None = None  # the worker's own, which `"default"` stands for as well
+    voice: str | None = Field(
+        None,
+        description="Letters and digits of any script, spaces and . : / _ - only. "
+        "Without one, or with 'default', the operator's voice speaks.",
+    )
     speed: float | None = Field(None, ge=0.25, le=4)
     format: Literal["wav", "mp3", "opus", "flac"] | None = None
-    model: str | None = None
+    model: Model = None
 
-    @field_validator("voice", mode="plain")
+    @field_validator("voice", mode="plain", json_schema_input_type=Voice)
     @classmethod
     def check_voice(cls, value: Any) -> str | None:
         if isinstance(value, str) and re.fullmatch(r"[\w .:/-]{1,64}", value):

@@ -1,0 +1,51 @@
+"""What the tests of the contract share: validators for the schemas that `python worker.py schema` prints."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from bson import ObjectId
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
+
+from worker_commands.schema import contract_schema
+
+BSON_TYPES = {ObjectId: "objectId", datetime: "date"}
+
+
+def check_type(validator: Any, types: Any, value: object, schema: dict[str, Any]) -> Iterator[ValidationError]:
+    """The keyword `type`, for values as pymongo returns them: what is no text in MongoDB must not be some there."""
+    wanted, found = schema.get("x-bsonType"), BSON_TYPES.get(type(value))
+    if wanted != found:
+        yield ValidationError(f"{value!r} is no {wanted or types}")
+    elif not found:
+        yield from Draft202012Validator.VALIDATORS["type"](validator, types, value, schema)
+
+
+def check_pattern(validator: Any, pattern: str, value: object, _schema: object) -> Iterator[ValidationError]:
+    """The keyword `pattern` as JSON Schema has it, where `$` is the very end. In Python a line end may follow it."""
+    if isinstance(value, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), value):
+        yield ValidationError(f"{value!r} doesn't match {pattern}")
+
+
+ContractValidator: Any = extend(Draft202012Validator, {"type": check_type, "pattern": check_pattern})  # type: ignore[no-untyped-call]
+
+
+def validator_of(name: str, *, is_closed: bool = False) -> Any:
+    """A validator for one of the schemas. A closed one also refuses fields that an API may add, but the worker not."""
+    whole = copy.deepcopy(contract_schema())
+    if is_closed:
+        for schema in whole["$defs"].values():
+            if "properties" in schema:
+                schema.setdefault("additionalProperties", False)
+    return ContractValidator({**whole, "$ref": f"#/$defs/{name}"})
+
+
+def faults(validator: Any, value: object) -> list[str]:
+    """What is wrong with a value, each fault with its place."""
+    return [f"{error.json_path}: {error.message[:300]}" for error in validator.iter_errors(value)]
