@@ -567,6 +567,27 @@ def test_a_new_attempt_starts_the_text_again_and_late_pieces_are_left_out() -> N
     assert job.text == "new words"
 
 
+def test_an_attempt_after_a_hand_back_starts_the_text_again_although_it_has_the_same_number() -> None:
+    job = Followed(ObjectId(), TEXT)
+    for one in (piece(1, 0, "old "), piece(1, 1, "words"), piece(1, 0, "new "), piece(1, 1, "text")):
+        assert job.add_text(one)
+    assert job.text == "new text"
+
+
+def test_a_piece_that_comes_again_with_more_in_it_counts_once() -> None:
+    job = Followed(ObjectId(), TEXT)
+    for one in (piece(1, 0, "Once "), piece(1, 0, "Once upon "), piece(1, 1, "a time")):
+        assert job.add_text(one)
+    assert job.text == "Once upon a time"
+
+
+def test_no_text_is_added_behind_a_gap() -> None:
+    job = Followed(ObjectId(), TEXT)
+    pieces = [piece(1, 0, "Once "), piece(1, 2, "time"), piece(1, 3, "."), piece(2, 1, "later")]
+    assert [job.add_text(one) for one in pieces] == [True, False, False, False]
+    assert job.text == "Once "
+
+
 def test_a_jobs_end_is_read_from_its_document() -> None:
     job = Followed(ObjectId(), TEXT)
     job.end({"status": "failed", "error_message": "No."})

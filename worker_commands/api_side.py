@@ -58,21 +58,28 @@ class Followed:
     status: Status = Status.PENDING
     message: str = ""
     attempt: int = 0
-    sequence: int = -1
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     document: Document = field(default_factory=dict)
 
     @property
     def age_s(self) -> float:
         return self.took_s or time.monotonic() - self.submitted_at
 
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
     def add_text(self, message: Document) -> bool:
-        """Adds a piece of text. False: it is known already, or of an attempt that is over."""
+        """Adds a piece of text. False: it is of an attempt that is over, or a piece before it is missing.
+
+        It takes the place of all pieces from its number on. So one that comes again, with more in it, counts once, and
+        piece 0 begins the text anew, also after a hand-back, where the next attempt has the same number.
+        """
         attempt, sequence = message["attempt"], message["sequence"]
-        if (attempt, sequence) <= (self.attempt, self.sequence):
+        known = [] if attempt > self.attempt else self.pieces
+        if attempt < self.attempt or sequence > len(known):
             return False
-        self.text = message["delta"] if attempt > self.attempt else self.text + message["delta"]
-        self.attempt, self.sequence = attempt, sequence
+        self.attempt, self.pieces = attempt, [*known[:sequence], message["delta"]]
         return True
 
     def end(self, document: Document) -> None:
@@ -90,7 +97,7 @@ class View:
         self.line(job, job.status, job.message)
 
     def on_text(self, job: Followed, delta: str) -> None:
-        if job.sequence == 0:
+        if len(job.pieces) == 1:
             self.line(job, "streaming", f"The first words: {delta.strip()} …")
 
     def on_tick(self, jobs: Sequence[Followed]) -> None:

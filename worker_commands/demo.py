@@ -186,7 +186,7 @@ def show_job(runtime: Runtime, job: Followed, folder: Path, is_shown: bool) -> N
     """Prints a text unless it is on the screen already; saves a file and prints its path."""
     output, url = job.document["output_data"], job.document["artifact_url"]
     if not url:
-        print(f"text     {output['tokens_used']} tokens by {output['model_used']}, in {job.sequence + 1} pieces")
+        print(f"text     {output['tokens_used']} tokens by {output['model_used']}, in {len(job.pieces)} pieces")
         if not is_shown:
             print(textwrap.indent(textwrap.fill(printable(output["generated_text"]), 100), " " * 9))
         return
