@@ -1,4 +1,7 @@
-"""What the tests of the contract share: validators for the schemas that `python worker.py schema` prints."""
+"""What the tests of the contract share: validators for the schemas that `python worker.py schema` prints, and the page.
+
+docs/contract.md has examples that an API's author copies. The tests take them out of the page and use them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 from jsonschema.validators import extend
 
+from testbed.processes import SOURCE
 from worker_commands.schema import contract_schema
 
+PAGE = (SOURCE / "docs/contract.md").read_text()
 BSON_TYPES = {ObjectId: "objectId", datetime: "date"}
 
 
@@ -44,6 +49,28 @@ def validator_of(name: str, *, is_closed: bool = False) -> Any:
             if "properties" in schema:
                 schema.setdefault("additionalProperties", False)
     return ContractValidator({**whole, "$ref": f"#/$defs/{name}"})
+
+
+def section(heading: str) -> str:
+    """What docs/contract.md has under a heading, up to the next one."""
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, heading
+    return found[1]
+
+
+def example(heading: str, language: str = "json") -> str:
+    """The first block of code under a heading."""
+    found = re.search(rf"^```{language}\n(.*?)^```$", section(heading), re.MULTILINE | re.DOTALL)
+    assert found, heading
+    return found[1]
+
+
+def rows(heading: str) -> dict[str, list[str]]:
+    """The rows of the first table under a heading, by the name in their first cell."""
+    found = re.search(r"(?:^\|.*\n)+", section(heading), re.MULTILINE)
+    assert found, heading
+    cells = [line.strip("|").split(" | ") for line in found[0].splitlines()[2:]]
+    return {first.strip(" `"): others for first, *others in cells}
 
 
 def faults(validator: Any, value: object) -> list[str]:

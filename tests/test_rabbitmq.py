@@ -6,19 +6,24 @@ each test asserts what has come of one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
+import amqp
 import pytest
 from amqp.exceptions import NotFound
+from bson import json_util
 from kombu import Connection, Exchange, Queue
 
 from testbed.api import WorkerProcess
 from testbed.processes import poll
 from testbed.servers import RabbitServer
+from tests.contract_lab import example
 from tests.lab import TEXT
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
 from tests.site import run_forked, running
@@ -130,6 +135,22 @@ def use_every_command(place: Place) -> None:
     assert place.api.wait(forgotten, timeout_s=PATIENCE_S)["status"] == "completed"
 
 
+def send_without_celery(place: Place) -> None:
+    """Inserts the document of docs/contract.md, and publishes the message there, by a client of AMQP alone."""
+    place.start_worker()
+    place.wait_ready()
+    document, message = json_util.loads(example("2. The document")), json.loads(example("Without Celery, on RabbitMQ"))
+    place.api.jobs.insert_one(document)
+    headers = message["properties"].pop("headers")
+    content = amqp.Message(json.dumps(message["body"]), application_headers=headers, **message["properties"])
+    there = urlsplit(place.environment["CELERY_BROKER_URL"])
+    with amqp.Connection(f"{there.hostname}:{there.port}") as connection:
+        connection.channel().basic_publish(content, message["exchange"], place.api.queue)
+        done = place.api.wait(document["_id"], timeout_s=PATIENCE_S)
+    assert (done["status"], done["worker"]["limits"]) == ("completed", [120, 90])
+    assert message["routing_key"] == "ai_jobs"
+
+
 def start_after_the_exchange(place: Place, kind: str) -> None:
     declare_exchange(place, kind)
     place.start_worker()
@@ -186,6 +207,7 @@ SCENARIOS: dict[str, tuple[Scenario, str]] = {
     **{f"worker killed, {kind}": (kill_a_worker, kind) for kind in QUEUES},
     **{f"handed back, {kind}": (hand_back, kind) for kind in QUEUES},
     "every command": (use_every_command, "quorum"),
+    "without Celery": (send_without_celery, "quorum"),
 }
 
 
@@ -263,6 +285,10 @@ def test_a_retry_that_waits_holds_no_slot_of_rabbitmqs_queue(outcomes: Outcomes,
 
 def test_every_command_works_with_rabbitmq(outcomes: Outcomes) -> None:
     outcomes["every command"].result()
+
+
+def test_the_message_of_the_contracts_page_gets_the_pages_job_done_over_rabbitmq(outcomes: Outcomes) -> None:
+    outcomes["without Celery"].result()
 
 
 @pytest.mark.parametrize("name", EXCHANGES)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from bson import ObjectId
@@ -28,7 +28,7 @@ from tests.lab import AUDIO, IMAGE, TEXT, table
 from tests.site import run_forked
 from worker import HANDLERS, JobInput
 from worker_commands.schema import asyncapi_document, contract_schema
-from workerkit import bookkeeping, schemas
+from workerkit import attempts, bookkeeping, schemas
 from workerkit.errors import InvalidInput
 from workerkit.inputs import MAX_DATA_URL_BYTES, MAX_MESSAGES, MAX_PARTS, NOT_BLANK, check_input
 
@@ -73,7 +73,7 @@ def test_a_blank_is_what_python_takes_off_at_the_ends_of_a_text() -> None:
 
 
 def test_the_types_have_the_workers_own_names() -> None:
-    assert set(get_args(schemas.Status)) == set(worker.Status)
+    assert set(schemas.STATUSES) == set(worker.Status)
     assert set(schemas.OUTPUTS) == {TEXT, IMAGE, AUDIO}
     assert contract_schema()["$defs"]["TaskHeaders"]["properties"]["task"]["const"] == worker.TASK_NAME
 
@@ -81,7 +81,11 @@ def test_the_types_have_the_workers_own_names() -> None:
 def test_each_field_of_the_bookkeeping_has_its_type() -> None:
     known = {one.name for one in fields(bookkeeping.Bookkeeping)} - {"raw", "has_owner_field"}
     assert known - set(schemas.Bookkeeping.__annotations__) == set()
-    assert set(bookkeeping.as_life({})) - set(schemas.FormerLife.__annotations__) == set()
+    lives = {*bookkeeping.as_life({}), *bookkeeping.LATER_FIGURES, "seconds"}
+    assert lives == set(schemas.FormerLife.__annotations__)
+    assert {one.name for one in fields(attempts.AttemptRecord)} == set(schemas.AttemptRecord.__annotations__)
+    ends = contract_schema()["$defs"]["AttemptRecord"]["properties"]["end"]["enum"]
+    assert set(ends) == set(attempts.ENDS) - {attempts.ABANDONED}  # which writes nothing
 
 
 # ── inputs ───────────────────────────────────────────────────────────────────────────────────────────────────────

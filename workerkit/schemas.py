@@ -21,7 +21,8 @@ def about(description: str, **rules: Any) -> Any:
 
 
 JobId = Annotated[str, about("The `_id` of the job's document.", pattern="^[0-9a-f]{24}$")]
-Status = Literal["pending", "processing", "completed", "failed"]
+STATUSES = ("pending", "processing", "completed", "failed")
+Status = Annotated[str, Field(json_schema_extra={"enum": list(STATUSES)})]  # the worker's own Status is a text, too
 SessionId = Annotated[str | None, about("As in the document; null where that has none.")]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
