@@ -106,7 +106,7 @@ class FormerLife(TypedDict):
 class Bookkeeping(TypedDict, total=False):
     """The worker's notes about a job. An API may read those that have a description, and writes none of them."""
 
-    message: Annotated[str, about("The `message` of the newest `job_status_update`.", min_length=1)]
+    message: Annotated[str, about("The last sentence for the person while the job is processing.", min_length=1)]
     attempt: Annotated[Count, about("Which attempt runs or ran last. One that was handed back isn't counted.")]
     attempts: Annotated[list[AttemptRecord], about("Those that have ended, the oldest first.", max_length=10)]
     available_at: Annotated[Date, about("When the next try may begin, if the job waits for one.")]
