@@ -107,6 +107,8 @@ if TYPE_CHECKING:
     from pymongo.collection import Collection
     from pymongo.database import Database
 
+    from workerkit.schemas import JobProgress, JobStatusUpdate
+
 __all__ = ["Call", "FailJob", "JobInput", "Media", "Result", "RetryJob", "handles"]  # for modules of job types
 
 # ── vocabulary ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -644,7 +646,7 @@ class Notifier:
 
     def publish_status(self, document: Mapping[str, Any], status: Status, sentence: str) -> bool:
         """Publishes a status that the document already has. False: Redis could not be reached."""
-        message = {
+        message: JobStatusUpdate = {
             "type": "job_status_update",
             "user_id": str(document.get("user_id") or ""),
             "job_id": str(document["_id"]),
@@ -660,7 +662,7 @@ class Notifier:
 
     def publish_progress(self, job: Job, sequence: int, delta: str) -> bool:
         """Publishes a piece of text. False: there is no subscriber, or Redis could not be reached."""
-        message = {
+        message: JobProgress = {
             "type": "job_progress",
             "user_id": job.user_id,
             "job_id": str(job.id),
@@ -673,7 +675,7 @@ class Notifier:
         self._next_progress_at = 0.0 if receivers else time.monotonic() + self.recheck_s
         return bool(receivers)
 
-    def _publish(self, channel: str, message: Document) -> int | None:
+    def _publish(self, channel: str, message: Mapping[str, Any]) -> int | None:
         """The number of receivers; None if Redis could not be reached."""
         try:
             receivers = int(self._redis.publish(channel, json.dumps(message, default=str)))
