@@ -1965,7 +1965,7 @@ def connect_hooks(sender: Any, **_: Any) -> None:
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Each is `command` in the module of worker_commands/ that has its name.
-COMMANDS = ("check", "demo", "health", "recover", "run", "schema", "status", "submit")
+COMMANDS = tuple("cancel check demo health jobs metrics recover report retry run schema show status submit".split())
 
 
 def load_command(name: str) -> click.Command:

@@ -33,3 +33,10 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]
 
 
 DURATION = DurationType()
+
+
+def duration_text(duration: timedelta) -> str:
+    """The duration in the same form, in its largest unit and rounded down, such as `3h`. A negative one is `0s`."""
+    fitting = [unit for unit, length in UNITS.items() if duration >= length]
+    unit = fitting[-1] if fitting else "s"
+    return f"{max(duration, timedelta(0)) // UNITS[unit]}{unit}"

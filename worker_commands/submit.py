@@ -16,13 +16,13 @@ from pymongo.errors import PyMongoError
 
 from worker import HANDLERS, Runtime, Status, app, configure
 from worker_commands.api_side import Api, Followed, Unreachable, View, fetch_file, writable_folder
+from worker_commands.selection import SHORT_NAMES
 from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, printable, say
 from workerkit.errors import Document
 from workerkit.settings import as_utf8, load_settings
 
 NO_WORKER_AFTER_S = 15.0
 NO_WORKER = "no worker seems to be running; is `python worker.py` started? (still waiting)"
-SHORT_NAMES = {"text": "text_generation", "image": "image_generation", "audio": "audio_generation"}
 
 
 class SubmitView(View):
