@@ -6,13 +6,17 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from bson import ObjectId
+from click.testing import CliRunner
 
+import worker
 from testbed.api import WorkerProcess
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
+from tests.lab import Ended, Run
 from tests.outage_lab import BrokerLab, BrokerOutage
 from tests.place import HoldingProvider, OpenPlace, opener
 from tests.site import CACHE, Site, SiteOf, open_api, worker_settings
@@ -83,6 +87,25 @@ def site(sites: SiteOf, request: pytest.FixtureRequest) -> Iterator[Site]:
     yield replace(shared, log_start=len(shared.worker.text()))
     for job in shared.api.jobs.find({"status": {"$in": ["pending", "processing"]}}, {"_id": 1}):
         shared.api.cancel(job["_id"])
+
+
+# ── commands ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def run_here(environment: dict[str, str], shared_database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs `python worker.py …` in this process, on the servers of `runtime`. Settings by keyword replace its own."""
+    monkeypatch.chdir(tmp_path)  # where there is no .env
+    own = {**environment, "DATABASE_NAME": shared_database}
+
+    def run(*arguments: object, **settings: str) -> Ended:
+        ended = CliRunner().invoke(
+            worker.main, list(map(str, arguments)), env={**own, **settings}, prog_name="worker.py"
+        )
+        assert ended.exception is None or isinstance(ended.exception, SystemExit), ended.exception
+        return Ended(ended.exit_code, ended.stdout, ended.stderr)
+
+    return run
 
 
 # ── outages ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,18 @@ class Notices:
     def statuses(self, count: int) -> list[dict[str, Any]]:
         """Waits until so many status messages have come, and returns these."""
         return self.of("job_status_update", count)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that was run in this process: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
 
 
 def gone_pid() -> int:

@@ -137,14 +137,17 @@ def find_jobs(
         yield Snapshot(document, parse_bookkeeping(document.get("worker"), now, MAX_LIMIT_S))
 
 
-def select_jobs(runtime: Runtime, selection: Selection) -> Iterator[Snapshot]:
-    """The selected jobs, the newest first. Raises StoreUnavailable.
+def newest_first(selection: Selection) -> list[tuple[str, int]]:
+    """The order in which an index gives the selected jobs, so that MongoDB need not sort documents, which may be large.
 
-    Jobs of one user are read by the index on user and time, others in the order of their ids. So MongoDB need not sort
-    documents, which may be large.
+    For jobs of one user that is the index on user and time. All others end with the ids.
     """
-    newest_first = [("created_at" if selection.user else "_id", -1)]
-    found = find_jobs(runtime, selection.query(runtime.store.now()), newest_first)
+    return [("created_at" if selection.user else "_id", -1)]
+
+
+def select_jobs(runtime: Runtime, selection: Selection) -> Iterator[Snapshot]:
+    """The selected jobs, the newest first. Raises StoreUnavailable."""
+    found = find_jobs(runtime, selection.query(runtime.store.now()), newest_first(selection))
     return filter(selection.matches, found) if selection.reason else found
 
 

@@ -146,6 +146,10 @@ ROWS: tuple[Callable[[Document, datetime], Rows], ...] = (
 )
 
 
+def rows_of(facts: Document, now: datetime) -> list[tuple[str, str]]:
+    return list(chain.from_iterable(rows(facts, now) for rows in ROWS))
+
+
 @click.command("show", short_help="Show the life of one job.")
 @click.argument("job_id", metavar="JOB", type=JOB_ID)
 @click.option("--json", "is_json", is_flag=True, help="print one JSON object")
@@ -159,4 +163,4 @@ def command(job_id: ObjectId, is_json: bool) -> None:
     if is_json:
         print(json.dumps(as_json(facts), indent=2, ensure_ascii=False))
     else:
-        print_rows(("", "the life of one job"), list(chain.from_iterable(rows(facts, now) for rows in ROWS)))
+        print_rows(("", "the life of one job"), rows_of(facts, now))
