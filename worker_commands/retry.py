@@ -70,9 +70,9 @@ Session = tuple[str, str | None]
 def session_of(job: Snapshot) -> Session | None:
     """The person and the session; None if these can't be looked for, since they aren't proper texts."""
     user, session = (job.document.get(name) for name in ("user_id", "session_id"))
-    texts = (user, session or "")
-    if all(isinstance(text, str) and "\ufffd" not in text for text in texts):
-        return str(user), session
+    texts = [user] if session is None else [user, session]
+    if all(type(text) is str and "\ufffd" not in text for text in texts):  # BSON's code is a kind of text, too
+        return cast(str, user), session
     return None
 
 
@@ -148,6 +148,7 @@ class Retry:
 
     batch = 200
     pause_s = 0.2  # an API that saw no other job before a change has inserted its own by then
+    wait = staticmethod(time.sleep)
 
     def __init__(self, runtime: Runtime, *, has_new_limits: bool = False) -> None:
         self._runtime, self._token = runtime, secrets.token_hex(8)
@@ -169,7 +170,7 @@ class Retry:
             self.left.add(CHANGED, sorted({*batch} - {job.id for job in failed}))
             changed = self._set_pending(self._without_busy(failed, BUSY))
             if changed:
-                time.sleep(self.pause_s)
+                self.wait(self.pause_s)
             jobs = self._without_busy(changed, UNDONE)
             self._set_back([job for job in changed if job not in jobs])
             for job in jobs:  # before a worker says that it has begun
