@@ -92,7 +92,8 @@ def test_a_running_job_keeps_its_owner_and_its_lease_by_which_workers_see_the_ca
     job = claim(runtime)
     before = read(runtime, job.id)["worker"]
     cancel(runtime, job.id)
-    assert before.items() <= read(runtime, job.id)["worker"].items()
+    after = read(runtime, job.id)["worker"]
+    assert {name: after.get(name) for name in before} == {**before, "message": STOPPED}
     assert runtime.store.find_cancelled() == [job.id]
     assert runtime.store.find_lost([job]) == [job]
 

@@ -14,12 +14,13 @@ import pytest
 from bson import Code, DatetimeMS, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from bson.raw_bson import RawBSONDocument
 
-from tests.lab import IMAGE, NOWHERE, TEXT, Run, ago, claim, deliver, insert, table
+from tests.lab import IMAGE, KEY, NOWHERE, TEXT, Run, ago, claim, deliver, insert, insert_text, table
 from worker import Runtime, Status
 from worker_commands.job_facts import ALL_FIELDS, as_json, facts_of
 from worker_commands.jobs import lines_of
 from worker_commands.selection import Selection, find_jobs, newest_first
 from worker_commands.show import rows_of
+from workerkit.errors import JobFailed
 
 PROMPT, SAID = "planted prompt", "planted answer"
 REFUSED_KEY = "HTTP 401 invalid_api_key: check the provider's key (TEXT_API_KEY or OPENAI_API_KEY)"
@@ -133,10 +134,18 @@ def test_show_of_a_job_that_was_put_back_has_its_former_life_alone(runtime: Runt
     assert rows["former life 2"].endswith("UTC, It isn't set up., attempts: 2")
 
 
-def test_a_cancelled_job_shows_the_cancel_and_not_what_its_attempts_met_before(runtime: Runtime, run_here: Run) -> None:
-    job_id = insert_failed(runtime, BUSY, error_message="Cancelled.", completed_at=None)
+@table(
+    "own, completed_at, by",
+    ("by the API, which writes no end", {}, None, "api"),
+    ("by an operator", {"cancelled_by": "a call"}, ago(60), "operator"),
+)
+def test_a_cancelled_job_shows_the_cancel_and_not_what_its_attempts_met_before(
+    runtime: Runtime, run_here: Run, own: dict[str, Any], completed_at: Any, by: str
+) -> None:
+    own = {"owner": None, "attempt": 1, "attempts": [BUSY], **own}
+    job_id = insert_failed(runtime, worker=own, error_message="Cancelled.", completed_at=completed_at)
     rows = rows_in(run_here("show", job_id).out)
-    assert rows["person reads"] == "Cancelled."
+    assert (rows["person reads"], rows["cancelled by"]) == ("Cancelled.", by)
     assert "reason" not in rows
     assert rows["ended"].endswith("(1m ago)")
 
@@ -355,6 +364,20 @@ def test_inputs_and_texts_arent_even_read(runtime: Runtime, run_here: Run) -> No
 
 
 # ── together ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_job_that_a_worker_has_failed_is_shown_with_the_providers_refusal(runtime: Runtime, run_here: Run) -> None:
+    job_id = insert_text(runtime, f"{PROMPT} [status 401]")
+    with pytest.raises(JobFailed):
+        deliver(runtime, job_id)
+    ended = run_here("show", job_id)
+    rows = rows_in(ended.out)
+    assert rows["reason"].startswith("OperatorFault: HTTP 401 invalid_request_error invalid_api_key")
+    assert rows["reason"].endswith("(only the operator can help)")
+    assert re.match(r"waited \d+\.\d s, ran \d+\.\d s, failed; OperatorFault: HTTP 401", rows["attempt 1"])
+    assert rows["provider"] == runtime.settings.openai_base_url
+    assert PROMPT not in ended.out
+    assert KEY not in ended.out
 
 
 def test_a_job_that_a_worker_has_done_is_shown_as_it_was(runtime: Runtime, run_here: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,7 +12,7 @@ from worker import TERMINAL_STATUSES, Status
 from worker_commands.terminal import printable
 from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document
-from workerkit.values import as_mapping, as_number, as_time
+from workerkit.values import as_mapping, as_number, as_seconds, as_time
 
 # What is read of a job. Its input and its text may be large, and so may be the URL of a file that it holds itself.
 FIELDS: Document = dict.fromkeys(("user_id", "session_id", "job_type", "status", "error_message", "worker"), 1)
@@ -40,14 +39,6 @@ def text_of(document: Mapping[str, Any], name: str) -> str:
     return on_one_line(value) if isinstance(value, str) else ""
 
 
-def seconds_of(document: Mapping[str, Any], name: str) -> float | None:
-    """A field's number, which is finite and not negative; None if it is none."""
-    value = document.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    return float(value) if math.isfinite(value) and value >= 0 else None
-
-
 def without_missing(facts: Document) -> Document:
     return {name: fact for name, fact in facts.items() if fact is not None and fact not in ("", [], {})}
 
@@ -57,33 +48,26 @@ def without_missing(facts: Document) -> Document:
 
 def attempts_of(job: Snapshot) -> list[Document]:
     """The attempts of the job's present life that have ended, the oldest first. What is unknown is left out."""
-    raw = as_mapping(job.bookkeeping.raw).get("attempts")
-    return [attempt_facts(attempt) for attempt in raw if as_mapping(attempt)] if isinstance(raw, list) else []
+    if job.status == Status.PENDING:  # those are its former life's
+        return []
+    records = [record.document() for record in job.bookkeeping.attempts]
+    return [{name: on_one_line(v) if isinstance(v, str) else v for name, v in record.items()} for record in records]
 
 
-def attempt_facts(attempt: Mapping[str, Any]) -> Document:
-    return without_missing(
-        {
-            "attempt": as_number(attempt.get("attempt")),
-            "node": text_of(attempt, "node"),
-            "ended_at": as_time(attempt.get("ended_at")),
-            "waited_s": seconds_of(attempt, "waited_s"),
-            "ran_s": seconds_of(attempt, "ran_s"),
-            **{name: text_of(attempt, name) for name in ("end", "error", "reason", "provider", "model")},
-            "is_operators": attempt.get("is_operators") is True or None,
-        }
-    )
+def cancelled_by(job: Snapshot) -> str:
+    """Who has cancelled the job: `operator`, `api`, or nobody. Each worker's own end has a time, the API's has none."""
+    if job.status != Status.FAILED:
+        return ""
+    if "cancelled_by" in as_mapping(job.bookkeeping.raw):
+        return "operator"
+    return "api" if job.document.get("completed_at") is None else ""
 
 
 def deciding_attempt(job: Snapshot) -> Document:
-    """The attempt because of which the job has failed or waits for the next one; empty if there is none.
-
-    If the last attempt of a failed job was to be followed by another one, the job was cancelled, or given up.
-    """
-    last = (attempts_of(job) or [{}])[-1]
-    has_failed = job.status == Status.FAILED and last.get("end") in ("failed", "lost")
+    """The attempt because of which the job has failed or waits for the next one; empty if there is none."""
+    has_failed = job.status == Status.FAILED and not cancelled_by(job)
     is_waiting = job.status == Status.PROCESSING and not job.bookkeeping.owner
-    return last if has_failed or is_waiting else {}
+    return (attempts_of(job) or [{}])[-1] if has_failed or is_waiting else {}
 
 
 def sentence_of(job: Snapshot) -> str:
@@ -176,7 +160,7 @@ def result_of(job: Snapshot) -> Document:
         "tokens": as_number(output.get("tokens_used")),
         **{name: as_number(output.get(name)) for name in USED[1:]},
         "resolution": text_of(output, "resolution"),
-        "duration_seconds": seconds_of(output, "duration_seconds"),
+        "duration_seconds": as_seconds(output.get("duration_seconds")),
         "format": text_of(output, "format"),
         "file": file_of(job),
     }
@@ -205,14 +189,14 @@ def summary_of(job: Snapshot, now: datetime) -> Document:
 
 def facts_of(job: Snapshot, now: datetime, max_attempts: int) -> Document:
     """What `show` says about a job. What is unknown is left out."""
-    own, is_fresh = job.bookkeeping, job.status == Status.PENDING
-    attempts = [] if is_fresh else attempts_of(job)
+    own, attempts = job.bookkeeping, attempts_of(job)
     last = attempts[-1] if attempts and job.status in TERMINAL_STATUSES else {}
     hard_s, soft_s = own.limits or (None, None)
     return without_missing(
         {
             **summary_of(job, now),
             "max_attempts": max_attempts,
+            "cancelled_by": cancelled_by(job),
             "attempts": attempts,
             **attempt_now(job, now),
             "provider": last.get("provider"),

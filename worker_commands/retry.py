@@ -50,7 +50,7 @@ from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document
 from workerkit.settings import load_settings
 
-RETRIED = "Your job is being tried again. You don't have to do anything."  # the sentence for the person
+RETRIED = "This is being tried again. You don't have to do anything."  # the sentence for the person
 ACTIVE = {"$in": [Status.PENDING.value, Status.PROCESSING.value]}
 OLDER = "a younger job of the same session is tried again instead"
 BUSY = "its session has another job that hasn't ended"
@@ -223,7 +223,7 @@ class Retry:
                     broker.send(job.id, queue, connection, **options)
                     self.unsent -= 1
         except broker.errors as error:
-            self.fault = describe(cast(Exception, error), "", self._runtime.settings.broker_url)[0]
+            self.fault = describe(cast(Exception, error), "", self._runtime.settings.broker_url, "")[0]
 
 
 def same_end(job: Snapshot) -> Document:
@@ -275,7 +275,12 @@ def retry_jobs(runtime: Runtime, plan: Plan, *, is_yes: bool, has_new_limits: bo
 @click.argument("job_ids", metavar="[JOB]...", nargs=-1, type=JOB_ID)
 @click.option("--failed", "is_failed", is_flag=True, help="all jobs that failed within --since TIME")
 @selection_options("since", "reason", "user", "type")
-@click.option("--new-limits", "has_new_limits", is_flag=True, help="with the workers' limits of time, not their former")
+@click.option(
+    "--new-limits",
+    "has_new_limits",
+    is_flag=True,
+    help="with the workers' own limits of time, not those of their former messages",
+)
 @click.option("--yes", "is_yes", is_flag=True, help="don't ask")
 def command(
     job_ids: Sequence[ObjectId], is_failed: bool, has_new_limits: bool, is_yes: bool, **conditions: Any

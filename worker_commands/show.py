@@ -131,6 +131,7 @@ def command_rows(facts: Document, now: datetime) -> Rows:
 def first_rows(facts: Document, now: datetime) -> Rows:
     yield from plain_rows(facts, id="job", type="type", status="status", sentence="person reads")
     yield from reason_rows(facts)
+    yield from plain_rows(facts, cancelled_by="cancelled by")
     yield from plain_rows(facts, user_id="user", session_id="session")
 
 
