@@ -13,6 +13,7 @@ import pymongo
 import pytest
 from bson import Code, DatetimeMS, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from bson.raw_bson import RawBSONDocument
+from click.testing import CliRunner
 
 from tests.lab import IMAGE, KEY, NOWHERE, TEXT, Run, ago, claim, deliver, insert, insert_text, table
 from worker import Runtime, Status
@@ -244,6 +245,17 @@ def test_a_wide_list_has_each_job_on_a_line_of_its_own(runtime: Runtime, run_her
     [heading, line] = run_here("jobs").out.splitlines()
     assert heading.split() == ["id", "type", "status", "age", "tries", "user", "reason"]
     assert line.split(maxsplit=6) == [str(job_id), TEXT, "failed", "1m", "2", "user-1", REFUSED_KEY]
+
+
+@pytest.mark.parametrize("name", ["jobs", "show", "retry", "cancel"])
+def test_a_terminal_that_knows_ascii_alone_gets_plain_characters(
+    runtime: Runtime, run_here: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(CliRunner.__init__, "__defaults__", ("ascii", *(CliRunner.__init__.__defaults__ or ())[1:]))
+    job_id = insert(runtime, status="completed", error_message="No.", job_type="“naïve” … 日")
+    ended = run_here(name, *([] if name == "jobs" else [job_id]))
+    assert (ended.code, ended.out.isascii()) == (int(name in ("retry", "cancel")), True)
+    assert ('"naive" ... ?' in ended.out) is (name in ("jobs", "show"))
 
 
 # ── every index ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -96,7 +96,7 @@ class Cancel:
         self._runtime, self._token, self._statuses = runtime, secrets.token_hex(8), list(statuses)
         self._publisher = Publisher(runtime.notifier)
         self.left = Left()
-        self.cancelled = self.in_doubt = 0
+        self.begun = self.cancelled = self.in_doubt = 0
 
     @property
     def unpublished(self) -> int:
@@ -105,7 +105,7 @@ class Cancel:
     def cancel(self, job_ids: Sequence[ObjectId], progress: Progress) -> None:
         """Cancels those of these jobs that still have one of the statuses. Raises StoreUnavailable."""
         for batch in in_batches(job_ids, self.batch):
-            self.in_doubt = len(batch)
+            self.begun, self.in_doubt = self.begun + len(batch), len(batch)
             jobs = read_jobs(self._runtime, batch, status={"$in": self._statuses})
             self.left.add(CHANGED, sorted({*batch} - {job.id for job in jobs}))
             ended = self._fail(jobs)
@@ -152,7 +152,7 @@ def report(cancel: Cancel, plan: Plan) -> bool:
     print(f"{jobs_text(cancel.cancelled)} cancelled.", *cancel.left.lines(), sep="\n", flush=True)
     if cancel.in_doubt:
         say(f"Of the last {cancel.in_doubt} it isn't known whether they were cancelled. {TOLD_LATER}")
-    if untried := len(plan.job_ids) - cancel.cancelled - cancel.left.counts.total() - cancel.in_doubt:
+    if untried := len(plan.job_ids) - cancel.begun:
         say(f"{jobs_text(untried)} not tried: as before. Call it again.")
     if cancel.unpublished:
         say(f"Redis can't be reached: {jobs_text(cancel.unpublished)} ended without a notice. {TOLD_LATER}")

@@ -65,9 +65,7 @@ def lines_of(jobs: Sequence[Document], width: int) -> list[str]:
 
 
 def print_jobs(jobs: Sequence[Document], is_cut: bool) -> None:
-    console = open_console()
-    for line in lines_of(jobs, console.width) if jobs else ["no jobs"]:
-        print(line.encode(console.encoding, "plain").decode(console.encoding))
+    print(*(lines_of(jobs, open_console().width) if jobs else ["no jobs"]), sep="\n")
     if is_cut:
         say(f"The {len(jobs)} newest are shown. There are more: --limit {min(10 * len(jobs), MAX_LIMIT)} shows these.")
 

@@ -156,7 +156,7 @@ class Retry:
         self._pending = {"status": Status.PENDING.value, "worker.retried_by": self._token}
         self._publisher = Publisher(runtime.notifier)
         self.left, self.fault = Left(), ""  # the fault is the broker's
-        self.retried = self.unsent = self.in_doubt = 0
+        self.begun = self.retried = self.unsent = self.in_doubt = 0
 
     @property
     def unpublished(self) -> int:
@@ -165,14 +165,15 @@ class Retry:
     def retry(self, job_ids: Sequence[ObjectId], progress: Progress) -> None:
         """Retries these jobs, until the broker doesn't take a message. Raises StoreUnavailable."""
         for batch in in_batches(job_ids, self.batch):
-            self.in_doubt = len(batch)
+            self.begun, self.in_doubt = self.begun + len(batch), len(batch)
             failed = read_jobs(self._runtime, batch, status=Status.FAILED.value)
             self.left.add(CHANGED, sorted({*batch} - {job.id for job in failed}))
             changed = self._set_pending(self._without_busy(failed, BUSY))
             if changed:
                 self.wait(self.pause_s)
             jobs = self._without_busy(changed, UNDONE)
-            self._set_back([job for job in changed if job not in jobs])
+            staying = {job.id for job in jobs}
+            self._set_back([job for job in changed if job.id not in staying])
             for job in jobs:  # before a worker says that it has begun
                 self._publisher.publish(job.document, Status.PENDING, RETRIED)
             self.in_doubt = 0
@@ -253,7 +254,7 @@ def report(retry: Retry, plan: Plan) -> bool:
         say(f"{jobs_text(retry.unsent)} of these without a message{reason}: pending. {LATER}")
     if retry.in_doubt:
         say(f"Of the last {retry.in_doubt} it isn't known whether they were put back. If so, they are pending. {LATER}")
-    if untried := len(plan.job_ids) - retry.retried - retry.left.counts.total() - retry.in_doubt:
+    if untried := len(plan.job_ids) - retry.begun:
         say(f"{jobs_text(untried)} not tried: as before. Call it again.")
     if retry.unpublished:
         say(f"Redis can't be reached: {jobs_text(retry.unpublished)} go on without a notice, until they begin.")
