@@ -136,15 +136,15 @@ def test_show_of_a_job_that_was_put_back_has_its_former_life_alone(runtime: Runt
 
 
 @table(
-    "own, completed_at, by",
-    ("by the API, which writes no end", {}, None, "api"),
-    ("by an operator", {"cancelled_by": "a call"}, ago(60), "operator"),
+    "own, has_end, by",
+    ("by the API, which writes no end", {}, False, "api"),
+    ("by an operator", {"cancelled_by": "a call"}, True, "operator"),
 )
 def test_a_cancelled_job_shows_the_cancel_and_not_what_its_attempts_met_before(
-    runtime: Runtime, run_here: Run, own: dict[str, Any], completed_at: Any, by: str
+    runtime: Runtime, run_here: Run, own: dict[str, Any], has_end: bool, by: str
 ) -> None:
     own = {"owner": None, "attempt": 1, "attempts": [BUSY], **own}
-    job_id = insert_failed(runtime, worker=own, error_message="Cancelled.", completed_at=completed_at)
+    job_id = insert_failed(runtime, worker=own, error_message="Cancelled.", completed_at=ago(60) if has_end else None)
     rows = rows_in(run_here("show", job_id).out)
     assert (rows["person reads"], rows["cancelled by"]) == ("Cancelled.", by)
     assert "reason" not in rows

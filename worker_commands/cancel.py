@@ -110,8 +110,8 @@ class Cancel:
             self.left.add(CHANGED, sorted({*batch} - {job.id for job in jobs}))
             ended = self._fail(jobs)
             self.cancelled, self.in_doubt = self.cancelled + len(ended), 0
-            self._runtime.notes.forget_cancelled(self._runtime.turns.queues())
             published = [document for document in ended if self._publisher.publish(document, Status.FAILED, STOPPED)]
+            self._runtime.notes.forget_cancelled(self._runtime.turns.queues())
             self._runtime.store.mark_notified([(document["_id"], owner_of(document)) for document in published])
             progress.add(len(batch))
 
