@@ -1965,7 +1965,24 @@ def connect_hooks(sender: Any, **_: Any) -> None:
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Each is `command` in the module of worker_commands/ that has its name.
-COMMANDS = tuple("cancel check demo health jobs metrics recover report retry run schema show status submit".split())
+COMMANDS = tuple(
+    [
+        "cancel",
+        "check",
+        "demo",
+        "health",
+        "jobs",
+        "metrics",
+        "recover",
+        "report",
+        "retry",
+        "run",
+        "schema",
+        "show",
+        "status",
+        "submit",
+    ]
+)
 
 
 def load_command(name: str) -> click.Command:

@@ -48,7 +48,6 @@ from worker_commands.retry import (
     BUSY,
     ODD,
     OLDER,
-    RETRIED,
     STOPPING,
     UNDONE,
     Retry,
@@ -63,6 +62,7 @@ from workerkit.errors import JobFailed, StoreUnavailable
 from workerkit.lost_messages import LostMessages
 from workerkit.messages import describe_delivery
 from workerkit.notes import REVOKED, RevokedTask
+from workerkit.sentences import RETRIED
 
 FAILED = Selection(("failed",))
 Meanwhile = Callable[[Callable[[], object]], None]

@@ -48,9 +48,9 @@ from worker_commands.selection import (
 from worker_commands.terminal import EXIT_FAILED, say
 from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document
+from workerkit.sentences import RETRIED
 from workerkit.settings import load_settings
 
-RETRIED = "This is being tried again. You don't have to do anything."  # the sentence for the person
 ACTIVE = {"$in": [Status.PENDING.value, Status.PROCESSING.value]}
 OLDER = "a younger job of the same session is tried again instead"
 BUSY = "its session has another job that hasn't ended"

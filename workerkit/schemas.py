@@ -124,6 +124,8 @@ class Bookkeeping(TypedDict, total=False):
     rescue_at: Date
     rescues: Count
     released_by: str
+    retried_by: str
+    cancelled_by: str
     unnotified: Date
 
 

@@ -18,6 +18,7 @@ BROKE_OFF = "The AI service stopped in the middle"
 STARTING = "The AI model is starting"
 NOT_STORED = "The result can't be saved at the moment"
 RESTARTING = "This was interrupted by a restart. It goes on in a moment."
+RETRIED = "This is being tried again. You don't have to do anything."
 GOES_ON = "This was interrupted. It goes on as soon as possible."
 
 # At its end
