@@ -23,7 +23,6 @@ if __name__ == "__main__":  # before the imports that take most of a second
 import asyncio
 import contextlib
 import gc
-import importlib
 import itertools
 import json
 import logging
@@ -40,7 +39,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import pymongo
@@ -57,6 +56,7 @@ from workerkit.attempts import AttemptRecord, end_of, in_words, output_of, usage
 from workerkit.bookkeeping import INDEXES, Snapshot, first_attempt, kept_attempts, owner_of, parse_bookkeeping, waiting
 from workerkit.broker import Broker, ExistingQueue, JobAMQP, JobRequest, child_pids, transport_options, waiting_queue
 from workerkit.chores import Chores
+from workerkit.commands import LazyGroup
 from workerkit.errors import (
     ArtifactsUnavailable,
     Document,
@@ -1965,41 +1965,19 @@ def connect_hooks(sender: Any, **_: Any) -> None:
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Each is `command` in the module of worker_commands/ that has its name.
-COMMANDS = tuple(
-    [
-        "cancel",
-        "check",
-        "demo",
-        "health",
-        "jobs",
-        "metrics",
-        "recover",
-        "report",
-        "retry",
-        "run",
-        "schema",
-        "show",
-        "status",
-        "submit",
-    ]
+COMMANDS = (
+    *("cancel", "check", "demo", "health", "jobs", "metrics", "recover"),
+    *("report", "retry", "run", "schema", "show", "status", "submit"),
 )
 
 
-def load_command(name: str) -> click.Command:
-    return cast(click.Command, importlib.import_module(f"worker_commands.{name}").command)
-
-
-class CommandGroup(click.Group):
-    """Imports a command's module only when the command is asked for."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return sorted([*super().list_commands(context), *COMMANDS])
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        return load_command(name) if name in COMMANDS else super().get_command(context, name)
-
-
-@click.group(cls=CommandGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    package="worker_commands",
+    names=COMMANDS,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__)
 @click.pass_context
 def main(context: click.Context) -> None:
@@ -2008,8 +1986,8 @@ def main(context: click.Context) -> None:
     Without a command it runs the worker. Settings come from the environment and from .env.
     """
     write_any_character()
-    if context.invoked_subcommand is None:
-        context.invoke(load_command("run"))
+    if context.invoked_subcommand is None and (run_worker := main.get_command(context, "run")):
+        context.invoke(run_worker)
 
 
 if __name__ == "__main__":
