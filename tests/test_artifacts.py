@@ -1,8 +1,7 @@
-"""Where files go: GridFS, a folder, S3 and the URL itself; what an attempt deletes; the API's route."""
+"""Where files go: GridFS, a folder, S3 and the URL itself; what an attempt deletes."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import errno
 import mimetypes
@@ -14,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import gridfs
-import httpx
 import pymongo
 import pytest
 from bson import ObjectId
-from fastapi import FastAPI
 from pymongo.database import Database
 
-from examples.artifact_route import add_artifacts
 from testbed.processes import free_port
 from testbed.servers import MongoServer
 from tests.lab import NOWHERE, PNG, bare_settings, claim, some_job, table
@@ -179,35 +175,6 @@ def test_a_half_stored_file_in_gridfs_has_a_name_and_can_be_deleted(half_stored:
     assert list(half_stored.names("a")) == ["a.png"]
     half_stored.delete("a.png")
     assert list(half_stored.names("a")) == []
-
-
-@pytest.fixture
-def served(database: Documents) -> Callable[[str], httpx.Response]:
-    """Gets a path from an API that has the example's route."""
-    add_artifacts(app := FastAPI(), database)
-
-    async def get(path: str) -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as client:
-            return await client.get(path)
-
-    return lambda path: asyncio.run(get(path))
-
-
-def test_the_examples_route_serves_a_picture_from_gridfs(
-    database: Documents, served: Callable[[str], httpx.Response]
-) -> None:
-    answer = served(open_store(lambda: database).publish("a.png", PNG))
-    assert (answer.status_code, answer.content) == (200, PNG)
-    assert answer.headers["content-type"] == "image/png"
-    assert answer.headers["x-content-type-options"] == "nosniff"
-
-
-@table("name", ("no such file", "x.png"), ("an operator is a name like any other", '{"$ne":1}'))
-def test_the_examples_route_answers_404_for_what_is_not_there(
-    database: Documents, served: Callable[[str], httpx.Response], name: str
-) -> None:
-    open_store(lambda: database).publish("a.png", PNG)
-    assert served(f"/artifacts/{name}").status_code == 404
 
 
 # ── a folder ─────────────────────────────────────────────────────────────────────────────────────────────────────
