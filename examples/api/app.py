@@ -1,0 +1,87 @@
+"""The example's routes: a page, the jobs of the person who looks at it, their live updates and their files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import uuid4
+
+from celery import Celery
+from fastapi import Cookie, Depends, FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from pymongo.database import Database
+from pymongo.errors import PyMongoError
+
+from examples.api.jobs import Document, Jobs, Owner
+from examples.api.live import Live
+from examples.artifact_route import add_artifacts
+
+USER_ID = "example-user"  # an API with logins has the person's id here
+PAGE = Path(__file__).with_name("page.html")
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second one for nginx
+
+
+class NewJob(BaseModel):
+    job_type: str
+    input_data: Document
+
+
+def owner(session: Annotated[str, Cookie(min_length=32, max_length=32)]) -> Owner:
+    """Whose jobs a request is about: the page has set a cookie with its session."""
+    return {"user_id": USER_ID, "session_id": session}
+
+
+Whose = Annotated[Owner, Depends(owner)]
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    listening = asyncio.create_task(app.state.live.listen())
+    yield
+    listening.cancel()
+
+
+async def without_database(_: Request, __: Exception) -> Response:
+    return JSONResponse({"detail": "The database can't be reached. Please try again in a minute."}, 503)
+
+
+def create_app(database: Database[Document], redis_url: str, celery: Celery, queue: str) -> FastAPI:
+    """The app. Call `app.state.live.end()` before a shutdown, or the server waits for pages that are open."""
+    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan, exception_handlers={PyMongoError: without_database})
+    jobs = Jobs(database, celery, queue)
+    live = app.state.live = Live(redis_url, jobs.newest)
+    add_artifacts(app, database)
+
+    async def change(owner: Owner, method: Any, *arguments: Any) -> None:
+        await run_in_threadpool(method, owner, *arguments)  # it waits for servers
+        live.wake(owner)
+
+    @app.get("/")
+    def page(session: Annotated[str | None, Cookie()] = None) -> Response:
+        response = FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+        if session is None:  # behind TLS, add secure=True
+            response.set_cookie("session", uuid4().hex, httponly=True, samesite="strict")
+        return response
+
+    @app.get("/api/events")
+    def events(whose: Whose) -> Response:
+        return StreamingResponse(live.stream(whose), headers=STREAM_HEADERS, media_type="text/event-stream")
+
+    @app.post("/api/jobs", status_code=204)
+    async def submit(whose: Whose, job: NewJob) -> None:
+        await change(whose, jobs.submit, job.job_type, job.input_data)
+
+    @app.post("/api/jobs/{job_id}/cancel", status_code=204)
+    async def cancel(whose: Whose, job_id: str) -> None:
+        await change(whose, jobs.cancel, job_id)
+
+    @app.post("/api/jobs/{job_id}/retry", status_code=204)
+    async def retry(whose: Whose, job_id: str) -> None:
+        await change(whose, jobs.retry, job_id)
+
+    return app
