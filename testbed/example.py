@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from testbed.browser import Page
+from PIL import Image
+
+from testbed.browser import Browser, Page
 from testbed.processes import LOOPBACK, SOURCE, ServerFailed, free_port, poll, spawn
 
 START_S: Final = 60.0
 STOP_S: Final = 20.0
 PICTURE: Final = SOURCE / "docs" / "example.png"
 KINDS: Final = {"Text": "text_generation", "Picture": "image_generation", "Sound": "audio_generation"}
-COLOURS: Final = 96  # a picture of so many is a third as large, and looks the same
+HEIGHT: Final = 1000
+WIDE, NARROW = 600, 390
+FLAT_COLOURS, OTHER_COLOURS = 96, 160  # a picture of so many is half as large, and looks the same
 
 
 class Example:
@@ -74,3 +81,56 @@ def submit(page: Page, kind: str, words: str) -> None:
     page.click(f"fieldset label:has([value={KINDS[kind]}])")
     page.write("textarea", words)
     page.click("form button")
+
+
+def show_text_and_sound(page: Page) -> bytes:
+    """Return a picture of a page with a sound, above which a text grows."""
+    submit(page, "Sound", "What goes in comes out again, exactly once.")
+    page.wait("document.querySelector('article audio')?.duration")
+    submit(page, "Text", "What happens to a job in a queue?")
+    page.wait("document.querySelector('article .text').textContent.length > 230")
+    return page.screenshot()
+
+
+def show_picture(page: Page) -> bytes:
+    """Return a picture of a page with a picture, on a narrow screen in the dark."""
+    page.prefer("dark")
+    submit(page, "Picture", "A quiet lake under the mountains at sunset")
+    page.wait("document.querySelector('article img')?.naturalWidth")
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    return page.screenshot()
+
+
+def with_fewer_colours(picture: Image.Image) -> Image.Image:
+    """Return the picture with a palette. The most frequent colours, of which all areas are, stay as they are."""
+    values = picture.tobytes()
+    frequent = Counter(zip(values[::3], values[1::3], values[2::3], strict=True)).most_common(FLAT_COLOURS)
+    others = picture.quantize(OTHER_COLOURS, Image.Quantize.FASTOCTREE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*(value for colour, _ in frequent for value in colour), *others])
+    return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+
+
+def draw() -> Image.Image:
+    """Return both pictures side by side, as the example makes them by the offline stand-in."""
+    offline = {"OPENAI_API_KEY": "", "OPENAI_BASE_URL": ""}
+    with tempfile.TemporaryDirectory() as folder, Example(Path(folder), environment=offline) as example:
+        with Browser() as browser:
+            with browser.page(example.url, WIDE, HEIGHT) as page:
+                wide = show_text_and_sound(page)
+            with browser.page(example.url, NARROW, HEIGHT) as page:
+                narrow = show_picture(page)
+    drawn = Image.new("RGB", (WIDE + NARROW, HEIGHT))
+    for data, left in ((wide, 0), (narrow, WIDE)):
+        drawn.paste(Image.open(io.BytesIO(data)), (left, 0))
+    return with_fewer_colours(drawn)
+
+
+def main() -> None:
+    """Write the picture."""
+    draw().save(PICTURE, optimize=True)
+    print(PICTURE, f"{PICTURE.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
 from tests.lab import table
 from tests.site import open_api, skipping_outside_ci, worker_settings
+from workerkit import sentences
 
 PATIENCE_S = 60.0
 SLOW = "[tokens 60] [pace 0.05]"  # three seconds
@@ -171,7 +172,7 @@ def test_texts_are_shown_as_texts_whatever_they_hold(page: Page) -> None:
 def test_a_failed_job_shows_its_sentence(stage: Stage, page: Page) -> None:
     submit(page, "Text", "Hello [status 400]")
     wait_status(page, "failed")
-    assert page.text(".sentence") == newest_job(stage, page)["error_message"] == "The provider refused this request."
+    assert page.text(".sentence") == newest_job(stage, page)["error_message"] == sentences.REFUSED
     assert (shown(page, "article .retry"), shown(page, "article .cancel")) == (True, False)
 
 
@@ -255,18 +256,19 @@ def test_a_reload_after_the_end_shows_the_results(page: Page) -> None:
     assert page.evaluate("[...document.querySelectorAll('.text')].map(e => e.textContent)") == ["", "Hello yourself"]
 
 
-def test_a_reload_while_a_job_waits_for_its_next_try_shows_why(stage: Stage, page: Page) -> None:
-    submit(page, "Text", "Hello [status 429 retry-after=900]")
-    wait_status(page, "failed")
-    sentence = page.text(".sentence")
-    assert re.fullmatch(r"The provider is busy. Please try again after .*UTC\.", sentence)
+def test_a_reload_while_a_job_waits_for_its_next_try_shows_why_it_waits(stage: Stage, page: Page) -> None:
+    submit(page, "Text", f"Hello {ObjectId()} [status 429 retry-after=5 times=1] [say Hello yourself]")
+    waiting = r"The AI service is busy; trying again in \d s \(2 of 4\)\."
+    poll(lambda: re.fullmatch(waiting, page.text(".sentence")), PATIENCE_S, description="why it waits is shown")
     page.reload()
-    wait_status(page, "failed")
-    assert page.text(".sentence") == sentence
+    poll(lambda: status(page), PATIENCE_S, description="the job is shown")
+    assert re.fullmatch(waiting, page.text(".sentence"))
+    wait_status(page, "completed")
+    assert page.text(".text") == "Hello yourself"
 
 
 def test_an_open_page_goes_on_after_a_restart_of_the_api(stage: Stage, page: Page) -> None:
-    submit(page, "Text", "A story [tokens 120] [pace 0.1]")
+    submit(page, "Text", "A story [tokens 100] [pace 0.1]")
     wait_words(page, 5)
     stage.example.kill()
     page.wait("!document.querySelector('#connection').hidden")

@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,7 +22,7 @@ from fastapi.testclient import TestClient
 
 from examples.api import live as live_module
 from examples.api.app import USER_ID, create_app
-from examples.api.jobs import BUSY, CANCELLED, shown
+from examples.api.jobs import BUSY, CANCELLED, Jobs, shown
 from examples.api.live import Live
 from testbed.api import PROGRESS_CHANNEL, STATUS_CHANNEL, TASK_NAME, Api, message_of
 from testbed.servers import RedisServer
@@ -137,6 +138,18 @@ def test_of_requests_at_the_same_time_one_goes_on_at_most(api: Api, new_person: 
         accepted = [answer for answer in answers if answer.status_code == 204]
         assert {sentence(answer) for answer in answers if answer not in accepted} <= {(409, BUSY)}
         assert len(accepted) == len(jobs_of(api, person)) == len(messages(api)) - sent_before <= 1
+
+
+def test_an_index_of_the_database_may_keep_that_rule_too(
+    api: Api, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = {"status": {"$in": ["pending", "processing"]}}
+    api.jobs.create_index({"user_id": 1, "session_id": 1}, unique=True, partialFilterExpression=active)
+    monkeypatch.setattr(Jobs, "_check_free", lambda *_: None)  # as for a request that comes at the same moment
+    ended = insert(api, person, status="failed")
+    assert person.submit().status_code == 204
+    assert sentence(person.submit()) == sentence(person.post(f"/{ended}/retry")) == (409, BUSY)
+    assert (len(jobs_of(api, person)), api.status(ended), len(messages(api))) == (2, "failed", 1)
 
 
 @pytest.mark.parametrize("status", ["pending", "processing"])
@@ -375,6 +388,30 @@ def test_a_new_attempt_begins_the_text_anew(fake_redis_url: str) -> None:
         stage.write("a", 2, 0, "A whole ")
         stage.write("a", 2, 1, "text")
         await until(lambda: page.texts["a"] == "A whole text")
+
+    play(fake_redis_url, scene)
+
+
+def test_a_piece_that_comes_again_with_more_in_it_takes_the_place_of_the_first(fake_redis_url: str) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.set_status("a", "processing")
+        page = stage.open_page()
+        pieces = [(0, "One "), (0, "One two "), (1, "three "), (1, "three "), (1, "three four "), (2, "five")]
+        for sequence, piece in pieces:
+            stage.write("a", 1, sequence, piece)
+            await until(partial(lambda end: page.texts.get("a", "").endswith(end), piece))
+        assert page.texts["a"] == "One two three four five"
+
+    play(fake_redis_url, scene)
+
+
+def test_an_attempt_that_begins_anew_under_its_number_takes_the_place_of_the_first(fake_redis_url: str) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.set_status("a", "processing")
+        page = stage.open_page()
+        for sequence, piece in ((0, "One "), (1, "two "), (0, "Uno "), (1, "dos")):
+            stage.write("a", 1, sequence, piece)
+        await until(lambda: page.texts.get("a") == "Uno dos")
 
     play(fake_redis_url, scene)
 

@@ -15,9 +15,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from pymongo.database import Database
-from pymongo.errors import PyMongoError
+from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from examples.api.jobs import Document, Jobs, Owner
+from examples.api.jobs import BUSY, Document, Jobs, Owner
 from examples.api.live import Live
 from examples.artifact_route import add_artifacts
 
@@ -46,13 +46,15 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     listening.cancel()
 
 
-async def without_database(_: Request, __: Exception) -> Response:
+async def on_database_error(_: Request, error: Exception) -> Response:
+    if isinstance(error, DuplicateKeyError):  # of an index that allows a session one active job
+        return JSONResponse({"detail": BUSY}, 409)
     return JSONResponse({"detail": "The database can't be reached. Please try again in a minute."}, 503)
 
 
 def create_app(database: Database[Document], redis_url: str, celery: Celery, queue: str) -> FastAPI:
     """The app. Call `app.state.live.end()` before a shutdown, or the server waits for pages that are open."""
-    app = FastAPI(docs_url=None, redoc_url=None, lifespan=lifespan, exception_handlers={PyMongoError: without_database})
+    app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers={PyMongoError: on_database_error})
     jobs = Jobs(database, celery, queue)
     live = app.state.live = Live(redis_url, jobs.newest)
     add_artifacts(app, database)

@@ -25,11 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Text:
-    """What an attempt has written so far, in so many pieces."""
+    """What an attempt has written so far."""
 
     attempt: int = 0
-    pieces: int = 0
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "".join(self.pieces)
 
 
 NOTHING = Text()
@@ -60,10 +62,10 @@ class Page:
         """The events with those parts of running jobs' texts that it was not sent."""
         for job_id in [job_id for job_id, job in (self.jobs or {}).items() if job["status"] == "processing"]:
             text, (known, length) = texts.get(job_id, NOTHING), self.texts.get(job_id, (NOTHING, 0))
-            start = length if text is known else 0
-            if text is not known or len(text.text) > length:
-                self.texts[job_id] = text, len(text.text)
-                yield event("text", {"id": job_id, "text": text.text[start:], "begins": start == 0})
+            whole, start = str(text), length if text is known else 0
+            if text is not known or len(whole) > length:
+                self.texts[job_id] = text, len(whole)
+                yield event("text", {"id": job_id, "text": whole[start:], "begins": start == 0})
 
 
 class Live:
@@ -108,10 +110,12 @@ class Live:
     def _add(self, job_id: str, attempt: int, sequence: int, delta: str) -> None:
         """Adds a piece of text. They are numbered from 0 in each attempt. Behind a gap nothing is added."""
         text = self._texts.get(job_id, NOTHING)
-        if sequence == 0:
-            self._texts[job_id] = Text(attempt, 1, delta)
-        elif (attempt, sequence) == (text.attempt, text.pieces):
-            text.text, text.pieces = text.text + delta, text.pieces + 1
+        last = len(text.pieces) - 1
+        if sequence == 0 and attempt >= text.attempt:
+            self._texts[job_id] = Text(attempt, [delta])
+        elif attempt == text.attempt and sequence in (last, last + 1):
+            # The last piece comes again, with more in it, if the worker can't know that it was received.
+            text.pieces[sequence:] = [delta]
         while len(self._texts) > KEPT_TEXTS:
             del self._texts[next(iter(self._texts))]
 
