@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ PATIENCE_S = 60.0
 SLOW = "[tokens 60] [pace 0.05]"  # three seconds
 ENDLESS = "[tokens 900] [pace 0.1]"
 
-pytestmark = pytest.mark.timeout(300)  # a browser on a busy machine
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]  # a browser takes its time on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,7 @@ def test_a_reload_while_a_job_waits_for_its_next_try_shows_why_it_waits(stage: S
     assert page.text(".text") == "Hello yourself"
 
 
+@pytest.mark.slow
 def test_an_open_page_goes_on_after_a_restart_of_the_api(stage: Stage, page: Page) -> None:
     submit(page, "Text", "A story [tokens 100] [pace 0.1]")
     wait_words(page, 5)
@@ -333,10 +335,8 @@ def test_each_control_has_a_name_for_those_who_cant_see_it(failed_page: Page) ->
 # ── in one process ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_all_of_it_runs_in_one_process_without_servers(
-    browser: Browser, running_provider: Provider, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    with Example(tmp_path_factory.mktemp("example")) as example:
+def test_all_of_it_runs_in_one_process_without_servers(browser: Browser, tmp_path: Path) -> None:
+    with Example(tmp_path) as example:
         with browser.page(example.url) as page:
             page.evaluate(WATCH)
             submit(page, "Text", "A story about a lighthouse")

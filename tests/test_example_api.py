@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import json
 import random
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,9 +30,10 @@ from examples.api.app import USER_ID, create_app
 from examples.api.jobs import BUSY, CANCELLED, Jobs, shown
 from examples.api.live import Live
 from testbed.api import PROGRESS_CHANNEL, STATUS_CHANNEL, TASK_NAME, Api, message_of
+from testbed.processes import SOURCE
 from testbed.servers import RedisServer
-from tests.lab import AUDIO, IMAGE, NOWHERE, TEXT, table
-from tests.site import running
+from tests.lab import AUDIO, IMAGE, NOWHERE, SECRET, TEXT, table
+from tests.site import run_python, running
 
 Document = dict[str, Any]
 SOME_JOB = {"job_type": TEXT, "input_data": {"prompt": "Hello"}}
@@ -254,6 +260,47 @@ def test_without_a_session_nothing_is_answered(api: Api) -> None:
     client = TestClient(create_app(api.database, api.redis_url, api.celery, api.queue))
     assert client.post("/api/jobs", json=SOME_JOB).status_code == 422
     assert client.get("/api/events").status_code == 422
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_example(environment: dict[str, str], folder: Path, *options: str) -> tuple[int, str]:
+    """Runs `python -m examples.api`, which ends at once with a fault."""
+    ended = run_python(environment, folder, "-m", "examples.api", *options)
+    assert "Traceback" not in ended.stderr
+    return ended.returncode, ended.stderr
+
+
+@table(
+    "variable, url, code, named",
+    ("MongoDB is away", "MONGODB_URL", f"mongodb://u:{SECRET}@{NOWHERE}/x", 1, "MongoDB can't be reached"),
+    ("Redis is away", "REDIS_URL", f"redis://:{SECRET}@{NOWHERE}/0", 1, "Redis can't be reached"),
+    ("it isn't a URL", "MONGODB_URL", SECRET, 2, "MONGODB_URL"),
+)
+def test_a_server_that_is_away_is_named_without_its_password(
+    environment: dict[str, str], tmp_path: Path, variable: str, url: str, code: int, named: str
+) -> None:
+    variables = {**environment, variable: url}
+    exit_code, errors = run_example(variables, tmp_path, "--servers", "--port", "0")
+    assert (exit_code, named in errors, variable in errors, SECRET in errors) == (code, True, True, False)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        exit_code, errors = run_example({}, tmp_path, "--port", port)
+    assert (exit_code, f"port {port}: Address already in use. See --host and --port." in errors) == (1, True)
+
+
+def test_the_api_itself_imports_no_code_of_the_worker() -> None:
+    """Everything but the command that starts it: it is what is copied."""
+    names = [path.stem for path in (SOURCE / "examples" / "api").glob("*.py") if path.stem != "__main__"]
+    imports = "".join(f"import examples.api.{name}\n" for name in names if name != "__init__")
+    look = f"import sys\n{imports}print({{name.partition('.')[0] for name in sys.modules}})"
+    ended = subprocess.run([sys.executable, "-c", look], cwd=SOURCE, capture_output=True, text=True, check=True)
+    assert "examples" in ended.stdout
+    assert not {"worker", "workerkit", "worker_commands"} & ast.literal_eval(ended.stdout)
 
 
 # ── what a page shows ────────────────────────────────────────────────────────────────────────────────────────────

@@ -79,8 +79,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise click.ClickException(f"can't listen on {host} port {port}: {reason}. See --host and --port.") from None
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
+        raise click.ClickException(f"can't listen on {host}, port {port}: {reason}. See --host and --port.") from None
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:

@@ -19,7 +19,7 @@ Owner = dict[str, str]  # of a job: its `user_id` and `session_id`
 
 TASK_NAME = "src.infrastructure.queue.tasks.process_job"
 ACTIVE, ENDED = ["pending", "processing"], ["completed", "failed"]
-SHOWN, MAX_PROMPT = 5, 500
+SHOWN, MAX_PROMPT = 5, 200
 BUSY = "One job at a time: please wait until your running job has ended, or cancel it."
 CANCELLED = "You have cancelled this."
 SENTENCES = {"pending": "Waiting for its turn.", "processing": "In progress.", "completed": "Your result is ready."}
@@ -97,9 +97,10 @@ def shown(job: Document) -> Document:
     status, inputs, written = job["status"], job["input_data"], job.get("worker")
     sentence = written.get("message") if isinstance(written, dict) and status != "pending" else None
     sentence = job["error_message"] if status == "failed" else sentence
+    prompt = str(inputs.get("prompt") or inputs.get("text") or "")
     return {
         "id": str(job["_id"]),
         "sentence": sentence or SENTENCES.get(status, "This has failed."),
-        "prompt": str(inputs.get("prompt") or inputs.get("text") or "")[:MAX_PROMPT],
+        "prompt": prompt if len(prompt) <= MAX_PROMPT else f"{prompt[: MAX_PROMPT - 1]}…",
         **{name: job[name] for name in ("job_type", "status", "output_data")},
     }

@@ -101,7 +101,7 @@ class Live:
             message = json.loads(data)
             owner, job_id = {name: message[name] for name in ("user_id", "session_id")}, message["job_id"]
             if message["type"] == "job_progress":
-                self._add(job_id, message["attempt"], message["sequence"], message["delta"])
+                self._add(job_id, int(message["attempt"]), int(message["sequence"]), str(message["delta"]))
                 self.wake(owner, must_read=False)
             elif message["type"] == "job_status_update":
                 self._texts.pop(job_id, None)  # an attempt begins or has ended
