@@ -4,7 +4,7 @@ BIN := .venv/bin/
 PIP := $(BIN)pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench ci upgrade
+.PHONY: help demo example test test-fast lint bench ci upgrade
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,6 +20,10 @@ help: ## list the targets
 
 demo: .venv/run ## one job of each type through a real worker, with no server and no key
 	$(BIN)python worker.py demo
+
+example: .venv/run ## an API with a page in front of the worker, with no server and no key
+	$(PIP) -r examples/api/requirements.txt
+	$(BIN)python -m examples.api
 
 test: .venv/dev ## all tests, on real servers that come out of Python packages
 	$(BIN)pytest

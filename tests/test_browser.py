@@ -97,7 +97,7 @@ def wait_words(page: Page, count: int = 1) -> str:
 
 def newest_job(stage: Stage, page: Page) -> dict[str, Any]:
     """The document of the page's newest job."""
-    [cookie] = [each for each in page.cookies() if each["name"] == "session"]
+    [cookie] = [each for each in page.cookies() if each["name"] == "example_session"]
     [job] = stage.api.jobs.find({"user_id": USER_ID, "session_id": cookie["value"]}).sort("_id", -1).limit(1)
     return dict(job)
 

@@ -49,7 +49,7 @@ class Person:
     def __init__(self, app: Any) -> None:
         self._client = TestClient(app, raise_server_exceptions=False)
         self._client.get("/")
-        self.owner = {"user_id": USER_ID, "session_id": self._client.cookies["session"]}
+        self.owner = {"user_id": USER_ID, "session_id": self._client.cookies["example_session"]}
 
     def post(self, path: str, body: object = None) -> Any:
         headers = {"Content-Type": "application/json"}

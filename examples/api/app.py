@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Annotated, Any
-from uuid import uuid4
 
 from celery import Celery
 from fastapi import Cookie, Depends, FastAPI, Request, Response
@@ -31,9 +31,9 @@ class NewJob(BaseModel):
     input_data: Document
 
 
-def owner(session: Annotated[str, Cookie(min_length=32, max_length=32)]) -> Owner:
+def owner(example_session: Annotated[str, Cookie()]) -> Owner:
     """Whose jobs a request is about: the page has set a cookie with its session."""
-    return {"user_id": USER_ID, "session_id": session}
+    return {"user_id": USER_ID, "session_id": example_session}
 
 
 Whose = Annotated[Owner, Depends(owner)]
@@ -64,10 +64,10 @@ def create_app(database: Database[Document], redis_url: str, celery: Celery, que
         live.wake(owner)
 
     @app.get("/")
-    def page(session: Annotated[str | None, Cookie()] = None) -> Response:
+    def page(example_session: Annotated[str | None, Cookie()] = None) -> Response:
         response = FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
-        if session is None:  # behind TLS, add secure=True
-            response.set_cookie("session", uuid4().hex, httponly=True, samesite="strict")
+        if example_session is None:  # behind TLS, add secure=True
+            response.set_cookie("example_session", token_hex(16), httponly=True, samesite="strict")
         return response
 
     @app.get("/api/events")
