@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -184,27 +185,27 @@ def test_check_says_what_is_wrong_and_ends_with_1(environment: dict[str, str], t
     assert "planted" not in ended.stdout + ended.stderr
 
 
-def test_status_shows_jobs_queue_and_last_errors(environment: dict[str, str], api: Api, tmp_path: Path) -> None:
+def test_status_shows_jobs_queue_and_failures(environment: dict[str, str], api: Api, tmp_path: Path) -> None:
     for status in ("pending", "completed", "completed"):
-        api.insert(TEXT, {}, status=status)
+        at = datetime.now(UTC) if status == "completed" else None
+        api.insert(TEXT, {}, status=status, completed_at=at)
     insert_processing(api, "expired", worker=lease(lease_until=an_hour_ago()))
-    failed = api.insert(TEXT, {}, status="failed", error_message="It broke.", completed_at=an_hour_ago())
+    failed = api.insert(TEXT, {}, status="failed", error_message="It broke.", completed_at=datetime.now(UTC))
     api.send("waiting")
     ended = run_worker(environment, tmp_path, "status")
-    rows = [" ".join(row.replace("│", " ").replace("┃", " ").split()) for row in ended.stdout.splitlines()]
-    assert ended.returncode == 0
-    for row in ("pending 1", "processing 1", "completed 2", "failed 1", f"waiting in {api.queue} 1"):
+    rows = [" ".join(row.split()) for row in ended.stdout.splitlines()]
+    assert ended.returncode == 1
+    assert rows[0] == f"NEEDS YOU: No worker answers, so no job of the queue {api.queue} is worked on."
+    for row in ("running 0", f"queue {api.queue}: 1 message that no worker has taken", "1 It broke."):
         assert row in rows
-    assert any(row.startswith("expired leases 1") for row in rows)
-    assert any("It broke." in row and str(failed) in row for row in rows)
+    assert "ended in the last hour: 2 completed, 1 failed, 0 cancelled" in rows
+    assert any(row.startswith("unowned 1 ") for row in rows)
+    assert f"such as job {failed}" in rows
 
 
-@pytest.mark.parametrize("command", ["status", "recover"])
-def test_a_command_without_mongodb_ends_with_one_sentence(
-    environment: dict[str, str], tmp_path: Path, command: str
-) -> None:
+def test_recover_without_mongodb_ends_with_one_sentence(environment: dict[str, str], tmp_path: Path) -> None:
     url = NO_MONGODB.format(port=free_port())
-    ended = run_impatiently({**environment, "MONGODB_URL": url}, tmp_path, command)
+    ended = run_impatiently({**environment, "MONGODB_URL": url}, tmp_path, "recover")
     assert ended.returncode == 1
     assert "MongoDB can't be reached" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +28,6 @@ from worker import COMMANDS, Runtime, Status
 from worker_commands.api_side import Followed, fetch_file, writable_folder
 from worker_commands.findings import probe
 from worker_commands.recover import recover
-from worker_commands.status import overview, status
 from worker_commands.submit import NO_WORKER, SubmitView, read_request, submit
 from worker_commands.terminal import print_rows, printable
 from workerkit.connections import NO_NAME
@@ -94,7 +92,7 @@ def test_a_command_is_imported_only_when_it_is_asked_for() -> None:
     assert ended.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("name", ["run", "check", "status", "recover", "submit"])
+@pytest.mark.parametrize("name", ["run", "check", "status", "recover", "report", "metrics", "submit"])
 def test_bad_settings_end_a_command_with_2_and_its_faults(command: Command, name: str) -> None:
     arguments = ["--prompt", "Hi"] if name == "submit" else []
     code, output = command(name, *arguments, MONGODB_URL=f"mongodb://user:{SECRET}@", WORKER_POOL="gevent")
@@ -254,68 +252,23 @@ def test_a_long_word_in_a_table_is_folded_and_not_cut(
     assert capsys.readouterr().out.count("x") == 100
 
 
-@pytest.mark.parametrize("name", ["check", "status"])
+@table("name, shown", ("check", "check", "/artifacts/..."), ("status", "status", '"Naive" ... ?'))
 def test_a_terminal_that_knows_ascii_alone_gets_plain_characters(
-    runtime: Runtime, command_here: Command, monkeypatch: pytest.MonkeyPatch, name: str
+    runtime: Runtime, command_here: Command, monkeypatch: pytest.MonkeyPatch, name: str, shown: str
 ) -> None:
     monkeypatch.setattr(CliRunner.__init__, "__defaults__", ("ascii", *(CliRunner.__init__.__defaults__ or ())[1:]))
     runtime.store.fail(claim(runtime), "“Naïve” … 日")
-    code, output = command_here(name)
-    assert code == 0
-    assert {"check": "/artifacts/...", "status": '"Naive" ... ?'}[name] in output
+    _, output = command_here(name)
+    assert shown in output
     assert output.isascii()
 
 
-# ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── commands that need MongoDB ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_overview_counts_what_an_operator_asks_for(light_runtime: Runtime) -> None:
-    insert(light_runtime, created_at=datetime(2020, 1, 1))
-    expired, failed = claim(light_runtime), claim(light_runtime, owner="owner-2")
-    change(light_runtime, expired.id, worker__lease_until=ago(5))
-    light_runtime.store.fail(failed, "No.")
-    seen = overview(light_runtime)
-    assert seen["counts"] == {"pending": 1, "processing": 1, "completed": 0, "failed": 1}
-    assert seen["oldest_pending"] == datetime(2020, 1, 1)
-    assert (seen["expired_leases"], seen["unnotified"]) == (1, 1)
-    assert [error["error_message"] for error in seen["last_errors"]] == ["No."]
-
-
-def rows_of(output: str) -> set[str]:
-    return {" ".join(line.replace("│", " ").split()) for line in output.splitlines()}
-
-
-def test_status_shows_jobs_queue_and_errors(runtime: Runtime, command_here: Command) -> None:
-    insert(runtime)
-    runtime.broker.send("waiting")
-    runtime.store.fail(claim(runtime), "That was [/too] [red]much.")
-    code, output = command_here("status")
-    assert code == 0
-    assert {"pending 1", "processing 0", "failed 1"} <= rows_of(output)
-    assert f"waiting in {runtime.settings.celery_queue_name} 1" in rows_of(output)
-    assert "That was [/too] [red]much." in output
-
-
-def test_status_shows_no_control_characters_of_a_document(
-    light_runtime: Runtime, capsys: pytest.CaptureFixture[str]
-) -> None:
-    light_runtime.store.fail(claim(light_runtime, insert(light_runtime, job_type="a\x1b[2Jb")), "\x1b]0;title\x07No.")
-    assert status(light_runtime) == 0
-    shown = capsys.readouterr().out
-    assert "\x1b" not in shown
-    assert "]0;titleNo." in shown
-
-
-def test_status_says_that_the_broker_is_away(light_runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
-    worker.app.conf.update(broker_write_url=f"redis://{NOWHERE}")
-    assert status(light_runtime) == 0
-    assert "unknown: the broker can't be reached" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["status", "recover"])
-def test_a_command_says_that_mongodb_is_away(command: Command, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_recover_says_that_mongodb_is_away(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runtime, "mongodb_timeout_s", 0.1)
-    code, output = command(name, **AWAY)
+    code, output = command("recover", **AWAY)
     assert (code, "MongoDB can't be reached" in output) == (1, True)
 
 

@@ -123,10 +123,11 @@ def use_every_command(place: Place) -> None:
     place.add_module("import worker\nworker.LostMessages.overdue_s = 1.0\n")
     waiting = place.submit("waits", Step(""))
     assert "1 waiting in" in command(place, "check")
-    assert "│ 1" in command(place, "status").split("waiting in")[1]
+    assert ": 1 message that no worker has taken" in run_forked(place.environment, place.folder, "status").stdout
     place.start_worker()
     place.wait_ready()
     assert place.api.wait(waiting, timeout_s=PATIENCE_S)["status"] == "completed"
+    assert "1 alive, 0 of 1 slots busy" in command(place, "status")
     assert "done by hand" in command(place, "submit", "--prompt", "[say done by hand]")
     command(place, "health")
     long_ago = datetime(2026, 1, 1, tzinfo=UTC)

@@ -220,7 +220,7 @@ def test_no_secret_shows_anywhere_while_all_goes_well_and_while_jobs_fail(
         poll(lambda: api.jobs.count_documents({"status": "processing"}), 20)
         seen = screens(environment, tmp_path, "check", "status", "health", "recover")
         shown = {**shown_by(api, worker), "screens": seen, "log": worker.text(), "events": str(events)}
-        assert all(words in seen for words in ("provider, text", "oldest pending", "alive", "recover"))
+        assert all(words in seen for words in ("provider, text", "the oldest for", "alive", "recover"))
         assert "process_job" in shown["inspect active"]
         assert leaks(shown) == []
 
