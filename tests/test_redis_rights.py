@@ -24,6 +24,7 @@ from tests.lab import TEXT, adopt, bare_settings, table
 from tests.site import JOBS, Site, StartWorker, events_of, open_api, running, start
 from worker import Runtime
 from worker_commands.check import check_redis
+from worker_commands.exporter import BrokerWatch
 from worker_commands.findings import Finding
 from worker_commands.redis_rights import Chore, own_chores, queue_chores, result_chores
 from workerkit.broker import JobConnection, ScriptlessLock, ScriptlessRedis, is_refused, refusal
@@ -335,6 +336,14 @@ def test_a_queue_whose_length_is_refused_is_not_called_empty(runtime: Runtime, s
     set_rights("+llen", "+exists")
     with pytest.raises(runtime.broker.errors):
         runtime.broker.queue_length()
+
+
+def test_the_queue_is_seen_where_the_workers_cant_be_asked(runtime: Runtime, set_rights: SetRights) -> None:
+    set_rights(*REMOTE_CONTROL)
+    watch = BrokerWatch(runtime)
+    watch.look()
+    assert watch.seen
+    assert (watch.seen.queue_length, watch.seen.fleet) == (0, None)
 
 
 def test_a_queue_that_isnt_there_is_empty(runtime: Runtime) -> None:
