@@ -31,9 +31,9 @@ from workerkit.settings import Settings
 SERVER_FIXTURES = {"mongo_server", "redis_server"}
 # These files take longest, in this order, so they begin first. One that began last would run alone.
 LONGEST = """
-model_servers rabbitmq_outages secrets model elections redis_outages browser redis_rights command_line mongodb_outages
-jobs contract chaos hostile_providers hostile_messages health shutdown_in_trouble celery_view commands rabbitmq broker
-clocks recovery worker shutdown
+model_servers rabbitmq_outages secrets model metrics elections redis_outages browser redis_rights command_line
+mongodb_outages jobs status report contract chaos hostile_providers hostile_messages health shutdown_in_trouble
+celery_view commands rabbitmq broker clocks recovery worker shutdown
 """
 LONGEST_FILES = [f"test_{name}.py" for name in LONGEST.split()]
 
