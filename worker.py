@@ -1507,6 +1507,8 @@ def claim(task: JobTask, job_id: ObjectId, job_data: Document, taken_at: float) 
             name = started_at and result_name(job_id, started_at)
             if name and wait_for_store(task, job_id, lambda: runtime.notes.kept_result(name)):
                 claimed = wait_for_store(task, job_id, partial(try_claim, bounded=False))
+        if isinstance(claimed, Job) and claimed.has_past:  # a former life's attempt may still run, and has to stop
+            runtime.notes.forget_cancelled([runtime.settings.celery_queue_name])
         return claimed
     except StoreRefused as refusal:
         logger.error("job=%s can't be claimed: %s", job_id, refusal)

@@ -30,6 +30,7 @@ from worker import NODE, Call, Result, Runtime
 from workerkit import sentences
 from workerkit.attempts import MAX_KEPT, AttemptRecord, read_record, usage_of
 from workerkit.errors import FailJob, JobFailed, OperatorFault, ProviderAway
+from workerkit.refusals import Unexplained
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 WHOLE = AttemptRecord(2, "failed", "node", NOW, 0.5, 7.25, "OperatorFault", True, "HTTP 401", "http://host/v1", "m")
@@ -119,6 +120,7 @@ def test_every_attempt_of_a_life_is_on_record(runtime: Runtime) -> None:
     "error, wanted",
     ("the operator's", OperatorFault("HTTP 401"), ("OperatorFault", "HTTP 401", True)),
     ("the job's", FailJob("input: size", "No."), ("FailJob", "input: size", None)),
+    ("nobody's", Unexplained("HTTP 418"), ("Unexplained", "HTTP 418", None)),
     ("a long one", FailJob("x" * 300, "No."), ("FailJob", "x" * 200, None)),
 )
 def test_a_failed_attempt_says_why(
@@ -252,6 +254,24 @@ def test_a_picture_of_a_former_life_is_counted(runtime: Runtime) -> None:
     change(runtime, job_id, status="pending")
     claim(runtime, job_id)
     assert read(runtime, job_id)["worker"]["past"][0]["pictures"] == 1
+
+
+def test_a_job_that_is_tried_again_waits_from_then_on(runtime: Runtime) -> None:
+    job_id = insert_text(runtime, "[say hello]", created_at=ago(3600))
+    deliver(runtime, job_id)
+    change(runtime, job_id, status="pending", updated_at=ago(5))
+    deliver(runtime, job_id)
+    [record] = attempts_of(runtime, job_id)
+    assert 5 <= record["waited_s"] < 60
+
+
+def test_a_life_whose_end_the_api_has_reset_ended_with_its_last_attempt(runtime: Runtime) -> None:
+    job_id = insert_text(runtime, "[say hello]")
+    deliver(runtime, job_id)
+    [record] = attempts_of(runtime, job_id)
+    change(runtime, job_id, status="pending", completed_at=None)
+    claim(runtime, job_id)
+    assert read(runtime, job_id)["worker"]["past"][0]["ended_at"] == record["ended_at"]
 
 
 def test_a_life_that_failed_doesnt_count_what_the_one_before_made(runtime: Runtime, handler: SetHandler) -> None:

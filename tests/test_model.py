@@ -283,6 +283,8 @@ class Model:
         if facts.status == "pending":
             own = {**lease, "attempt": 1, "first_started_at": now, **({"rescues": 0} if delivery.is_copy else {})}
             own |= {"past": [*(facts.read("past", now) or []), Model.life(facts, now)][-5:]} if facts.has_past else {}
+            is_put_back = facts.has_past and facts.updated_at and facts.updated_at <= now
+            own |= {"available_at": facts.updated_at} if is_put_back else {}
             fresh = Facts("processing", facts.created_at, now, now, own=own)
             return replace(fresh, output_data=facts.output_data, artifact_url=facts.artifact_url)
         available_at = facts.read("available_at", now)

@@ -21,6 +21,7 @@ from tests.lab import (
     change,
     claim,
     deliver,
+    deliver_in_thread,
     first_started,
     insert,
     insert_text,
@@ -106,6 +107,18 @@ def test_a_notice_that_was_told_of_a_former_end_doesnt_take_the_next_one_out_of_
     runtime.keeper.note_published(job_id, former.owner)
     runtime.keeper.tick()
     assert len(list(runtime.store.find_unnotified(0))) == 1
+
+
+def test_a_former_attempt_stops_as_soon_as_the_next_life_begins(runtime: Runtime, provider: Provider) -> None:
+    job_id = insert_text(runtime, "[hang]")
+    former = deliver_in_thread(runtime, job_id, provider)
+    runtime.keeper.tick()  # renews, and not again for a third of a lease
+    runtime.notes.note_cancelled([runtime.settings.celery_queue_name], [])
+    change(runtime, job_id, status="pending", input_data={"prompt": "[say hello]"})
+    deliver(runtime, job_id)
+    runtime.keeper.tick()
+    with pytest.raises(Ignore):
+        former.result(30)
 
 
 def stored_picture(runtime: Runtime, job: Job) -> str:

@@ -286,7 +286,7 @@ def test_each_selection_is_read_by_an_index_and_in_its_order(runtime: Runtime) -
 
 ODD: list[Any] = [None, "text", "\x1b[2J", [], ["x"], {}, {"x": 1}, 7, -1, 2**40, 1.5, float("nan"), float("inf"), True]
 ODD += [DatetimeMS(10**15), DatetimeMS(-(10**15)), MinKey(), MaxKey(), Regex("x"), Code("x"), Timestamp(1, 1), b"x"]
-ODD += [ObjectId(), "x" * 100_000, [{"attempt": "x", "ended_at": 7}], [[["x"]]]]
+ODD += [ObjectId("6b0a302550c657af12925f6a"), "x" * 100_000, [{"attempt": "x", "ended_at": 7}], [[["x"]]]]
 FIELDS = ["user_id", "session_id", "job_type", "status", "error_message", "created_at", "updated_at", "worker"]
 FIELDS += ["started_at", "completed_at", "output_data", "artifact_url"]
 OWN = ["owner", "node", "pid", "queue", "task_id", "lease_until", "available_at", "attempt", "limits", "past"]

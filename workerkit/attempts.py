@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from workerkit.errors import Document, FailJob, HandBack, JobError, OperatorFault, RetryJob
+from workerkit.errors import Document, FailJob, HandBack, JobError, RetryJob
 from workerkit.results import Result
 from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_seconds, as_text, as_time
 
@@ -81,9 +81,8 @@ def why(outcome: Result | JobError) -> Document:
     """The fields of a record that tell the operator why there is no result."""
     if isinstance(outcome, Result):
         return {}
-    is_operators = True if isinstance(outcome, OperatorFault) else None
     reason = outcome.detail[:MAX_TEXT_CHARACTERS]
-    return {"error": type(outcome).__name__, "is_operators": is_operators, "reason": reason}
+    return {"error": type(outcome).__name__, "is_operators": outcome.is_operators or None, "reason": reason}
 
 
 def usage_of(output: Mapping[str, Any]) -> Document:

@@ -163,6 +163,8 @@ def first_attempt(lease: Document, now: datetime, *, is_copy: bool, former: Snap
     own |= {"rescues": 0} if is_copy else {}
     if former and former.bookkeeping.has_past:
         own["past"] = [*former.bookkeeping.past, former.life()][-PAST_LIVES:]
+        if put_back_at := as_time(former.document.get("updated_at"), now):
+            own["available_at"] = put_back_at
     return own
 
 
@@ -230,7 +232,8 @@ class Snapshot:
     def life(self) -> Document:
         """What is kept of the life that has ended."""
         document, own = self.document, self.bookkeeping
-        ended = {"ended_at": document.get("completed_at"), "reason": document.get("error_message")}
+        ended_at = as_time(document.get("completed_at")) or next((one.ended_at for one in own.attempts[-1:]), None)
+        ended = {"ended_at": ended_at, "reason": document.get("error_message")}
         # A life that didn't complete has left the output of the one before. An older worker has kept no attempts.
         is_own = own.message is None or [one.end for one in own.attempts[-1:]] == [COMPLETED]
         output = as_mapping(document.get("output_data") if is_own else None)

@@ -18,6 +18,7 @@ class JobError(Exception):
 
     default_sentence: ClassVar = sentences.WENT_WRONG
     log_level: ClassVar = logging.WARNING
+    is_operators: ClassVar = False  # whether only the operator can help
 
     def __init__(self, detail: str = "", sentence: str = "") -> None:
         self.sentence = sentence or self.default_sentence
@@ -69,6 +70,7 @@ class OperatorFault(FailJob):
 
     default_sentence = sentences.NOT_SET_UP
     log_level = logging.ERROR
+    is_operators = True
 
 
 class HandBack(JobError):

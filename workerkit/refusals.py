@@ -572,6 +572,7 @@ class Unexplained(OperatorFault):
     """The provider refuses the request, and it isn't known why. Nobody is blamed."""
 
     default_sentence = sentences.REFUSED
+    is_operators = False
 
 
 class ModelGone(OperatorFault):
