@@ -265,15 +265,6 @@ def test_a_job_that_is_tried_again_waits_from_then_on(runtime: Runtime) -> None:
     assert 5 <= record["waited_s"] < 60
 
 
-def test_a_life_whose_end_the_api_has_reset_ended_with_its_last_attempt(runtime: Runtime) -> None:
-    job_id = insert_text(runtime, "[say hello]")
-    deliver(runtime, job_id)
-    [record] = attempts_of(runtime, job_id)
-    change(runtime, job_id, status="pending", completed_at=None)
-    claim(runtime, job_id)
-    assert read(runtime, job_id)["worker"]["past"][0]["ended_at"] == record["ended_at"]
-
-
 def test_a_life_that_failed_doesnt_count_what_the_one_before_made(runtime: Runtime, handler: SetHandler) -> None:
     job_id = insert_text(runtime, "[say one two three]")
     deliver(runtime, job_id)

@@ -36,8 +36,8 @@ def store_faults_as_sentences() -> Iterator[None]:
     except StoreRefused as refusal:
         raise click.ClickException(f"{refusal}; `python worker.py check` shows more") from None
     except StoreUnavailable as error:
-        sentence = f"MongoDB can't be reached, or takes too long ({error}); try `python worker.py check`"
-        raise click.ClickException(sentence) from None
+        fault = f"MongoDB can't be reached, or takes too long ({error}); try `python worker.py check`"
+        raise click.ClickException(fault) from None
 
 
 # ── which jobs ───────────────────────────────────────────────────────────────────────────────────────────────────

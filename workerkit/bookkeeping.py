@@ -232,8 +232,7 @@ class Snapshot:
     def life(self) -> Document:
         """What is kept of the life that has ended."""
         document, own = self.document, self.bookkeeping
-        ended_at = as_time(document.get("completed_at")) or next((one.ended_at for one in own.attempts[-1:]), None)
-        ended = {"ended_at": ended_at, "reason": document.get("error_message")}
+        ended = {"ended_at": document.get("completed_at"), "reason": document.get("error_message")}
         # A life that didn't complete has left the output of the one before. An older worker has kept no attempts.
         is_own = own.message is None or [one.end for one in own.attempts[-1:]] == [COMPLETED]
         output = as_mapping(document.get("output_data") if is_own else None)
