@@ -536,7 +536,7 @@ def test_the_input_of_your_own_job_type_is_checked() -> None:
     worker.handles("mine", Wanted)(worker.text_generation)
     with pytest.raises(InvalidInput) as caught:
         generate("mine", {}, bare_settings())
-    assert caught.value.sentence == "Your request can't be used: text field required."
+    assert caught.value.sentence == "Your request can't be used: text is missing."
 
 
 def test_an_unknown_job_type_is_named_cut_to_size() -> None:

@@ -152,8 +152,8 @@ HOST = "should name a host and, if any, a valid port"
     ("a blank", " ", BEGINNING),
     ("a space before it", f" {WEB_URL}", BEGINNING),
     ("bare base64", "iVBORw0KGgo=", BEGINNING),
-    ("a number", 5, "should be a valid string"),
-    ("no URL", None, "field required"),
+    ("a number", 5, "should be a text"),
+    ("no URL", None, "is missing"),
     ("another scheme", "ftp://example.com/cat.png", BEGINNING),
     ("no host", "https:///cat.png", HOST),
     ("a port without a host", "http://:80/cat.png", HOST),
@@ -194,11 +194,11 @@ OTHER_TYPE = "is a part of type '{}', which isn't supported here; use 'text' and
     ("a number instead of a type", {"type": 5}, ".type should be 'text' or 'image_url'"),
     ("no type", {"text": "Hi"}, ".type should be 'text' or 'image_url'"),
     ("a text", "Hi", " should be an object with a `type`"),
-    ("no text", {"type": "text"}, ".text field required"),
+    ("no text", {"type": "text"}, ".text is missing"),
     ("a blank text", text(" "), ".text should not be blank"),
-    ("a number for a text", {"type": "text", "text": 5}, ".text should be a valid string"),
-    ("a text too long", text("x" * 100_001), ".text string should have at most 100000 characters"),
-    ("no picture", {"type": "image_url"}, ".image_url field required"),
+    ("a number for a text", {"type": "text", "text": 5}, ".text should be a text"),
+    ("a text too long", text("x" * 100_001), ".text should have at most 100000 characters"),
+    ("no picture", {"type": "image_url"}, ".image_url is missing"),
     ("a list of pictures", {"type": "image_url", "image_url": [WEB_URL]}, ".image_url should be a URL, or an object"),
     ("an unknown detail", picture(WEB_URL, detail="best"), ".image_url.detail should be 'auto', 'low', 'high'"),
 )
@@ -212,8 +212,8 @@ PICTURE_OF_ANOTHER = "messages.0.content.0 is a picture in a message of role '{}
 
 @table(
     "input_data, fault",
-    ("no parts", said(), "messages.0.content list should have at least 1 item"),
-    ("too many parts", said(*[text("x")] * 101), "messages.0.content list should have at most 100 items"),
+    ("no parts", said(), "messages.0.content should have at least 1 item"),
+    ("too many parts", said(*[text("x")] * 101), "messages.0.content should have at most 100 items"),
     ("an object", {"messages": [{"role": "user", "content": text("Hi")}]}, "messages.0.content should be a text, or a"),
     ("a picture of the model's", said(picture(WEB_URL), role="assistant"), PICTURE_OF_ANOTHER.format("assistant")),
     ("a picture of the system's", said(picture(WEB_URL), role="system"), PICTURE_OF_ANOTHER.format("system")),
@@ -430,11 +430,14 @@ def test_an_input_of_your_own_takes_a_field_that_its_base_refuses() -> None:
     ("null", TextInput, None, "should be an object"),
     ("a list", TextInput, ["Hi"], "should be an object"),
     ("a blank prompt", TextInput, {"prompt": " \n"}, "prompt should not be blank"),
-    ("a prompt that is no text", TextInput, {"prompt": 5}, "prompt should be a valid string"),
-    ("a prompt too long", TextInput, {"prompt": "x" * 100_001}, "prompt string should have at most 100000 characters"),
+    ("a prompt that is no text", TextInput, {"prompt": 5}, "prompt should be a text"),
+    ("a prompt too long", TextInput, {"prompt": "x" * 100_001}, "prompt should have at most 100000 characters"),
     ("true is no number", TextInput, {"prompt": "Hi", "max_tokens": True}, "max_tokens should not be true or false"),
     ("no tokens", TextInput, {"prompt": "Hi", "max_tokens": 0}, "max_tokens should be greater than or equal to 1"),
-    ("half a token", TextInput, {"prompt": "Hi", "max_tokens": 1.5}, "max_tokens should be a valid integer"),
+    ("a word for a number", TextInput, {"prompt": "Hi", "max_tokens": "many"}, "max_tokens should be a whole number."),
+    ("another word", TextInput, {"prompt": "Hi", "temperature": "hot"}, "temperature should be a number."),
+    ("no list", TextInput, {"messages": "Hi"}, "messages should be a list."),
+    ("half a token", TextInput, {"prompt": "Hi", "max_tokens": 1.5}, "max_tokens should be a whole number"),
     ("too hot", TextInput, {"prompt": "Hi", "temperature": 2.1}, "temperature should be less than or equal to 2"),
     ("not a number", TextInput, {"prompt": "Hi", "temperature": float("nan")}, "temperature should be a finite number"),
     ("more than all", TextInput, {"prompt": "Hi", "top_p": 1.1}, "top_p should be less than or equal to 1"),
@@ -442,7 +445,7 @@ def test_an_input_of_your_own_takes_a_field_that_its_base_refuses() -> None:
     ("a stop word too long", TextInput, {"prompt": "Hi", "stop": ["x" * 201]}, "stop should be a text of at most 200"),
     ("a stop word that is none", TextInput, {"prompt": "Hi", "stop": [5]}, "or a list of at most 4 of them"),
     ("a seed beyond 64 bits", TextInput, {"prompt": "Hi", "seed": 2**63}, "seed"),
-    ("no messages", TextInput, {"messages": []}, "messages list should have at least 1 item"),
+    ("no messages", TextInput, {"messages": []}, "messages should have at least 1 item"),
     ("too many messages", TextInput, {"messages": [{"role": "user", "content": "x"}] * 201}, "at most 200 items"),
     (
         "an unknown role",
@@ -452,8 +455,8 @@ def test_an_input_of_your_own_takes_a_field_that_its_base_refuses() -> None:
     ),
     ("messages too long together", TextInput, {"messages": [{"role": "user", "content": "x" * 60_000}] * 2}, "100000"),
     ("a message in words", TextInput, {"messages": ["Hi"]}, "messages.0 should be an object with `role` and `content`"),
-    ("a message without words", TextInput, {"messages": [{"role": "user"}]}, "messages.0.content field required"),
-    ("a null for words", TextInput, {"messages": [{"role": "user", "content": None}]}, "messages.0.content field req"),
+    ("a message without words", TextInput, {"messages": [{"role": "user"}]}, "messages.0.content is missing"),
+    ("a null for words", TextInput, {"messages": [{"role": "user", "content": None}]}, "messages.0.content is missing"),
     ("a blank message", TextInput, {"messages": [{"role": "user", "content": " "}]}, "content should not be blank"),
     (
         "a format in words",
@@ -474,7 +477,7 @@ def test_an_input_of_your_own_takes_a_field_that_its_base_refuses() -> None:
         "response_format should hold only what JSON can",
     ),
     ("a schema too deep", TextInput, {"prompt": "Hi", "response_format": deep(5000)}, "not be nested over 50 levels"),
-    ("no words for a picture", ImageInput, {"size": "512x512"}, "prompt field required"),
+    ("no words for a picture", ImageInput, {"size": "512x512"}, "prompt is missing"),
     ("a size in words", ImageInput, {"prompt": "Hi", "size": "big"}, "size should be a width and a height in pixels"),
     ("no width", ImageInput, {"prompt": "Hi", "size": "0x512"}, "size should be a width and a height in pixels"),
     (
@@ -531,7 +534,7 @@ def test_the_names_that_the_person_chose_never_reach_the_log() -> None:
 
     fault = fault_of(Own, {"weights": {SECRET: "much"}})
     assert fault.detail == "input: weights int_parsing"
-    assert f"weights.{SECRET} should be a valid integer" in fault.sentence
+    assert f"weights.{SECRET} should be a whole number" in fault.sentence
 
 
 def test_a_key_that_an_input_of_your_own_forbids_never_reaches_the_log() -> None:

@@ -348,7 +348,7 @@ class Message(Checked):
 # ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 NO_TOOLS = "the model has no tools, so leave it out"
-THINKING = "how long a model thinks is set by the operator, so leave it out"
+THINKING = "how long the AI model thinks is set here already, so leave it out"
 NOT_FOR_TEXT = "leave it out, and for sound send an audio_generation job"
 
 # What changes nothing in a text isn't here: `stream`, `stream_options`, `store`, `metadata`, `user`, `service_tier`,
@@ -376,7 +376,7 @@ UNSUPPORTED_IN_TEXT = {
     "modalities": Unsupported(NOT_FOR_TEXT, (*NOTHING, ["text"])),
     "audio": Unsupported(NOT_FOR_TEXT),
     "prediction": Unsupported("leave it out, and the text is written without it"),
-    "moderation": Unsupported("leave it out, and the provider's own rules apply"),
+    "moderation": Unsupported("leave it out, and the AI service's own rules apply"),
     "suffix": Unsupported("say in the prompt what comes after the text"),
     "echo": Unsupported("only the answer is kept, so leave it out"),
 }
@@ -480,7 +480,7 @@ UNSUPPORTED_IN_PICTURES = {
     "output_format": Unsupported("the model chooses the file's format, so leave it out", (*NOTHING, "png")),
     "output_compression": Unsupported("the model chooses the file's format, so leave it out", (*NOTHING, 100, "100")),
     "response_format": Unsupported("the picture comes as a URL, in `image_url`", (*NOTHING, "url")),
-    "moderation": Unsupported("leave it out, and the provider's own rules apply", (*NOTHING, "auto")),
+    "moderation": Unsupported("leave it out, and the AI service's own rules apply", (*NOTHING, "auto")),
     "complexity": Unsupported("use `quality`"),
     "partial_images": Unsupported("only the finished picture is kept, so leave it out", ZERO),
     "image": Unsupported(NO_EDITING),
@@ -568,6 +568,24 @@ class AudioInput(JobInput):
 # ── the check ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+# What pydantic says in words that only a programmer knows.
+PROGRAMMERS_WORDS = {
+    r"^(?:Value error, |Input |String |List )": "",
+    r" after validation, not \d+$|, (?:unable to parse|got a number) .*": "",
+    "^Field required": "is missing",
+    "a valid integer": "a whole number",
+    "a valid (?=number|list)": "a ",
+    "a valid string": "a text",
+}
+
+
+def in_plain_words(message: str) -> str:
+    """What is wrong with a field, as a person reads it behind the field's name."""
+    for pattern, words in PROGRAMMERS_WORDS.items():
+        message = re.sub(pattern, words, message, flags=re.DOTALL)
+    return message[:1].lower() + message[1:]
+
+
 def check_input(model: type[BaseModel], input_data: object) -> BaseModel:
     """The checked input. Raises InvalidInput, with a sentence about the first fault."""
     try:
@@ -575,8 +593,7 @@ def check_input(model: type[BaseModel], input_data: object) -> BaseModel:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(map(str, fault["loc"]))[:MAX_PLACE_CHARACTERS]
-    what = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    sentence = sentences.unusable(f"{where or 'it'} {what[:1].lower()}{what[1:]}")
+    sentence = sentences.unusable(f"{where or 'it'} {in_plain_words(fault['msg'])}")
     # The log gets names that stand in the code only: further down, a place can hold keys that the person wrote.
     names = {*model.model_fields, *getattr(model, "REFUSED", ())}
     field = fault["loc"][0] if fault["loc"] and fault["loc"][0] in names else "it"
