@@ -12,7 +12,7 @@ import pytest
 
 from testbed.processes import SOURCE
 from tests.lab import table
-from workerkit import errors, sentences
+from workerkit import errors, inputs, sentences
 from workerkit.errors import JobError
 
 EVENING = datetime(2026, 11, 27, 23, 30, tzinfo=UTC)
@@ -57,6 +57,12 @@ def test_a_sentence_has_no_word_that_only_we_know(sentence: str) -> None:
 def test_a_whole_sentence_begins_with_a_capital_and_ends_with_a_full_stop(sentence: str) -> None:
     assert sentence[0].isupper()
     assert re.search(r"[^.]\.$", sentence)
+
+
+@pytest.mark.parametrize("model", [inputs.TextInput, inputs.ImageInput, inputs.AudioInput, inputs.Message])
+def test_an_advice_on_a_field_has_no_word_that_only_we_know(model: type[inputs.Checked]) -> None:
+    advice = " ".join(field.advice for field in model.REFUSED.values())
+    assert not JARGON.search(re.sub("`[^`]+`", "", advice))
 
 
 def test_no_sentence_stands_twice() -> None:
