@@ -1887,14 +1887,14 @@ def set_up_logging(**kwargs: Any) -> None:
 def import_handlers(**_: Any) -> None:
     """In the parent, at its start."""
     if fault := modules_fault(app.settings.handler_modules):
-        refuse(f"HANDLER_MODULES {fault}")
+        refuse(f"HANDLER_MODULES {fault}", app.settings.log_format)
 
 
 def refuse_unsafe_pool(worker: Any) -> None:
     """In the parent, at its start: a pool in which no lease would be kept, or that can't work here."""
     pool = str(getattr(worker.pool_cls, "__module__", worker.pool_cls))
     if fault := pool_fault(pool, worker.concurrency, app.settings.lease_seconds):
-        refuse(fault)
+        refuse(fault, app.settings.log_format)
 
 
 def share_memory(**_: Any) -> None:

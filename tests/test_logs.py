@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -226,6 +228,19 @@ def test_a_line_about_an_attempt_has_its_figures() -> None:
     assert (got["event"], got["ran_s"], "reason" in got) == ("completed", 1.25, False)
 
 
+@pytest.mark.parametrize("fields", [None, "text", ["a", "b"], 7])
+def test_another_librarys_fields_cost_no_line(fields: object) -> None:
+    record = line("said")
+    record.fields = fields
+    assert as_json(record)["message"] == "said"
+
+
+def test_a_line_as_json_needs_no_encoding_but_ascii() -> None:
+    text = logs.json_line("INFO", "“é” \u2028 \ud800")
+    assert text.isascii()
+    assert json.loads(text)["message"] == "“é” \u2028 \ud800"
+
+
 def test_an_exception_stays_on_the_line_of_its_event() -> None:
     text = logs.JsonFormatter().format(line("failed", error=ZeroDivisionError("division by zero")))
     assert json.loads(text)["exception"] == "ZeroDivisionError: division by zero"
@@ -261,12 +276,17 @@ def test_the_place_of_a_syntax_error_is_in_the_faulty_file(tmp_path: Path) -> No
 
 @pytest.fixture
 def json_lines(api: Api, environment: dict[str, str], start_worker: StartWorker) -> list[dict[str, Any]]:
-    """The log of a worker that ended jobs in several ways and then got SIGTERM; each line has to be an object."""
-    worker = start_worker(LOG_FORMAT="json", WORKER_CONCURENCY="2", WORKER_POOL="threads", SHUTDOWN_GRACE="0")
+    """The log of a worker that ended jobs in several ways, whose child was killed, and which then got SIGTERM.
+
+    Each line has to be an object.
+    """
+    worker = start_worker(LOG_FORMAT="json", WORKER_CONCURENCY="2", WORKER_POOL="prefork", SHUTDOWN_GRACE="0")
     prompts = ("planted prompt [say hello]", "planted prompt [status 401]", "planted prompt [status 503 times=1]")
     for prompt in prompts:
         job = api.text(prompt)
         poll(lambda job=job: api.status(job) in ("completed", "failed"), 60)  # type: ignore[misc]
+    os.kill(worker.children()[0], signal.SIGKILL)
+    poll(lambda: "SIGKILL" in worker.text(), 60)
     running = api.text("planted prompt [hang]")
     poll(lambda: api.status(running) == "processing", 60)
     worker.process.terminate()

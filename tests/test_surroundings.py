@@ -8,7 +8,7 @@ import io
 import pytest
 
 from tests.lab import table
-from workerkit.surroundings import pool_fault, write_any_character
+from workerkit.surroundings import pool_fault, refuse, write_any_character
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -40,6 +40,20 @@ def test_prefork_alone_needs_semaphores(monkeypatch: pytest.MonkeyPatch, error: 
     monkeypatch.setattr("billiard.Lock", refuse)
     assert reason in pool_fault("prefork", 1, 30)
     assert pool_fault("threads", 1, 30) == pool_fault("solo", 1, 30) == ""
+
+
+@table(
+    "log_format, written",
+    ("text", "text", 'The worker can\'t start: no "pool".\n'),
+    ("JSON", "json", '"level": "CRITICAL", "message": "The worker can\'t start: no \\"pool\\"."}\n'),
+)
+def test_a_start_that_cant_go_well_ends_with_a_sentence_in_the_format_of_the_log(
+    capsys: pytest.CaptureFixture[str], log_format: str, written: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        refuse('no "pool"', log_format)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(written)
 
 
 # ── the terminal ─────────────────────────────────────────────────────────────────────────────────────────────────

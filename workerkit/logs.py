@@ -13,6 +13,8 @@ from typing import Any
 
 from celery.exceptions import Reject
 
+from workerkit.values import as_mapping
+
 logger = logging.getLogger("worker")  # every line of ours goes through it, so that DEBUG governs all of them
 
 REPEAT_AFTER_S = 60.0
@@ -20,6 +22,7 @@ TASK_IN_TEMPLATE = "%s[%s]"  # how Celery's lines name a task and its id
 MAX_LINE_CHARACTERS = 1000
 FORMAT = "%(asctime)s %(levelname)s %(processName)s %(message)s"
 
+POOL_LOGGER = "multiprocessing"  # of billiard, which is Celery's own multiprocessing
 JOB_IN_LINE = re.compile(r"\bjob=([\da-f]{24})\b")
 
 # At DEBUG these log message bodies, arguments and documents, which hold prompts.
@@ -138,7 +141,7 @@ def json_line(level: str, message: str, fields: Mapping[str, Any] | None = None,
     """A line of the log as a JSON object. `at` is its time in seconds since 1970, by default now."""
     time_text = datetime.fromtimestamp(time.time() if at is None else at, UTC).isoformat(timespec="milliseconds")
     line = {"time": time_text, "level": level, **(fields or {}), "message": message}
-    return json.dumps(line, default=str, ensure_ascii=False)
+    return json.dumps(line, default=str)  # in ASCII alone, which each terminal and each reader of logs takes
 
 
 class JsonFormatter(logging.Formatter):
@@ -151,7 +154,8 @@ class JsonFormatter(logging.Formatter):
         message = record.getMessage()
         fields = {"process": record.processName, "logger": record.name}
         fields |= {"job": found[1]} if (found := JOB_IN_LINE.search(message)) else {}
-        fields |= {name: value for name, value in getattr(record, "fields", {}).items() if value is not None}
+        own = as_mapping(getattr(record, "fields", None))  # another library's may be anything
+        fields |= {name: value for name, value in own.items() if value is not None}
         fields |= {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
         return json_line(record.levelname, message, fields, record.created)
 
@@ -164,9 +168,10 @@ def is_worth_a_warning(record: logging.LogRecord) -> bool:
 def install(debug: bool, handlers: Iterable[logging.Handler], log_format: str = "text") -> None:
     """Sets up logging once Celery has made its handlers. `debug` makes the worker's own lines more detailed.
 
-    `log_format` is `text` or `json`. Celery makes handlers twice, so this is called twice.
+    `log_format` is `text` or `json`. Celery makes handlers twice, so this is called twice. Those of its pool's logger,
+    which says that a process was killed, it hands to nobody.
     """
-    for handler in handlers:
+    for handler in (*handlers, *logging.getLogger(POOL_LOGGER).handlers):
         handler.addFilter(on_one_line)
         if log_format == "json":
             handler.setFormatter(JsonFormatter())

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import billiard
 
-from workerkit.logs import place_of
+from workerkit.logs import json_line, place_of
 from workerkit.settings import EXIT_BAD_SETTINGS, crowded_lease_fault
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -20,9 +20,10 @@ from workerkit.settings import EXIT_BAD_SETTINGS, crowded_lease_fault
 SHARED_MEMORY = "mount a writable /dev/shm (Docker: --tmpfs /dev/shm), or set WORKER_POOL=threads (or solo)"
 
 
-def refuse(fault: str) -> NoReturn:
-    """Ends a start that can't go well, with a sentence."""
-    print(f"The worker can't start: {fault}.", file=sys.stderr)
+def refuse(fault: str, log_format: str) -> NoReturn:
+    """Ends a start that can't go well, with a sentence in the format of the log."""
+    line = f"The worker can't start: {fault}."
+    print(json_line("CRITICAL", line) if log_format == "json" else line, file=sys.stderr)
     raise SystemExit(EXIT_BAD_SETTINGS)
 
 
