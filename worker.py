@@ -421,7 +421,7 @@ class JobStore:
         try:
             return self._end(job, Status.FAILED, error_message=sentence)
         except StoreRefused:
-            own = {"owner": job.owner, "attempt": job.attempt}
+            own = {"owner": job.owner, "attempt": job.attempt, "message": sentence}
             return self._end_by_force(self._fence(job), sentence, own) is not None
 
     def release(self, job: Job, available_at: datetime, sentence: str = "", *, counted: bool) -> bool:
@@ -545,9 +545,7 @@ class JobStore:
 
         Raises StoreRefused: MongoDB takes this end in no form.
         """
-        own = job.bookkeeping
-        kept = {**own.kept(), **own.lost_attempt(self.now()), "owner": own.owner, "message": sentence}
-        return self._end_by_force(job.unchanged(), sentence, kept)
+        return self._end_by_force(job.unchanged(), sentence, job.failed(self.now(), sentence))
 
     def _end_by_force(self, same: Document, sentence: str, own: Document) -> Document | None:
         """Fails a job; with less and less in its document, where MongoDB refuses more."""
@@ -1581,6 +1579,8 @@ async def run_handler(runtime: Runtime, attempt: Attempt) -> Result:
     )
     try:
         result = await generate(runtime, attempt, progress)
+        if not isinstance(result, Result):
+            raise OperatorFault("its handler returned no Result", JobError.default_sentence)
         with contextlib.suppress(asyncio.CancelledError):  # the result is there, and settle sees whose the job is
             await progress.finish()
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ from celery.exceptions import Reject, Retry
 from testbed.provider import Provider
 from tests.lab import (
     IMAGE,
+    SECRET,
     Notices,
     SetHandler,
     ago,
@@ -122,6 +124,8 @@ def test_every_attempt_of_a_life_is_on_record(runtime: Runtime) -> None:
     ("the job's", FailJob("input: size", "No."), ("FailJob", "input: size", None)),
     ("nobody's", Unexplained("HTTP 418"), ("Unexplained", "HTTP 418", None)),
     ("a long one", FailJob("x" * 300, "No."), ("FailJob", "x" * 200, None)),
+    ("an exception in place of a text", FailJob(KeyError(SECRET), "No."), ("FailJob", "KeyError", None)),  # type: ignore[arg-type]
+    ("half a character", FailJob("\ud800", "No."), ("FailJob", "?", None)),
 )
 def test_a_failed_attempt_says_why(
     runtime: Runtime, handler: SetHandler, error: FailJob, wanted: tuple[object, ...]
@@ -133,6 +137,19 @@ def test_a_failed_attempt_says_why(
     [record] = attempts_of(runtime, job_id)
     assert record["end"] == "failed"
     assert (record["error"], record["reason"], record.get("is_operators")) == wanted
+    assert read(runtime, job_id)["error_message"] == error.sentence
+
+
+def test_a_handler_that_returns_no_result_fails_the_job_at_once(runtime: Runtime, handler: SetHandler) -> None:
+    async def forget(call: Call) -> Result:
+        return {"generated_text": "hello"}  # type: ignore[return-value]
+
+    handler(forget)
+    job_id = insert_text(runtime, "Hello")
+    with pytest.raises(JobFailed):
+        deliver(runtime, job_id)
+    [record] = attempts_of(runtime, job_id)
+    assert (record["error"], record["reason"]) == ("OperatorFault", "its handler returned no Result")
 
 
 def test_an_attempt_that_a_shutdown_hands_back_is_on_record(runtime: Runtime, provider: Provider) -> None:
@@ -169,6 +186,24 @@ def test_a_rescue_of_a_job_that_waited_adds_no_attempt(runtime: Runtime) -> None
     change(runtime, job.id, worker__rescue_at=ago(1))
     new_sweeper(runtime).sweep()
     assert attempts_of(runtime, job.id) == []
+
+
+def test_a_life_that_ends_untried_has_no_attempts_and_the_one_before_keeps_its_figures(runtime: Runtime) -> None:
+    job_id = insert_text(runtime, "[say one two three]")
+    deliver(runtime, job_id)
+    change(runtime, job_id, status="pending")
+    assert runtime.store.fail_unowned(job_id, "No.")
+    own = read(runtime, job_id)["worker"]
+    assert (own["attempt"], "attempts" in own) == (0, False)
+    assert [(life["tokens"], life["attempts"]) for life in own["past"]] == [(7, 1)]
+
+
+def test_a_life_that_an_older_worker_began_has_no_attempts_of_the_one_before(runtime: Runtime) -> None:
+    job_id = insert_text(runtime, "Hello")
+    deliver(runtime, job_id)
+    change(runtime, job_id, status="processing", started_at=ago(3600))
+    new_sweeper(runtime).sweep()
+    assert attempts_of(runtime, job_id) == []
 
 
 def test_only_the_last_attempts_are_kept(runtime: Runtime) -> None:
@@ -228,6 +263,17 @@ def test_a_rescued_job_says_that_it_goes_on(runtime: Runtime) -> None:
     change(runtime, job.id, worker__lease_until=ago(1))
     new_sweeper(runtime).sweep()
     assert read(runtime, job.id)["worker"]["message"] == sentences.GOES_ON
+
+
+def test_a_job_says_why_it_has_failed_though_mongodb_takes_no_record_of_its_attempt(runtime: Runtime) -> None:
+    job = claim(runtime)
+    runtime.database.command("collMod", "jobs", validator={"worker.attempts": None})
+    try:
+        ended = replace(job, attempts=(AttemptRecord(1, "failed"),))
+        assert runtime.store.fail(ended, "No.")
+    finally:
+        runtime.database.command("collMod", "jobs", validator={})
+    assert read(runtime, job.id)["worker"]["message"] == "No."
 
 
 def test_a_job_that_is_failed_without_an_attempt_says_why(runtime: Runtime) -> None:

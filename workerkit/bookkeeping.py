@@ -89,14 +89,8 @@ class Bookkeeping:
         """The bookkeeping of the attempt that has this lease. It keeps when the job became available, for the log."""
         since = {"available_at": self.available_at} if self.available_at else {}
         number = self.attempt + 1
-        return {**self.kept(), **since, **lease, "attempt": number, "message": sentences.started(number, max_attempts)}
-
-    def lost_attempt(self, now: datetime) -> Document:
-        """The records of the attempts with the one that holds the job and can't end it any more, if there is one."""
-        if not self.owner:
-            return {}
-        lost = AttemptRecord(self.attempt, LOST, self.node, now, reason=LOST_REASON)
-        return kept_attempts((*self.attempts, lost))
+        own = {"attempt": number, "message": sentences.started(number, max_attempts), **kept_attempts(self.attempts)}
+        return {**self.kept(), **since, **lease, **own}
 
     def message_options(self) -> Document:
         """With what Celery sends another message for the job: its task's limits, priority and origin."""
@@ -104,12 +98,11 @@ class Bookkeeping:
         return {"time_limit": hard_s, "soft_time_limit": soft_s, "priority": self.priority, "root_id": self.task_id}
 
     def kept(self) -> Document:
-        """What stays of it from one attempt to the next, and when the job ends."""
+        """What stays of it from one attempt to the next, and when the job ends, but for the records of attempts."""
         names = ("queue", "priority", "task_id", "rescues", "attempt", "first_started_at", "limits", "past")
         values = {name: getattr(self, name) for name in names}
         present = {name: value for name, value in values.items() if value not in (None, ())}
-        kept = {name: list(value) if isinstance(value, tuple) else value for name, value in present.items()}
-        return {**kept, **kept_attempts(self.attempts)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in present.items()}
 
 
 def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkeeping:
@@ -162,7 +155,7 @@ def first_attempt(lease: Document, now: datetime, *, is_copy: bool, former: Snap
     own = {**lease, "attempt": 1, "first_started_at": now, "message": sentences.started(1, 1)}
     own |= {"rescues": 0} if is_copy else {}
     if former and former.bookkeeping.has_past:
-        own["past"] = [*former.bookkeeping.past, former.life()][-PAST_LIVES:]
+        own["past"] = former.lives()
         if put_back_at := as_time(former.document.get("updated_at"), now):
             own["available_at"] = put_back_at
     return own
@@ -225,9 +218,30 @@ class Snapshot:
         rescues = own.rescues or 0
         rescue_s = min(rescue_first_s * 2 ** min(rescues, 10), rescue_max_s)
         begins = {"attempt": 0, "first_started_at": now} if self.is_of_older_worker else {}
-        kept = {**own.kept(), **own.lost_attempt(now), "message": sentences.GOES_ON}
+        kept = {**own.kept(), **self.records(now), "message": sentences.GOES_ON}
         released = {**kept, **waiting(now, rescue_s), "rescues": rescues + 1, **begins}
         return {"updated_at": now, "worker": released, **({"started_at": now} if begins else {})}
+
+    def failed(self, now: datetime, sentence: str) -> Document:
+        """The bookkeeping if the job fails as it was read. A pending one ends a life in which there was no attempt."""
+        own = self.bookkeeping
+        untried = {"attempt": 0, "past": self.lives()} if self.status == "pending" and own.has_past else {}
+        return {**own.kept(), **untried, **self.records(now), "owner": own.owner, "message": sentence}
+
+    def records(self, now: datetime) -> Document:
+        """The records of this life's attempts, with that of the one that holds the job and can't end it any more.
+
+        A pending job, and one that an older worker has begun, may still have a former life's: they are left out.
+        """
+        own = self.bookkeeping
+        if self.status == "pending" or self.is_of_older_worker:
+            return {}
+        lost = [AttemptRecord(own.attempt, LOST, own.node, now, reason=LOST_REASON)] if own.owner else []
+        return kept_attempts((*own.attempts, *lost))
+
+    def lives(self) -> list[Document]:
+        """The last of its lives that have ended, where another one begins."""
+        return [*self.bookkeeping.past, self.life()][-PAST_LIVES:]
 
     def life(self) -> Document:
         """What is kept of the life that has ended."""

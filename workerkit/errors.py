@@ -10,10 +10,20 @@ from workerkit import sentences
 Document = dict[str, Any]
 
 
+def as_words(value: object) -> str:
+    """A text as a document can hold it. A module of job types may give an exception in its place.
+
+    Then its class alone is kept, since its text may hold a prompt.
+    """
+    text = type(value).__name__ if isinstance(value, BaseException) else str(value or "")
+    return text.encode("utf-8", "replace").decode()
+
+
 class JobError(Exception):
     """An attempt ended without a result; the subclass says what happens next.
 
-    `sentence` is what the person who waits reads. `detail` is for the log. Neither may hold a key or a prompt.
+    `sentence` is what the person who waits reads. `detail` is for the log and for the bookkeeping in the job's
+    document. Neither may hold a key or a prompt.
     """
 
     default_sentence: ClassVar = sentences.WENT_WRONG
@@ -21,8 +31,8 @@ class JobError(Exception):
     is_operators: ClassVar = False  # whether only the operator can help
 
     def __init__(self, detail: str = "", sentence: str = "") -> None:
-        self.sentence = sentence or self.default_sentence
-        self.detail = detail or self.sentence
+        self.sentence = as_words(sentence) or self.default_sentence
+        self.detail = as_words(detail) or self.sentence
         super().__init__(self.detail)
 
 
