@@ -574,6 +574,17 @@ def test_a_refusal_of_the_model_is_the_persons_to_mend(chunks: list[dict[str, An
     assert caught.value.sentence == sentences.CONTENT_RULES
 
 
+@table(
+    "chunk, detail",
+    ("an end without a text", delta("", "planted prompt"), "an empty text, finish_reason of its own"),
+    ("a refusal", delta(None, "planted prompt", refusal="No."), "finish_reason of its own with a refusal"),
+)
+def test_a_reason_in_a_servers_own_words_is_not_logged(chunk: dict[str, Any], detail: str) -> None:
+    with pytest.raises(FailJob) as caught:
+        whole(chunk)
+    assert caught.value.detail == detail
+
+
 @pytest.mark.parametrize("refusal", [None, "", "not that part"])
 def test_a_text_beside_a_refusal_is_a_text(refusal: str | None) -> None:
     assert whole(delta("one", refusal=refusal), END).text == "one"

@@ -273,6 +273,7 @@ FORBIDDEN_REASONS = re.compile(
     r"content_?filter(ed)?|guardrail_intervened|safety|recitation|blocklist|prohibited_content|spii|sensitive|refusal"
 )
 CUT_REASONS = re.compile(r"(model_)?length|model_context_window_exceeded|max_(output_|completion_|new_)?tokens")
+PLAIN_REASON = re.compile(r"[a-z_]{1,40}")  # that may be logged: a server may send anything, as the prompt itself
 THOUGHT_PARTS = frozenset({"thinking", "reasoning", "reasoning_content", "redacted_thinking"})
 
 
@@ -432,12 +433,18 @@ class Completion:
         text = "".join(self._parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return TextAnswer(text, self._model, self._tokens or len(self._parts), self.is_cut, self._counted)
 
+    @property
+    def _said_reason(self) -> str:
+        """The reason for the log."""
+        return self._reason if PLAIN_REASON.fullmatch(self._reason) else "of its own" if self._reason else "none"
+
     def _fault(self, done_is_enough: bool) -> JobError | None:
         if not self._has_begun:
             is_whole = self.is_marked_done or self.is_foreign
             return FailJob("no text in it", UNUSABLE) if is_whole else RetryJob("it ended before its text", BROKE_OFF)
         if FORBIDDEN_REASONS.fullmatch(self._reason) or (self._is_refused and not self._parts):
-            return InvalidInput(f"finish_reason {self._reason or 'none, but a refusal'}", CONTENT_RULES)
+            refusal = " with a refusal" if self._is_refused else ""
+            return InvalidInput(f"finish_reason {self._said_reason}{refusal}", CONTENT_RULES)
         is_ended = self._reason or (self.is_marked_done and done_is_enough)
         if not is_ended or BROKEN_REASONS.fullmatch(self._reason):
             return RetryJob("the stream ended without a good finish_reason: half a text", BROKE_OFF)
@@ -445,4 +452,4 @@ class Completion:
             return None
         if self.is_cut and self._has_thought:
             return OnlyThought(f"finish_reason {self._reason} before the first word: {MORE_ROOM}", ONLY_THOUGHT)
-        return FailJob(f"an empty text, finish_reason {self._reason or 'none'}", NO_TEXT)
+        return FailJob(f"an empty text, finish_reason {self._said_reason}", NO_TEXT)
