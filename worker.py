@@ -1272,7 +1272,7 @@ class Runtime:
 
     def __init__(self, settings: Settings, mongo: pymongo.MongoClient[Document] | None = None) -> None:
         self.settings = settings
-        self.shutdown = Shutdown()
+        self.shutdown = Shutdown(settings.log_format)
         self.rest = SharedTime(time.monotonic() + settings.lease_seconds)
         self.forks = SharedCount()
         self.lock = threading.RLock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -124,6 +125,23 @@ def test_a_parent_ends_by_force_once_its_children_hold_no_job() -> None:
     code, written = in_child(run)
     assert code == 7
     assert written.startswith(b"written, ")
+
+
+HUNG = """
+import time
+from workerkit.process import Shutdown
+
+Shutdown.ORDERLY_END_S, Shutdown.LOOK_AGAIN_S = 0.0, 0.1
+shutdown = Shutdown("json")
+shutdown.bound(lambda: [])
+shutdown.announce(0, exit_code=7)
+time.sleep(60)
+"""
+
+
+def test_an_end_by_force_is_said_in_the_format_of_the_log() -> None:
+    ended = subprocess.run([sys.executable, "-c", HUNG], cwd=SOURCE, timeout=30, check=False, capture_output=True)
+    assert (ended.returncode, json.loads(ended.stderr)["message"]) == (7, Shutdown.BY_FORCE)
 
 
 SLOW_END = """

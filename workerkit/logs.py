@@ -144,6 +144,11 @@ def json_line(level: str, message: str, fields: Mapping[str, Any] | None = None,
     return json.dumps(line, default=str)  # in ASCII alone, which each terminal and each reader of logs takes
 
 
+def lone_line(level: str, message: str, log_format: str) -> str:
+    """A line in the format of the log, for where there is no log yet or any more."""
+    return f"{json_line(level, message) if log_format == 'json' else message}\n"
+
+
 class JsonFormatter(logging.Formatter):
     """Writes each line as a JSON object: time (UTC), level, process, message, and what the line has besides its text.
 

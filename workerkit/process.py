@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from workerkit.logs import RepeatedFaultLog
+from workerkit.logs import RepeatedFaultLog, lone_line
 
 T = TypeVar("T")
 
@@ -107,10 +107,11 @@ class Shutdown(ShutdownTime):
     """
 
     LOOK_AGAIN_S = 0.5  # from one look at whether the process can end to the next
-    BY_FORCE = b"The worker couldn't end in order (does its broker hang?), so it ends by force. It holds no job.\n"
+    BY_FORCE = "The worker couldn't end in order (does its broker hang?), so it ends by force. It holds no job."
 
-    def __init__(self) -> None:
+    def __init__(self, log_format: str = "text") -> None:
         super().__init__()
+        self._log_format = log_format
         self._tasks: set[object] = set()  # to add and to discard is atomic, so that a signal handler can look
         self._jobs: set[object] = set()
         self._children: Callable[[], Sequence[int]] | None = None
@@ -174,7 +175,8 @@ class Shutdown(ShutdownTime):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         if not children and not self._jobs:
-            os.write(2, self.BY_FORCE)  # Celery has replaced sys.stderr
+            # Celery has replaced sys.stderr.
+            os.write(2, lone_line("WARNING", self.BY_FORCE, self._log_format).encode())
             os._exit(self._exit_code)
 
 

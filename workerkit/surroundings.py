@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import billiard
 
-from workerkit.logs import json_line, place_of
+from workerkit.logs import lone_line, place_of
 from workerkit.settings import EXIT_BAD_SETTINGS, crowded_lease_fault
 
 # ── the pool ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -22,8 +22,7 @@ SHARED_MEMORY = "mount a writable /dev/shm (Docker: --tmpfs /dev/shm), or set WO
 
 def refuse(fault: str, log_format: str) -> NoReturn:
     """Ends a start that can't go well, with a sentence in the format of the log."""
-    line = f"The worker can't start: {fault}."
-    print(json_line("CRITICAL", line) if log_format == "json" else line, file=sys.stderr)
+    sys.stderr.write(lone_line("CRITICAL", f"The worker can't start: {fault}.", log_format))
     raise SystemExit(EXIT_BAD_SETTINGS)
 
 
