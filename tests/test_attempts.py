@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import pymongo
+import pymongo.monitoring
 import pytest
 from bson import DatetimeMS, ObjectId
 from celery.exceptions import Reject, Retry
@@ -16,6 +20,7 @@ from tests.lab import (
     SECRET,
     Notices,
     SetHandler,
+    adopt,
     ago,
     change,
     claim,
@@ -32,7 +37,9 @@ from worker import NODE, Call, Result, Runtime
 from workerkit import sentences
 from workerkit.attempts import MAX_KEPT, AttemptRecord, read_record, usage_of
 from workerkit.errors import FailJob, JobFailed, OperatorFault, ProviderAway
+from workerkit.mongodb import CLIENT_OPTIONS
 from workerkit.refusals import Unexplained
+from workerkit.settings import Settings
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 WHOLE = AttemptRecord(2, "failed", "node", NOW, 0.5, 7.25, "OperatorFault", True, "HTTP 401", "http://host/v1", "m")
@@ -107,6 +114,33 @@ def test_a_completed_attempt_is_on_record_with_its_times_and_its_server(runtime:
     assert record == {"attempt": 1, "end": "completed", "node": NODE, **made_by}
     assert waited_s >= 0 <= ran_s < 60
     assert abs(ended_at - read(runtime, job_id)["completed_at"]) < timedelta(seconds=10)
+
+
+class Commands(pymongo.monitoring.CommandListener):
+    """The names of the commands about jobs that a client sends."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def started(self, event: pymongo.monitoring.CommandStartedEvent) -> None:
+        if event.command.get(event.command_name) == "jobs":
+            self.names.append(event.command_name)
+
+    def succeeded(self, event: pymongo.monitoring.CommandSucceededEvent) -> None: ...
+
+    def failed(self, event: pymongo.monitoring.CommandFailedEvent) -> None: ...
+
+
+@pytest.mark.usefixtures("runtime")  # which empties the database at the end
+def test_all_of_it_is_written_by_the_claim_and_by_the_end(settings: Settings, tmp_path: Path) -> None:
+    url, commands = settings.mongodb_url.get_secret_value(), Commands()
+    mongo = pymongo.MongoClient[dict[str, Any]](url, event_listeners=[commands], **CLIENT_OPTIONS)
+    with contextlib.closing(adopt(Runtime(settings, mongo), tmp_path)) as runtime:
+        job_id = insert_text(runtime, "[say hello]")
+        commands.names.clear()
+        deliver(runtime, job_id)
+        assert commands.names == ["findAndModify", "update"]
+        assert attempts_of(runtime, job_id)
 
 
 def test_every_attempt_of_a_life_is_on_record(runtime: Runtime) -> None:
