@@ -35,7 +35,7 @@ from tests.lab import (
 )
 from worker import NODE, Call, Result, Runtime
 from workerkit import sentences
-from workerkit.attempts import MAX_KEPT, AttemptRecord, read_record, usage_of
+from workerkit.attempts import LOST, MAX_KEPT, AttemptRecord, read_record, read_records, usage_of
 from workerkit.errors import FailJob, JobFailed, OperatorFault, ProviderAway
 from workerkit.mongodb import CLIENT_OPTIONS
 from workerkit.refusals import Unexplained
@@ -78,6 +78,17 @@ def test_a_record_is_read_as_it_was_written() -> None:
 )
 def test_what_is_no_record_is_left_out(odd: Any) -> None:
     assert read_record(odd) is None
+    assert read_records([odd, WHOLE.document()]) == (WHOLE,)
+
+
+@table(
+    "value, numbers",
+    ("no list", "text", []),
+    ("none", None, []),
+    ("more than are kept", [AttemptRecord(n, LOST).document() for n in range(MAX_KEPT + 2)], [*range(2, MAX_KEPT + 2)]),
+)
+def test_the_last_records_of_a_list_are_read(value: Any, numbers: list[int]) -> None:
+    assert [record.attempt for record in read_records(value)] == numbers
 
 
 @pytest.mark.parametrize("name", sorted(set(WHOLE.document()) - {"attempt", "end"}))

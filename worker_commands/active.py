@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from worker import Runtime, Status, Sweeper
 from worker_commands.lives import as_words
+from workerkit.attempts import AttemptRecord
 from workerkit.bookkeeping import Snapshot, parse_bookkeeping
 from workerkit.errors import Document
 from workerkit.mongodb import iterate, read_raw, unknown_when_unreachable
@@ -106,6 +107,7 @@ class Processing:
     state: State
     node: str
     available_at: datetime | None
+    attempts: tuple[AttemptRecord, ...]
     document: Mapping[str, Any]
 
 
@@ -131,7 +133,7 @@ def read_processing(jobs: Collection[Document], now: datetime) -> Iterator[Proce
         job = Snapshot(document, own)
         state, job_type = state_of(job, now), as_words(document.get("job_type"))
         node = own.node or "" if state is State.RUNNING else ""
-        yield Processing(job.id, job_type, state, node, own.available_at, document)
+        yield Processing(job.id, job_type, state, node, own.available_at, own.attempts, document)
 
 
 SWEPT_WITHIN = timedelta(seconds=45)

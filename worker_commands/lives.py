@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bson import Code, Decimal128
 
 from worker import Status
-from workerkit.attempts import COMPLETED, FAILED, LOST, AttemptRecord, read_record
+from workerkit.attempts import COMPLETED, FAILED, LOST, AttemptRecord, read_records
 from workerkit.errors import Document
 from workerkit.mongodb import unknown_when_unreachable
 from workerkit.sentences import STOPPED
@@ -127,11 +127,6 @@ def usage_of_past(life: Mapping[str, Any]) -> Usage:
     return usage_of(life, "model", "tokens", as_amount(life.get("pictures")), "seconds")
 
 
-def records_of(own: Mapping[str, Any]) -> list[AttemptRecord]:
-    """The attempts of the last life, as a worker noted them."""
-    return [record for entry in as_entries(own.get("attempts")) if (record := read_record(entry))]
-
-
 def failure_of(document: Mapping[str, Any], record: AttemptRecord | None) -> Failure:
     """Why the job failed, as its last attempt has it.
 
@@ -145,8 +140,8 @@ def failure_of(document: Mapping[str, Any], record: AttemptRecord | None) -> Fai
 
 def attempts_of(document: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[AttemptRecord, ...]:
     """The attempts of the last life. An older worker noted none, but the job's times tell of a single one."""
-    if records := records_of(own):
-        return tuple(records)
+    if records := read_records(own.get("attempts")):
+        return records
     created, started, ended = (document.get(name) for name in ("created_at", "started_at", "completed_at"))
     if as_amount(own.get("attempt")) > 1 or own.get("past") or as_time(started) is None:
         return ()
@@ -191,9 +186,9 @@ def last_life(document: Mapping[str, Any], latest: datetime) -> Life | None:
     life = Life(document["_id"], as_words(document.get("job_type")), ended_at, outcome)
     if outcome is Outcome.CANCELLED:
         return life
-    usage, failure, records = usage_of_output(as_mapping(document.get("output_data"))), Failure(), records_of(own)
+    usage, failure = usage_of_output(as_mapping(document.get("output_data"))), Failure()
     if outcome is Outcome.FAILED:  # what its output has, if anything, is of a former life
-        failure = failure_of(document, records[-1] if records else None)
+        failure = failure_of(document, next(reversed(read_records(own.get("attempts"))), None))
         usage = Usage(as_words(as_mapping((as_entries(own.get("attempts")) or [None])[-1]).get("model")))
     return Life(life.job_id, life.job_type, ended_at, outcome, usage, failure, attempts_of(document, own))
 

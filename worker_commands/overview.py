@@ -26,13 +26,11 @@ from worker_commands.lives import (
     ended_between,
     has_index_of_ends,
     last_life,
-    records_of,
 )
 from worker_commands.terminal import counted, duration_text, printable
 from workerkit.attempts import LOST_REASON
 from workerkit.errors import Document
 from workerkit.mongodb import iterate, read_raw, unknown_when_unreachable
-from workerkit.values import as_mapping
 
 T = TypeVar("T")
 
@@ -327,7 +325,7 @@ def operator_faults(jobs: Jobs) -> Iterator[tuple[Failure, object]]:
         if life.failure.is_operators and life.ended_at >= since:
             yield life.failure, life.job_id
     for job in jobs.processing:
-        for record in records_of(as_mapping(job.document.get("worker")))[-1:]:
+        for record in job.attempts[-1:]:
             if record.is_operators and record.ended_at and record.ended_at >= since:
                 yield Failure(record.reason or "", is_operators=True), job.job_id
 

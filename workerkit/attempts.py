@@ -58,6 +58,12 @@ def read_record(value: Any) -> AttemptRecord | None:
     return AttemptRecord(attempt, end, ended_at=ended_at, is_operators=is_operators, reason=reason, **texts, **times)
 
 
+def read_records(value: Any) -> tuple[AttemptRecord, ...]:
+    """The last records of a list out of a document, the oldest first. What is no record is left out."""
+    entries = value if isinstance(value, list) else []
+    return tuple(filter(None, map(read_record, entries[-MAX_KEPT:])))
+
+
 def end_of(outcome: Result | JobError) -> str:
     """Which of ENDS an outcome is."""
     match outcome:

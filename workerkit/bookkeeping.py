@@ -14,7 +14,7 @@ from typing import Any, cast
 from bson import ObjectId
 
 from workerkit import sentences
-from workerkit.attempts import COMPLETED, LOST, LOST_REASON, MAX_KEPT, AttemptRecord, read_record, usage_of
+from workerkit.attempts import COMPLETED, LOST, LOST_REASON, MAX_KEPT, AttemptRecord, read_records, usage_of
 from workerkit.errors import Document
 from workerkit.settings import is_duration
 from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_priority, as_seconds, as_text, as_time
@@ -113,8 +113,7 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
     def time(name: str, ahead_s: float) -> datetime | None:
         return as_time(raw.get(name), now + timedelta(seconds=ahead_s))
 
-    lists = (value if isinstance(value := raw.get(name), list) else [] for name in ("limits", "past", "attempts"))
-    limits, past, attempts = lists
+    limits, past = (value if isinstance(value := raw.get(name), list) else [] for name in ("limits", "past"))
     message = raw.get("message")
     return Bookkeeping(
         raw,
@@ -130,7 +129,7 @@ def parse_bookkeeping(raw: Any, now: datetime, longest_wait_s: float) -> Bookkee
         first_started_at=time("first_started_at", CLOCK_TOLERANCE_S),
         limits=(limits[0], limits[1]) if len(limits) == 2 and all(map(is_duration, limits)) else None,
         message=message[:MAX_TEXT_CHARACTERS] if isinstance(message, str) else None,
-        attempts=tuple(filter(None, map(read_record, attempts[-MAX_KEPT:]))),
+        attempts=read_records(raw.get("attempts")),
         past=tuple(as_life(life) for life in past if isinstance(life, Mapping))[-PAST_LIVES:],
     )
 
