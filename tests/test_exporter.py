@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bson import ObjectId
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from redis.exceptions import ResponseError
 
 import worker
 from testbed.processes import poll
@@ -26,7 +29,7 @@ from worker_commands.counts import Counts, Durations, LabelValues
 from worker_commands.exporter import BrokerSeen, BrokerWatch, Ends, Exporter
 from worker_commands.fleet import Fleet
 from worker_commands.lives import INDEXES, Failure, Life, Outcome, Usage, ended_between
-from workerkit.attempts import COMPLETED, ENDS, AttemptRecord
+from workerkit.attempts import COMPLETED, ENDS, RETRIED, AttemptRecord
 from workerkit.errors import StoreRefused, StoreUnavailable
 from workerkit.mongodb import make_indexes
 from workerkit.sentences import STOPPED
@@ -38,9 +41,9 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 class Scraper:
     """Scrapes an exporter as Prometheus does, by its text format."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, new_for_s: float = 0.0) -> None:
         self.broker = BrokerWatch(runtime)
-        self.exporter = Exporter(runtime, self.broker)
+        self.exporter = Exporter(runtime, self.broker, new_for_s)
         self.exporter.FRESH_S = 0.0
         self._registry = CollectorRegistry()
         self._registry.register(self.exporter)
@@ -185,6 +188,28 @@ def test_a_job_that_the_api_cancels_is_counted_as_cancelled(
     change(light_runtime, job_id, status="failed", error_message="Cancelled.")
     assert scraper.scrape().ended() == {"completed": 0, "failed": 0, "cancelled": 1}
     assert scraper.scrape().ended()["cancelled"] == 1
+
+
+def test_a_job_that_is_cancelled_between_two_attempts_and_put_back_is_counted_once(
+    light_runtime: Runtime, scraper: Scraper
+) -> None:
+    job, now = claim(light_runtime), light_runtime.store.now()
+    record = AttemptRecord(1, RETRIED, ended_at=now, error="RetryJob", reason="HTTP 503")
+    assert light_runtime.store.release(replace(job, attempts=(record,)), now, counted=True)
+    scraper.scrape()
+    change(light_runtime, job.id, status="failed", error_message="Cancelled.")
+    assert scraper.scrape().ended() == {"completed": 0, "failed": 0, "cancelled": 1}
+    change(light_runtime, job.id, status="pending", updated_at=ago(0))
+    claim(light_runtime, job.id, "next")
+    assert scraper.scrape().ended() == {"completed": 0, "failed": 0, "cancelled": 1}
+
+
+def test_a_life_whose_end_the_api_resets_is_counted_once(light_runtime: Runtime, scraper: Scraper) -> None:
+    job_id = complete(light_runtime)
+    assert scraper.scrape().ended()["completed"] == 1
+    change(light_runtime, job_id, status="pending", completed_at=None, updated_at=ago(0))
+    claim(light_runtime, job_id, "next")
+    assert scraper.scrape().ended() == {"completed": 1, "failed": 0, "cancelled": 0}
 
 
 def test_a_job_that_an_operator_cancels_is_counted_as_cancelled(light_runtime: Runtime, scraper: Scraper) -> None:
@@ -421,14 +446,26 @@ def test_pictures_and_sound_count_by_model(light_runtime: Runtime, scraper: Scra
     assert scraper.value("sound_seconds_total", model="m-3") == 2.5
 
 
-def test_counters_of_known_types_and_of_models_in_use_begin_at_zero(light_runtime: Runtime) -> None:
+def test_counters_of_known_types_begin_at_zero(scraper: Scraper) -> None:
     """Otherwise Prometheus would not see their first increase."""
-    complete(light_runtime, model_used="in-use")
-    scraper = Scraper(light_runtime).scrape()
     assert scraper.value("jobs_ended_total", outcome="failed", type=IMAGE) == 0
     assert scraper.value("attempt_run_seconds_bucket", type=IMAGE, le="+Inf") == 0
     assert scraper.value("operator_faults_total") == 0
-    assert scraper.value("tokens_total", model="in-use", kind="prompt") == 0
+
+
+def test_a_new_series_shows_zero_for_a_while_so_that_its_first_increase_is_seen(
+    light_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scraper = Scraper(light_runtime, new_for_s=75.0).scrape()
+    complete(light_runtime)
+    ended(light_runtime, attempt("failed", is_operators=True, reason=KEY_REASON), minutes=-0.01)
+    scraper.scrape()
+    assert (scraper.value("tokens_total"), scraper.value("job_failures_total")) == (0, 0)
+    assert (scraper.ended()["completed"], scraper.value("operator_faults_total")) == (1, 1)
+    later = time.monotonic() + 76
+    monkeypatch.setattr(counts, "time", SimpleNamespace(monotonic=lambda: later))
+    scraper.scrape()
+    assert (scraper.value("tokens_total"), scraper.value("job_failures_total")) == (30, 1)
 
 
 @table(
@@ -558,6 +595,31 @@ def test_a_broker_that_is_away_leaves_out_what_it_would_say(light_runtime: Runti
         None,
     )
     assert scraper.value("mongodb_up") == 1
+
+
+def test_a_broker_that_fails_in_an_unknown_way_is_not_up(
+    light_runtime: Runtime, scraper: Scraper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scraper.broker.look()
+    monkeypatch.setattr(light_runtime.broker, "queue_length", lambda: 1 // 0)
+    scraper.broker.look()
+    assert scraper.scrape().value("broker_up") == 0
+
+
+def test_where_the_broker_refuses_remote_control_leases_and_the_search_for_lost_jobs_tell_of_workers(
+    light_runtime: Runtime, scraper: Scraper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ResponseError("NOPERM")
+
+    monkeypatch.setattr(exporter, "ask_fleet", refuse)
+    scraper.broker.look()
+    assert (scraper.scrape().value("broker_up"), scraper.value("workers_alive")) == (1, 0)
+    light_runtime.turns.take("sweep", 15)
+    assert (scraper.scrape().value("workers_alive"), scraper.value("slots")) == (1, None)
+    claim(light_runtime, owner="a")
+    change(light_runtime, claim(light_runtime, owner="b").id, worker__node="b-22222222")
+    assert scraper.scrape().value("workers_alive") == 2
 
 
 def test_what_the_broker_said_long_ago_is_not_shown(

@@ -110,6 +110,11 @@ def test_its_grace_lets_a_job_end_within_its_soft_limit() -> None:
     assert grace_s >= settings.shutdown_grace + END_BY_FORCE_S
 
 
+def test_never_do_two_exporters_run_which_would_count_everything_twice() -> None:
+    assert METRICS["spec"]["replicas"] == 1
+    assert METRICS["spec"]["strategy"] == {"type": "Recreate"}
+
+
 @pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe"])
 def test_its_probes_are_the_images_health_check(probe: str) -> None:
     [health_check] = re.findall(r"(?m)^HEALTHCHECK .*CMD (\[.*\])$", (SOURCE / "Dockerfile").read_text())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from bson import ObjectId
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
@@ -30,7 +31,7 @@ from testbed.processes import LOOPBACK, SOURCE, free_port, poll
 from testbed.prometheus import PrometheusServer, find_prometheus
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
-from tests.lab import AUDIO, IMAGE, TEXT
+from tests.lab import AUDIO, IMAGE, TEXT, table
 from tests.site import JOBS, open_api, running, skipping_outside_ci, worker_settings
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(240)]
@@ -44,10 +45,12 @@ QUERIES = [(panel["title"], each["expr"]) for panel in PANELS for each in panel.
 GRAFANAS = {"$__rate_interval": "1m", "$__range": "10m", "$instance": ".*", "$type": ".*"}
 KEY_REASON = "HTTP 401 invalid_api_key: check the provider's key (TEXT_API_KEY or OPENAI_API_KEY)"
 SLOTS = 2
+FAILURES = 3  # of different reasons, each of which is met once
 
 
 def start_exporter(environment: dict[str, str], log: Path, port: int) -> WorkerProcess:
-    command = [str(SOURCE / "worker.py"), "metrics", "--address", LOOPBACK, "--port", str(port)]
+    """Starts an exporter for a Prometheus that asks it every second."""
+    command = [str(SOURCE / "worker.py"), "metrics", "--address", LOOPBACK, "--port", str(port), "--interval", "1s"]
     return WorkerProcess(environment, log, command).wait_ready(PATIENCE_S, says="metrics at http://")
 
 
@@ -118,10 +121,11 @@ def deployment(
         worker.wait_ready()
         prometheus = stack.enter_context(running(PrometheusServer(f"{LOOPBACK}:{port}", ALERTS)))
         poll(lambda: prometheus.query("ai_worker_workers_alive > 0"), PATIENCE_S, 0.2, "the worker in Prometheus")
-        for _ in range(2):  # between the two, Prometheus sees counters that it will then see grow
-            do_a_round_of_jobs(api)
-            ends = api.jobs.count_documents({"completed_at": {"$ne": None}})
-            poll(partial(has_counted, prometheus, ends), PATIENCE_S, 0.2, "the ends in Prometheus")
+        do_a_round_of_jobs(api)
+        ends = api.jobs.count_documents({"completed_at": {"$ne": None}})
+        poll(partial(has_counted, prometheus, ends), PATIENCE_S, 0.2, "the ends in Prometheus")
+        new = "increase(ai_worker_job_failures_total[10m]) > 0"
+        poll(lambda: len(prometheus.query(new)) == FAILURES, PATIENCE_S, 0.2, "each failure in Prometheus")
         for _ in range(SLOTS):
             api.wait(api.text("a long one [hang]"), "processing")
         long_ago = datetime.now(UTC) - timedelta(minutes=10)
@@ -229,6 +233,33 @@ def test_the_alerts_are_raised_that_this_deployment_deserves_and_no_others(deplo
 def test_an_alert_names_only_metrics_that_the_exporter_has(deployment: Deployment) -> None:
     named = set(re.findall(r"\bai_worker_\w+", re.sub(r"#.*", "", ALERTS.read_text())))
     assert [name for name in named if not re.search(rf"^{name}\b", scrape(deployment.port), re.MULTILINE)] == []
+
+
+PENDING, BUSY, SLOTS_IN_ALL = 'ai_worker_jobs{state="pending"}', "ai_worker_slots_busy", "ai_worker_slots"
+FAILED, COMPLETED = (f'ai_worker_jobs_ended_total{{outcome="{each}"}}' for each in ("failed", "completed"))
+
+
+@table(
+    "name, series, is_raised",
+    ("all slots are busy", "AiWorkerSlotsFull", {PENDING: "1x60", BUSY: "2x60", SLOTS_IN_ALL: "2x60"}, True),
+    ("one is free", "AiWorkerSlotsFull", {PENDING: "1x60", BUSY: "1x60", SLOTS_IN_ALL: "2x60"}, False),
+    ("no worker is there", "AiWorkerSlotsFull", {PENDING: "1x60", BUSY: "0x60", SLOTS_IN_ALL: "0x60"}, False),
+    ("half of the jobs fail", "AiWorkerManyFailures", {FAILED: "0+2x60", COMPLETED: "0+2x60"}, True),
+    ("one in ten fails", "AiWorkerManyFailures", {FAILED: "0+2x60", COMPLETED: "0+18x60"}, False),
+)
+def test_an_alert_is_raised_only_where_its_words_are_true(
+    tmp_path: Path, name: str, series: dict[str, str], is_raised: bool
+) -> None:
+    with skipping_outside_ci():
+        promtool = find_prometheus("promtool")
+    [rule] = [rule for rule in yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"] if rule["alert"] == name]
+    raised = {"exp_labels": rule["labels"], "exp_annotations": rule["annotations"]}
+    expected = {"eval_time": "30m", "alertname": name, "exp_alerts": [raised] if is_raised else []}
+    given = [{"series": each, "values": values} for each, values in series.items()]
+    test = {"interval": "1m", "input_series": given, "alert_rule_test": [expected]}
+    (tmp_path / "test.yml").write_text(json.dumps({"rule_files": [str(ALERTS)], "tests": [test]}))
+    ended = subprocess.run([promtool, "test", "rules", tmp_path / "test.yml"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 # ── the format ───────────────────────────────────────────────────────────────────────────────────────────────────

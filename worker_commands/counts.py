@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 
@@ -14,12 +16,8 @@ from workerkit.attempts import ENDS
 
 MAX_LABEL_CHARACTERS = 80
 OTHER = "other"
-MAX_TYPES, MAX_ERRORS, MAX_MODELS, MAX_REASONS = (
-    30,
-    30,
-    100,
-    50,
-)  # values of a label; each costs Prometheus a time series
+# Values of a label, each of which costs Prometheus a time series.
+MAX_TYPES, MAX_ERRORS, MAX_MODELS, MAX_REASONS = 30, 30, 100, 50
 WAIT_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 RUN_BUCKETS = (0.25, 0.5, 1, 2.5, 5, 10, 15, 30, 45, 60, 90, 120, 300, 600)
 TOKEN_KINDS = ("prompt", "completion", "other")
@@ -62,43 +60,52 @@ class Durations:
 
 @dataclass
 class Table:
-    """A counter with labels."""
+    """A counter with labels.
 
+    A series that didn't begin at 0 shows 0 for `new_for_s` seconds. Prometheus takes the first value that it sees for
+    the beginning, so without that no query would ever count what came with it.
+    """
+
+    new_for_s: float
     name: str
     help_text: str
     labels: tuple[str, ...]
     values: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    new_until: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def add(self, amount: float, *labels: str) -> None:
+        if amount and labels not in self.values:
+            self.new_until[labels] = time.monotonic() + self.new_for_s
         self.values[labels] += amount  # type: ignore[assignment]
 
     def family(self) -> CounterMetricFamily:
         family = CounterMetricFamily(self.name, self.help_text, labels=self.labels)
         for labels, value in self.values.items():
-            family.add_metric(labels, value)
+            family.add_metric(labels, 0 if time.monotonic() < self.new_until.get(labels, 0) else value)
         return family
 
 
 class Counts:
-    """The counters and histograms. Those of known types and models begin at 0, so that their first increase shows."""
+    """The counters and histograms. Those of known types begin at 0, others show 0 for `new_for_s` seconds at first."""
 
-    def __init__(self, types: Iterable[str]) -> None:
+    def __init__(self, types: Iterable[str], new_for_s: float = 0.0) -> None:
+        table = partial(Table, new_for_s)
         known = list(types)
         self.types, self.models = LabelValues(MAX_TYPES, known), LabelValues(MAX_MODELS)
         self.errors = LabelValues(MAX_ERRORS)
         # The operator's reasons have a limit of their own, so that no flood of others hides one.
         self.reasons = {is_operators: LabelValues(MAX_REASONS) for is_operators in (True, False)}
-        self.ended = Table("ai_worker_jobs_ended", "Jobs that have ended.", ("outcome", "type"))
+        self.ended = table("ai_worker_jobs_ended", "Jobs that have ended.", ("outcome", "type"))
         help_text = "Attempts of ended jobs, by how each attempt ended."
-        self.attempts = Table("ai_worker_attempts_ended", help_text, ("end", "type"))
+        self.attempts = table("ai_worker_attempts_ended", help_text, ("end", "type"))
         help_text = "Jobs that failed, by the worker's reason. Person-written text is never a reason."
-        self.failures = Table("ai_worker_job_failures", help_text, ("reason", "error", "operators"))
+        self.failures = table("ai_worker_job_failures", help_text, ("reason", "error", "operators"))
         help_text = "Jobs that failed by what only the operator can change: a key, a model, a URL, a setting."
-        self.faults = Table("ai_worker_operator_faults", help_text, ())
+        self.faults = table("ai_worker_operator_faults", help_text, ())
         help_text = "Tokens of completed jobs. The kind is other where the provider does not tell them apart."
-        self.tokens = Table("ai_worker_tokens", help_text, ("model", "kind"))
-        self.pictures = Table("ai_worker_pictures", "Pictures of completed jobs.", ("model",))
-        self.sound = Table("ai_worker_sound_seconds", "Seconds of sound of completed jobs.", ("model",))
+        self.tokens = table("ai_worker_tokens", help_text, ("model", "kind"))
+        self.pictures = table("ai_worker_pictures", "Pictures of completed jobs.", ("model",))
+        self.sound = table("ai_worker_sound_seconds", "Seconds of sound of completed jobs.", ("model",))
         self.waits, self.runs = Durations(WAIT_BUCKETS, known), Durations(RUN_BUCKETS, known)
         self._begin_at_zero(known)
 
@@ -110,20 +117,16 @@ class Counts:
             for end in ENDS:
                 self.attempts.add(0, end, job_type)
 
-    def expect(self, usage: Usage) -> None:
-        """Lets what a model uses begin at 0."""
-        self._add_usage(usage, 0)
-
-    def _add_usage(self, usage: Usage, times: int = 1) -> None:
+    def _add_usage(self, usage: Usage) -> None:
         model = self.models.name(usage.model)
         amounts = (usage.prompt_tokens, usage.completion_tokens, usage.other_tokens)
         for kind, amount in zip(TOKEN_KINDS, amounts, strict=True):
             if amount:
-                self.tokens.add(amount * times, model, kind)
+                self.tokens.add(amount, model, kind)
         if usage.pictures:
-            self.pictures.add(usage.pictures * times, model)
+            self.pictures.add(usage.pictures, model)
         if usage.sound_s:
-            self.sound.add(usage.sound_s * times, model)
+            self.sound.add(usage.sound_s, model)
 
     def add(self, life: Life) -> None:
         """Counts a life that has ended."""

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 ACTIVE = {"status": {"$in": [Status.PENDING.value, Status.PROCESSING.value]}}
 IDS_AT_ONCE = 1000
-KNOWN_MODELS_OF = 2000  # jobs of the last hour whose models' counters begin at 0
 
 # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -187,16 +186,13 @@ class BrokerWatch:
             queue_length = self._runtime.broker.queue_length()
             fleet = ask_fleet(self._runtime)
             self._log.over()
-        except self._runtime.broker.errors as error:
-            self._log.fault(type(error).__name__)
+        except Exception as error:  # nothing may end this thread, since the broker would seem to be gone for good
+            self._log.fault(f"{type(error).__name__} at {place_of(error)}")
         self._seen = BrokerSeen(time.monotonic(), queue_length, fleet)
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            try:
-                self.look()
-            except Exception as error:  # nothing may end this thread, since the broker would seem to be gone for good
-                self._log.fault(f"{type(error).__name__} at {place_of(error)}")
+            self.look()
             self._ended.wait(self.EVERY_S)
 
 
@@ -234,11 +230,11 @@ class Exporter(Collector):
     FRESH_S = 1.0
     INDEX_PATIENCE_S, INDEX_AGAIN_S = 3600.0, 60.0
 
-    def __init__(self, runtime: Runtime, broker: BrokerWatch) -> None:
+    def __init__(self, runtime: Runtime, broker: BrokerWatch, new_for_s: float = 0.0) -> None:
         self._runtime, self._broker = runtime, broker
         app.loader.import_default_modules()  # job types of your own
         self._types = sorted(HANDLERS)
-        self._counts = Counts(self._types)
+        self._counts = Counts(self._types, new_for_s)
         self._jobs_seen: JobsSeen | None = None
         self._ends: Ends | None = None
         self._read_at = -self.FRESH_S
@@ -292,21 +288,11 @@ class Exporter(Collector):
         self._runtime.store.clock.refresh()
         now, jobs = self._runtime.store.now(), self._jobs
         if self._ends is None:
-            self._expect_models(now)
             self._ends = Ends(jobs, begins_at=now)
         processing = list(read_processing(jobs, now))
         for life in self._ends.read(now, processing):
             self._counts.add(life)
         return JobsSeen(now, read_pending(jobs, now), processing, is_swept(self._runtime, now))
-
-    def _expect_models(self, now: datetime) -> None:
-        """Lets the counters of models that were used lately begin at 0."""
-        jobs = self._jobs
-        lately = ended_between(now - timedelta(hours=1), now, has_index=has_index_of_ends(jobs))
-        for document in iterate(read_raw(jobs).find(lately, FIELDS).sort("completed_at", -1).limit(KNOWN_MODELS_OF)):
-            life = last_life(document, now)
-            if life and life.outcome is Outcome.COMPLETED:
-                self._counts.expect(life.usage)
 
     # ── what Prometheus gets ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -360,9 +346,12 @@ class Exporter(Collector):
             family = GaugeMetricFamily("ai_worker_queue_messages", help_text, labels=["queue"])
             family.add_metric([self._runtime.settings.celery_queue_name], broker.queue_length)
             yield family
-        if broker.fleet is not None:
+        # Where the broker refuses remote control, the documents alone tell of workers.
+        fleet = broker.fleet or (Fleet() if jobs and broker.queue_length is not None else None)
+        if fleet:
             nodes, swept = (jobs.busy_nodes(), jobs.is_swept) if jobs else ({}, False)
-            alive = count_alive(broker.fleet.names, nodes) or sign_of_life(broker.fleet, is_swept=swept)
+            alive = count_alive(fleet.names, nodes) or sign_of_life(fleet, is_swept=swept)
             yield gauge("ai_worker_workers_alive", "Workers that answer, or that hold the leases of jobs.", alive)
+        if broker.fleet:
             slots = max(broker.fleet.slots, jobs.running if jobs else 0)
             yield gauge("ai_worker_slots", "Jobs that the workers can run at a time.", slots)
