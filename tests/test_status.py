@@ -29,7 +29,7 @@ from worker_commands.fleet import Fleet, count_alive, queues_of, slots_of
 from worker_commands.lives import last_life
 from worker_commands.overview import Overview, find_needs, group_failures, judge_workers, percentile, read_jobs
 from worker_commands.status import Page, status
-from worker_commands.terminal import duration_text
+from worker_commands.terminal import EXIT_INTERRUPTED, duration_text
 from workerkit.attempts import LOST_REASON
 
 FIVE_MINUTES = timedelta(minutes=5)
@@ -215,7 +215,7 @@ def test_a_workers_queues_are_read_from_its_answer(answer: Any, names: set[str])
     "fleet, swept, says",
     ("they answer", Fleet(("worker-0a1b2c3d@a",), 2), False, "1 alive, 1 of 2 slots busy (1 of"),
     ("one is silent", Fleet(), False, "1 alive, 1 of 1 slots busy (1 of them can't answer while a job runs)"),
-    ("none can be asked", None, False, "at least 1 alive, 1 slots busy (they can't be asked: NOPERM)"),
+    ("none can be asked", None, False, "at least 1 alive, 1 slot busy (they can't be asked: NOPERM)"),
 )
 def test_the_row_of_workers_says_what_is_known(
     light_runtime: Runtime, shown: Shown, fleet: Fleet | None, swept: bool, says: str
@@ -467,7 +467,18 @@ def test_a_broker_that_is_away_hides_nothing_of_the_documents(
     claim(light_runtime)
     worker.app.conf.update(broker_write_url=f"redis://{NOWHERE}")
     code, page = run_status(light_runtime, capsys)
-    assert (code, "workers   at least 1 alive, 1 slots busy\n" in page, "running   1" in page) == (1, True, True)
+    assert (code, "workers   at least 1 alive, 1 slot busy\n" in page, "running   1" in page) == (1, True, True)
+
+
+@table("is_watching", ("once", False), ("watching", True))
+def test_ctrl_c_is_told_from_something_that_needs_a_person(
+    light_runtime: Runtime, monkeypatch: pytest.MonkeyPatch, is_watching: bool
+) -> None:
+    def interrupt(_: Runtime) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("worker_commands.status.look_at_servers", interrupt)
+    assert status(light_runtime, FIVE_MINUTES, is_watching=is_watching) == EXIT_INTERRUPTED
 
 
 # ── real workers ─────────────────────────────────────────────────────────────────────────────────────────────────

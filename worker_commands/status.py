@@ -60,7 +60,11 @@ TIME_NAMES = ("wait_p50_s", "wait_p95_s", "run_p50_s", "run_p95_s")
 def workers_text(workers: Workers) -> str:
     """What is known of the workers, and no more than that."""
     alive = f"{workers.alive} alive" if workers.is_exact else f"at least {workers.alive} alive"
-    slots = f"{workers.busy} slots busy" if workers.slots is None else f"{workers.busy} of {workers.slots} slots busy"
+    slots = (
+        f"{counted(workers.busy, 'slot')} busy"
+        if workers.slots is None
+        else f"{workers.busy} of {workers.slots} slots busy"
+    )
     known = f"{alive}, {slots}" if workers.alive else "none alive" if workers.is_exact else "not known"
     return f"{known} ({workers.remark})" if workers.remark else known
 
@@ -251,12 +255,12 @@ def status(runtime: Runtime, pending_over: timedelta, *, as_document: bool = Fal
     def look() -> Page:
         return Page(console, look_at_servers(runtime), pending_over)
 
-    if is_watching:
-        try:
+    try:
+        if is_watching:
             watch(console, look, as_document)
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
-    page = look()
+        page = look()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     print_page(console, page, as_document)
     return page.exit_code
 
