@@ -24,17 +24,28 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Text:
-    """What an attempt has written so far."""
+class GrowingText:
+    """What an attempt has written so far, by the rules of docs/contract.md."""
 
     attempt: int = 0
     pieces: list[str] = field(default_factory=list)
+
+    def add(self, attempt: int, sequence: int, delta: str) -> bool:
+        """Puts a piece in the place of the one of its number and of all behind it. Behind a gap nothing is added.
+
+        Pieces are numbered from 0 in each attempt. Returns whether the text has changed.
+        """
+        pieces = self.pieces if attempt == self.attempt else []
+        if attempt < self.attempt or sequence > len(pieces):
+            return False
+        self.attempt, self.pieces = attempt, [*pieces[:sequence], delta]
+        return True
 
     def __str__(self) -> str:
         return "".join(self.pieces)
 
 
-NOTHING = Text()
+NOTHING = GrowingText()
 
 
 def event(name: str, data: Document) -> str:
@@ -49,7 +60,7 @@ class Page:
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
     must_read: bool = True  # its documents, since one of them has changed
     jobs: dict[str, Document] | None = None
-    texts: dict[str, tuple[Text, int]] = field(default_factory=dict)
+    texts: dict[str, tuple[GrowingText, str]] = field(default_factory=dict)
 
     def new_jobs(self, jobs: dict[str, Document]) -> Iterator[str]:
         """The event with those jobs that it was not sent as they are now."""
@@ -58,14 +69,15 @@ class Page:
             self.jobs = jobs
             yield event("jobs", {"ids": list(jobs), "changed": changed})
 
-    def new_texts(self, texts: dict[str, Text]) -> Iterator[str]:
+    def new_texts(self, texts: dict[str, GrowingText]) -> Iterator[str]:
         """The events with those parts of running jobs' texts that it was not sent."""
         for job_id in [job_id for job_id, job in (self.jobs or {}).items() if job["status"] == "processing"]:
-            text, (known, length) = texts.get(job_id, NOTHING), self.texts.get(job_id, (NOTHING, 0))
-            whole, start = str(text), length if text is known else 0
-            if text is not known or len(whole) > length:
-                self.texts[job_id] = text, len(whole)
-                yield event("text", {"id": job_id, "text": whole[start:], "begins": start == 0})
+            text, (known, sent) = texts.get(job_id, NOTHING), self.texts.get(job_id, (NOTHING, ""))
+            whole = str(text)
+            if text is not known or whole != sent:
+                begins = text is not known or not whole.startswith(sent)
+                self.texts[job_id] = text, whole
+                yield event("text", {"id": job_id, "text": whole if begins else whole[len(sent) :], "begins": begins})
 
 
 class Live:
@@ -77,7 +89,7 @@ class Live:
     def __init__(self, redis_url: str, newest: Callable[[Owner], dict[str, Document]]) -> None:
         self._redis, self._newest = Redis.from_url(redis_url, health_check_interval=15), newest
         self._pages: set[Page] = set()
-        self._texts: dict[str, Text] = {}
+        self._texts: dict[str, GrowingText] = {}
         self._is_ending = False
 
     async def listen(self) -> None:
@@ -104,18 +116,14 @@ class Live:
                 self._add(job_id, int(message["attempt"]), int(message["sequence"]), str(message["delta"]))
                 self.wake(owner, must_read=False)
             elif message["type"] == "job_status_update":
-                self._texts.pop(job_id, None)  # an attempt begins or has ended
+                self._texts.pop(job_id, None)  # an attempt begins, or the document has the whole
                 self.wake(owner)
 
     def _add(self, job_id: str, attempt: int, sequence: int, delta: str) -> None:
-        """Adds a piece of text. They are numbered from 0 in each attempt. Behind a gap nothing is added."""
-        text = self._texts.get(job_id, NOTHING)
-        last = len(text.pieces) - 1
-        if sequence == 0 and attempt >= text.attempt:
-            self._texts[job_id] = Text(attempt, [delta])
-        elif attempt == text.attempt and sequence in (last, last + 1):
-            # The last piece comes again, with more in it, if the worker can't know that it was received.
-            text.pieces[sequence:] = [delta]
+        """Adds a piece to a job's text, and forgets the oldest texts where there are too many."""
+        text = self._texts.get(job_id) or GrowingText()
+        if text.add(attempt, sequence, delta):
+            self._texts[job_id] = text
         while len(self._texts) > KEPT_TEXTS:
             del self._texts[next(iter(self._texts))]
 
@@ -146,7 +154,8 @@ class Live:
                     page.must_read = False
                     for sent in page.new_jobs(await run_in_threadpool(self._newest, owner)):
                         yield sent
-                for sent in page.new_texts(self._texts):
+                # A text that ended meanwhile stays on the page until its document was read.
+                for sent in () if page.must_read else page.new_texts(self._texts):
                     yield sent
                 try:
                     async with asyncio.timeout(READ_EVERY_S):  # wait_for of Python 3.11 may swallow a cancel
