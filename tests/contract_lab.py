@@ -6,6 +6,7 @@ docs/contract.md has examples that an API's author copies. The tests take them o
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from datetime import datetime
@@ -41,6 +42,17 @@ def check_pattern(validator: Any, pattern: str, value: object, _schema: object) 
 ContractValidator: Any = extend(Draft202012Validator, {"type": check_type, "pattern": check_pattern})  # type: ignore[no-untyped-call]
 
 
+def as_json(document: Any) -> Any:
+    """The document as JSON has it, as the page says: its ids as hex digits, its dates in ISO 8601."""
+    return json.loads(json.dumps(document, default=lambda it: it.isoformat() if isinstance(it, datetime) else str(it)))
+
+
+def plain_validator_of(name: str) -> Any:
+    """A validator for one of the schemas as any library makes it, for values as JSON has them."""
+    schema = {**contract_schema(), "$ref": f"#/$defs/{name}"}
+    return Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+
+
 def validator_of(name: str, *, is_closed: bool = False) -> Any:
     """A validator for one of the schemas. A closed one also refuses fields that an API may add, but the worker not."""
     whole = copy.deepcopy(contract_schema())
@@ -59,8 +71,8 @@ def section(heading: str) -> str:
 
 
 def example(heading: str, language: str = "json") -> str:
-    """The first block of code under a heading."""
-    found = re.search(rf"^```{language}\n(.*?)^```$", section(heading), re.MULTILINE | re.DOTALL)
+    """The first block of code under a heading, also one in a list."""
+    found = re.search(rf"^ *```{language}\n(.*?)^ *```$", section(heading), re.MULTILINE | re.DOTALL)
     assert found, heading
     return found[1]
 

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
+import random
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from bson import ObjectId, json_util
+from gridfs import GridFSBucket
 from pymongo.errors import DuplicateKeyError
 
+from examples.api import live
 from testbed.api import Api
-from testbed.processes import poll
-from tests.contract_lab import PAGE, example, faults, rows, section, validator_of
+from testbed.processes import SOURCE, poll
+from tests.contract_lab import PAGE, as_json, example, faults, plain_validator_of, rows, section, validator_of
 from tests.lab import AUDIO, IMAGE, TEXT, table
 from tests.place import PATIENCE_S, OpenPlace, Step
 from tests.site import JOBS, Site, StartWorker, of_each_type
 from worker import HANDLERS, PROGRESS_CHANNEL, STATUS_CHANNEL, TASK_NAME
-from workerkit.schemas import OUTPUTS, Bookkeeping, JobDocument
-from workerkit.sentences import STOPPED
+from workerkit.schemas import OUTPUTS, AttemptRecord, Bookkeeping, FormerLife, JobDocument
+from workerkit.sentences import EXPIRED_UNTRIED, STOPPED
 
 Document = dict[str, Any]
 SCHEMAS = {"job_status_update": "JobStatusUpdate", "job_progress": "JobProgress"}
@@ -46,6 +52,15 @@ def test_the_page_has_every_field_of_the_workers_notes_that_an_api_may_read() ->
     fields = validator_of("JobDocument").schema["$defs"]["Bookkeeping"]["properties"]
     described = {name for name, field in fields.items() if "description" in field}
     assert set(rows("The worker's notes")) == described < set(Bookkeeping.__annotations__)
+
+
+@table(
+    "field, record",
+    ("what is kept of an attempt, but for its node", "attempts", set(AttemptRecord.__annotations__) - {"node"}),
+    ("what is kept of a former life", "past", set(FormerLife.__annotations__)),
+)
+def test_the_page_has_every_field_of_what_the_notes_list(field: str, record: set[str]) -> None:
+    assert record - set(re.findall(r"`(\w+)`", rows("The worker's notes")[field][0])) == set()
 
 
 @of_each_type
@@ -73,6 +88,18 @@ def test_the_pages_document_and_message_are_as_the_schemas_say() -> None:
 def test_the_pages_notices_are_as_the_schemas_say(heading: str) -> None:
     notice = {**json.loads(example(heading)), "job_id": "66a1f0c2e4b0a1b2c3d4e5f6"}
     assert faults(validator_of(SCHEMAS[notice["type"]]), notice) == []
+
+
+@pytest.mark.parametrize("document", ["contract.md", "providers.md"])
+def test_every_link_to_a_section_of_the_page_leads_to_one(document: str) -> None:
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^ *```.*?^ *```$", "", PAGE, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    page = "" if document == "contract.md" else r"contract\.md"
+    linked = set(re.findall(rf"\]\({page}#([^)]+)\)", (SOURCE / "docs" / document).read_text()))
+    assert linked
+    assert linked - anchors == set()
 
 
 def test_the_page_names_task_and_channels() -> None:
@@ -111,24 +138,41 @@ def test_the_pages_message_on_redis_gets_the_pages_job_done(site: Site) -> None:
     assert done["worker"]["task_id"] == json.loads(example("Without Celery, on Redis"))["headers"]["id"]
 
 
-def test_a_message_on_redis_needs_no_base64_and_no_limits(site: Site) -> None:
-    job = site.api.insert(TEXT, {"prompt": "plain"})
+def send_plain(site: Site, job: ObjectId, **headers: str) -> None:
+    """Puts a message for a job into the queue by Redis' own command: the page's, without base64 and limits."""
     message = json.loads(example("Without Celery, on Redis"))
     message["body"] = json.dumps([[str(job), {}], {}, {}])
-    message["properties"]["delivery_info"]["routing_key"] = site.api.queue
+    message["properties"] |= {"delivery_info": {"exchange": "", "routing_key": site.api.queue}}
     del message["properties"]["body_encoding"], message["headers"]["timelimit"]
+    message["headers"] |= {"id": str(uuid4()), **headers}
+    message["properties"]["delivery_tag"] = str(uuid4())
     site.api.redis.lpush(site.api.queue, json.dumps(message))
+
+
+def test_a_message_on_redis_needs_no_base64_and_no_limits(site: Site) -> None:
+    job = site.api.insert(TEXT, {"prompt": "plain"})
+    send_plain(site, job)
     assert site.api.wait(job)["status"] == "completed"
 
 
 def test_a_job_that_was_sent_without_celery_is_tried_again(site: Site) -> None:
     job = site.api.insert(TEXT, {"prompt": "raw, and again [status 500 times=1]"})
-    message = json.loads(example("Without Celery, on Redis"))
-    message["body"] = json.dumps([[str(job), {}], {}, {}])
-    message["properties"] |= {"delivery_info": {"exchange": "", "routing_key": site.api.queue}}
-    del message["properties"]["body_encoding"]
-    site.api.redis.lpush(site.api.queue, json.dumps(message))
+    send_plain(site, job)
     assert site.api.wait(job)["worker"]["attempt"] == 2
+
+
+@table(
+    "expires_in_s, status, sentence",
+    ("its time is over", -1, "failed", EXPIRED_UNTRIED),
+    ("there is time left", 600, "completed", None),
+)
+def test_a_message_that_was_sent_without_celery_may_expire(
+    site: Site, expires_in_s: int, status: str, sentence: str | None
+) -> None:
+    job = site.api.insert(TEXT, {"prompt": "expires"})
+    send_plain(site, job, expires=f"{datetime.now(UTC) + timedelta(seconds=expires_in_s):%Y-%m-%dT%H:%M:%SZ}")
+    ended = site.api.wait(job)
+    assert (ended["status"], ended["error_message"]) == (status, sentence)
 
 
 def test_the_pages_function_for_celery_gets_a_job_done(site: Site) -> None:
@@ -144,6 +188,59 @@ def test_the_pages_function_for_celery_gets_a_job_done(site: Site) -> None:
         names["jobs"].database.client.close()
 
 
+def run_update(site: Site, heading: str, job: ObjectId) -> int:
+    """Runs the page's command to cancel a job or to try it again. Returns how many documents it has matched."""
+    command = json_util.loads(example(heading))
+    [update] = command["updates"]
+    update["q"]["_id"], update["u"]["$set"]["updated_at"] = job, datetime.now(UTC)
+    return int(site.api.database.command(command)["n"])
+
+
+CANCEL_SENTENCE = json.loads(example("Cancel"))["updates"][0]["u"]["$set"]["error_message"]
+
+
+def test_the_pages_cancel_ends_a_job_and_the_pages_try_again_begins_it_anew(site: Site) -> None:
+    job, prompt = submit_text(site, "[hang times=1]")
+    site.wait_call(prompt)
+    assert (run_update(site, "Try again", job), run_update(site, "Cancel", job)) == (0, 1)
+    site.wait_log(f"job={job} attempt=1 type='{TEXT}' abandoned", PATIENCE_S)
+    cancelled = site.api.document(job)
+    assert (cancelled["error_message"], cancelled["completed_at"]) == (CANCEL_SENTENCE, None)
+    assert (run_update(site, "Cancel", job), run_update(site, "Try again", job)) == (0, 1)
+    send_plain(site, job)
+    done = site.api.wait(job)
+    assert (done["status"], done["error_message"], done["worker"]["attempt"]) == ("completed", None, 1)
+    assert [(life["reason"], life["ended_at"]) for life in done["worker"]["past"]] == [(CANCEL_SENTENCE, None)]
+    assert done["worker"]["attempts"][0]["waited_s"] < (done["completed_at"] - done["created_at"]).total_seconds()
+    assert done["started_at"] > cancelled["started_at"]
+
+
+def test_a_file_has_the_pages_name_under_which_it_is_read_and_deleted(site: Site) -> None:
+    job = complete(IMAGE, site)
+    folder, name = site.api.document(job)["artifact_url"].rsplit("/", 1)
+    assert f"(by default `{folder}`)" in section("4. The files")
+    [shown] = re.findall(r"`([0-9a-f]{24}-\S+)`", section("4. The files"))
+    assert re.sub("[0-9a-f]", "0", name) == re.sub("[0-9a-f]", "0", shown)
+    assert name.startswith(str(job))
+    bucket = GridFSBucket(site.api.database, "artifacts")
+    file = bucket.open_download_stream(name)
+    assert (file.filename, (file.metadata or {})["contentType"]) == (name, "image/png")
+    assert file.read() == bucket.open_download_stream_by_name(name).read()
+    bucket.delete(name)
+    assert not site.api.database["artifacts.chunks"].find_one({"files_id": name})
+
+
+def test_the_url_of_a_file_leads_nowhere_once_the_next_life_has_another(site: Site) -> None:
+    job = complete(IMAGE, site)
+    former = site.api.document(job)["artifact_url"]
+    assert run_update(site, "Try again", job) == 1
+    assert site.api.document(job)["artifact_url"] == former
+    send_plain(site, job)
+    assert site.api.wait(job)["artifact_url"] != former
+    files = site.api.database["artifacts.files"]
+    poll(lambda: not files.find_one({"_id": former.rsplit("/", 1)[1]}), PATIENCE_S, description="the file's end")
+
+
 def test_a_session_cant_have_two_active_jobs_with_the_pages_index(indexed: Site) -> None:
     first = indexed.api.text("the first [hang]")
     with pytest.raises(DuplicateKeyError):
@@ -152,19 +249,11 @@ def test_a_session_cant_have_two_active_jobs_with_the_pages_index(indexed: Site)
     assert indexed.api.wait(indexed.api.text("the third"))["status"] == "completed"
 
 
-def grown_texts() -> tuple[Callable[[Document], object], Callable[[], str]]:
-    """The page's way to collect a text: what takes each notice about its job, and what has grown so far."""
+def new_growing_text() -> Any:
+    """The page's class."""
     names: Document = {}
     exec(example("A text as it grows", "python"), names)
-    text = [names["GrowingText"]()]
-
-    def receive(notice: Document) -> object:
-        if notice["type"] == "job_progress":
-            return text[0].add(notice)
-        text[0] = names["GrowingText"]()
-        return None
-
-    return receive, lambda: "".join(text[0].pieces)
+    return names["GrowingText"]()
 
 
 def notices_of(api: Api, job: ObjectId) -> list[Document]:
@@ -175,11 +264,13 @@ def notices_of(api: Api, job: ObjectId) -> list[Document]:
 
 def text_grown_by(notices: list[Document]) -> str:
     """The text that the page's way has collected, right before the job ended."""
-    receive, text = grown_texts()
-    grown = ""
+    text, grown = new_growing_text(), ""
     for notice in notices:
-        receive(notice)
-        grown = text() or grown
+        if notice["type"] == "job_progress":
+            text.add(notice)
+        else:
+            text.begin_anew()
+        grown = "".join(text.pieces) or grown
     return grown
 
 
@@ -214,6 +305,60 @@ def test_a_text_that_a_shutdown_interrupts_grows_anew_although_its_attempt_has_t
     assert text_grown_by(notices_of(api, job)) == document["output_data"]["generated_text"]
     assert faults(closed("JobDocument"), document) == []
     assert [one["end"] for one in document["worker"]["attempts"]] == ["handed_back", "completed"]
+
+
+def test_the_example_collects_a_text_by_the_pages_rules() -> None:
+    dice, ours, examples = random.Random(5), new_growing_text(), live.GrowingText()
+    changes = [0, 0]
+    for number in range(2000):
+        attempt, sequence = dice.choice((1, 1, 1, 2, 2, 3)) + number // 500, dice.randrange(6)
+        has_changed = ours.add({"attempt": attempt, "sequence": sequence, "delta": f"{number} "})
+        assert examples.add(attempt, sequence, f"{number} ") == has_changed
+        assert str(examples) == "".join(ours.pieces)
+        changes[has_changed] += 1
+    assert min(changes) > 100
+
+
+def test_the_examples_page_keeps_a_text_until_the_document_was_read() -> None:
+    """The notice of the end comes while the document is being read, as it was before."""
+    owner = {"user_id": "user-1", "session_id": "session-1"}
+    jobs, is_slow = {"a": {"id": "a", "status": "processing"}}, threading.Event()
+    is_reading, may_return = threading.Event(), threading.Event()
+
+    def newest(_owner: object) -> dict[str, Document]:
+        found = dict(jobs)
+        if is_slow.is_set():
+            is_reading.set()
+            may_return.wait(PATIENCE_S)
+        return found
+
+    async def scene() -> list[str]:
+        api, seen = live.Live("redis://nowhere", newest), list[str]()
+        stream = api.stream(owner)
+
+        async def follow(until: str) -> None:
+            async with asyncio.timeout(PATIENCE_S):
+                while not seen or until not in seen[-1]:
+                    seen.append(await anext(stream))
+
+        def publish(notice: Document) -> None:
+            api._receive(json.dumps({**owner, "job_id": "a", **notice}).encode())
+
+        await follow('"processing"')
+        publish({"type": "job_progress", "attempt": 1, "sequence": 0, "delta": "Once"})
+        await follow("Once")
+        is_slow.set()
+        api.wake(owner)
+        last = asyncio.create_task(follow('"completed"'))
+        await asyncio.to_thread(is_reading.wait, PATIENCE_S)
+        jobs["a"] = {"id": "a", "status": "completed"}
+        publish({"type": "job_status_update", "status": "completed"})
+        may_return.set()
+        await last
+        return seen
+
+    texts = [event for event in asyncio.run(scene()) if event.startswith("event: text")]
+    assert len(texts) == 1
 
 
 def test_a_page_that_is_loaded_again_finds_the_last_sentence_and_the_text_so_far(site: Site) -> None:
@@ -282,6 +427,23 @@ def be_cancelled_before_the_start(site: Site) -> ObjectId:
     return job
 
 
+def be_cancelled_while_it_waits(site: Site) -> ObjectId:
+    job, _ = submit_text(site, "[status 503 times=1 retry-after=2]")
+    waits = {"_id": job, "worker.owner": None, "worker.available_at": {"$ne": None}}
+    poll(lambda: site.api.jobs.find_one(waits), PATIENCE_S, description="the wait for a retry")
+    assert run_update(site, "Cancel", job) == 1
+    assert site.api.wait_notice(job, "failed")["message"] == CANCEL_SENTENCE
+    return job
+
+
+def be_cancelled_before_its_next_life(site: Site) -> ObjectId:
+    job = complete(IMAGE, site)
+    site.api.wait_notice(job, "completed")
+    assert (run_update(site, "Try again", job), run_update(site, "Cancel", job)) == (1, 1)
+    assert site.api.document(job)["output_data"]  # of the former life
+    return job
+
+
 def be_set_back(directives: str, next_input: Document, site: Site) -> ObjectId:
     job, _ = submit_text(site, directives)
     site.api.wait(job)
@@ -326,6 +488,8 @@ LIVES: dict[str, tuple[Callable[[Site], ObjectId], list[str]]] = {
     "a bad input": (be_unusable, FAILED),
     "a cancel": (be_cancelled, FAILED),
     "a cancel before the start": (be_cancelled_before_the_start, ["pending", "failed"]),
+    "a cancel while it waits": (be_cancelled_while_it_waits, FAILED),
+    "a cancel before the next life": (be_cancelled_before_its_next_life, [*COMPLETED, "pending", "failed"]),
     "a revoked task": (be_revoked, FAILED),
     "a killed process": (be_killed, COMPLETED),
     "a failure that is tried again": (partial(be_set_back, "[status 400 times=1]", {}), [*FAILED, *COMPLETED]),
@@ -372,6 +536,7 @@ def test_every_version_of_a_document_and_every_notice_is_as_the_schemas_say(
     poll(lambda: watched(job) and watched(job)[-1] == indexed.api.document(job), PATIENCE_S)
     versions, notices = watched(job), notices_of(indexed.api, job)
     assert [faults(closed("JobDocument"), version) for version in versions] == [[]] * len(versions)
+    assert [faults(plain_validator_of("JobDocument"), as_json(each)) for each in versions] == [[]] * len(versions)
     assert [faults(validator_of(SCHEMAS[one["type"]]), one) for one in notices] == [[]] * len(notices)
     assert without_repetition([version["status"] for version in versions]) == statuses
 

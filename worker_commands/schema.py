@@ -55,7 +55,8 @@ CONTRACT = {
     "description": (
         "docs/contract.md explains it. TYPE_input is what the input_data of a job of that type may hold, and "
         "TYPE_output what its output_data holds once it is completed. A number of an input may also come as text. "
-        "Where a value of a document is text here and of another type in MongoDB, x-bsonType names that type."
+        "Where a value of a document is text here and of another type in MongoDB, x-bsonType names that type: to check "
+        "a document, write an objectId as 24 hex digits and a date in ISO 8601."
     ),
 }
 

@@ -80,9 +80,11 @@ class AttemptRecord(TypedDict):
     ended_at: Date
     end: Literal["completed", "failed", "retried", "handed_back", "lost"]
     node: NotRequired[str]
-    waited_s: NotRequired[Seconds]
+    waited_s: NotRequired[Annotated[Seconds, about("From the job's creation, a try again, or the time of a retry.")]]
     ran_s: NotRequired[Seconds]
-    error: NotRequired[Annotated[str, about("The class of the error; missing for `completed`.")]]
+    error: NotRequired[
+        Annotated[str, about("`InvalidInput`: the person has to change the request. Other names may change.")]
+    ]
     is_operators: NotRequired[Annotated[Literal[True], about("Only the operator can help.")]]
     reason: NotRequired[Annotated[str, about("For the operator. It holds no prompt and no key.")]]
     provider: NotRequired[Annotated[str, about("The server's address, without secrets.")]]
@@ -92,9 +94,9 @@ class AttemptRecord(TypedDict):
 class FormerLife(TypedDict):
     """How a job had ended before the API set it back to `pending`."""
 
-    ended_at: Date | None
+    ended_at: Annotated[Date | None, about("Of a cancelled life null, or that of the attempt before.")]
     reason: Annotated[str | None, about("Its `error_message`; null if it was completed.")]
-    model: str | None
+    model: Annotated[str | None, about("Null, as the rest, if it was not completed.")]
     tokens: Count | None
     attempts: Count | None
     prompt_tokens: NotRequired[Count | None]
@@ -106,12 +108,12 @@ class FormerLife(TypedDict):
 class Bookkeeping(TypedDict, total=False):
     """The worker's notes about a job. An API may read those that have a description, and writes none of them."""
 
-    message: Annotated[str, about("The last sentence for the person while the job is processing.", min_length=1)]
+    message: Annotated[str, about("The worker's last sentence for the person, in whatever status.", min_length=1)]
     attempt: Annotated[Count, about("Which attempt runs or ran last. One that was handed back isn't counted.")]
     attempts: Annotated[list[AttemptRecord], about("Those that have ended, the oldest first.", max_length=10)]
-    available_at: Annotated[Date, about("When the next try may begin, if the job waits for one.")]
-    first_started_at: Annotated[Date, about("When the first attempt of this life began.")]
+    available_at: Annotated[Date, about("When the attempt may begin, or might have begun.")]
     past: Annotated[list[FormerLife], about("The former lives of a job that was set back.", max_length=5)]
+    first_started_at: Date
     owner: str | None
     node: str
     pid: Count
@@ -134,14 +136,18 @@ class JobDocument(TypedDict):
 
     _id: ObjectIdText
     user_id: Annotated[str, about("Written by the API.")]
-    session_id: NotRequired[Annotated[str | None, about("Written by the API.")]]
+    session_id: NotRequired[Annotated[str | None, about("Written by the API. The worker copies it into each notice.")]]
     job_type: Annotated[str, about("Written by the API.")]
     status: Annotated[
         Status, about("Written by the API: `pending`, or `failed` to cancel. Written by the worker: the other changes.")
     ]
     input_data: Annotated[Any, about("Written by the API. The worker checks it before it spends anything.")]
-    output_data: NotRequired[Annotated[dict[str, Any] | None, about("Written by the worker with `completed`.")]]
-    artifact_url: NotRequired[Annotated[str | None, about("Written by the worker with `completed`.")]]
+    output_data: NotRequired[
+        Annotated[dict[str, Any] | None, about("Written by the worker with `completed`; it stays until replaced.")]
+    ]
+    artifact_url: NotRequired[
+        Annotated[str | None, about("Written by the worker with `completed`; it stays until replaced.")]
+    ]
     error_message: NotRequired[
         Annotated[
             str | None, about("Written by the worker with `failed`, and nulled at a start; by an API that cancels.")
@@ -149,7 +155,7 @@ class JobDocument(TypedDict):
     ]
     created_at: Annotated[Date, about("Written by the API.")]
     updated_at: Annotated[Date, about("Written by both with each change; the renewal of a lease is none.")]
-    started_at: NotRequired[Annotated[Date | None, about("Written by the worker when the first attempt begins.")]]
+    started_at: NotRequired[Annotated[Date | None, about("Written by the worker when a life begins.")]]
     completed_at: NotRequired[
         Annotated[Date | None, about("Written by the worker with `completed` and `failed`, and nulled at a start.")]
     ]
