@@ -356,6 +356,18 @@ def test_a_job_that_is_tried_again_waits_from_then_on(runtime: Runtime) -> None:
     assert 5 <= record["waited_s"] < 60
 
 
+def test_a_life_that_failed_keeps_its_sentence_though_the_api_takes_it_away(
+    runtime: Runtime, handler: SetHandler
+) -> None:
+    handler(raising(FailJob("", "No.")))
+    job_id = insert_text(runtime, "Hello")
+    with pytest.raises(JobFailed):
+        deliver(runtime, job_id)
+    change(runtime, job_id, status="pending", error_message=None)
+    claim(runtime, job_id)
+    assert read(runtime, job_id)["worker"]["past"][0]["reason"] == "No."
+
+
 def test_a_life_that_failed_doesnt_count_what_the_one_before_made(runtime: Runtime, handler: SetHandler) -> None:
     job_id = insert_text(runtime, "[say one two three]")
     deliver(runtime, job_id)

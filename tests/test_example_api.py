@@ -179,7 +179,7 @@ def test_a_job_that_has_ended_can_be_tried_again(api: Api, person: Person, statu
     job = insert(api, person, status=status, error_message="Why.", worker={"owner": "someone"})
     assert person.post(f"/{job}/retry").status_code == 204
     document = api.document(job)
-    assert (document["status"], document["error_message"]) == ("pending", None)
+    assert (document["status"], document["error_message"]) == ("pending", "Why.")
     assert document["worker"] == {"owner": "someone"}
     assert messages(api) == [(TASK_NAME, list(message_of(document)))]
 

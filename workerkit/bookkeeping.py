@@ -14,7 +14,7 @@ from typing import Any, cast
 from bson import ObjectId
 
 from workerkit import sentences
-from workerkit.attempts import COMPLETED, LOST, LOST_REASON, MAX_KEPT, AttemptRecord, read_records, usage_of
+from workerkit.attempts import COMPLETED, FAILED, LOST, LOST_REASON, MAX_KEPT, AttemptRecord, read_records, usage_of
 from workerkit.errors import Document
 from workerkit.settings import is_duration
 from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_priority, as_seconds, as_text, as_time
@@ -245,9 +245,12 @@ class Snapshot:
     def life(self) -> Document:
         """What is kept of the life that has ended."""
         document, own = self.document, self.bookkeeping
-        ended = {"ended_at": document.get("completed_at"), "reason": document.get("error_message")}
+        last = [one.end for one in own.attempts[-1:]]
+        # An API may have taken the sentence away when it put the job back.
+        reason = document.get("error_message") or (own.message if last == [FAILED] else None)
+        ended = {"ended_at": document.get("completed_at"), "reason": reason}
         # A life that didn't complete has left the output of the one before. An older worker has kept no attempts.
-        is_own = own.message is None or [one.end for one in own.attempts[-1:]] == [COMPLETED]
+        is_own = own.message is None or last == [COMPLETED]
         output = as_mapping(document.get("output_data") if is_own else None)
         used = {"model": output.get("model_used"), **usage_of(output)}
         return as_life({**ended, **used, "attempts": own.attempt})

@@ -53,8 +53,8 @@ class Jobs:
     def retry(self, owner: Owner, job_id: str) -> None:
         """Lets a job that has ended begin anew."""
         self._check_free(self._find(owner, job_id))
-        job = self._change(owner, job_id, ENDED, "This job hasn't ended yet.", status="pending", error_message=None)
-        before = {name: job.get(name) for name in ("status", "error_message")}
+        job = self._change(owner, job_id, ENDED, "This job hasn't ended yet.", status="pending")
+        before = {"status": job["status"]}
         self._enqueue(job, undo=lambda pending: self._jobs.update_one(pending, {"$set": before}))
 
     def _find(self, owner: Owner, job_id: str) -> Document:
