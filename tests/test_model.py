@@ -203,6 +203,8 @@ class Facts:
     def failed_as_seen(self, now: datetime, sentence: str) -> Facts:
         """What a failure by somebody other than its attempt makes of it."""
         own = {**self.kept(now), "owner": self.read("owner", now), "attempt": self.number("attempt", now)}
+        if self.status == "pending" and self.has_past:  # a life without an attempt
+            own |= {"attempt": 0, "past": Model.lives(self, now)}
         return self.ended("failed", now, own, error_message=sentence)
 
 
@@ -282,7 +284,7 @@ class Model:
         lease |= {"deadline": now + timedelta(seconds=limits.hard_s - call["waited_s"]), "task_id": delivery.task_id}
         if facts.status == "pending":
             own = {**lease, "attempt": 1, "first_started_at": now, **({"rescues": 0} if delivery.is_copy else {})}
-            own |= {"past": [*(facts.read("past", now) or []), Model.life(facts, now)][-5:]} if facts.has_past else {}
+            own |= {"past": Model.lives(facts, now)} if facts.has_past else {}
             is_put_back = facts.has_past and facts.updated_at and facts.updated_at <= now
             own |= {"available_at": facts.updated_at} if is_put_back else {}
             fresh = Facts("processing", facts.created_at, now, now, own=own)
@@ -294,6 +296,10 @@ class Model:
         own = {**facts.kept(now), **lease, "attempt": facts.number("attempt", now) + 1}
         own |= {"available_at": available_at} if available_at else {}
         return replace(facts, updated_at=now, own=own)
+
+    @staticmethod
+    def lives(facts: Facts, now: datetime) -> list[Document]:
+        return [*(facts.read("past", now) or []), Model.life(facts, now)][-5:]
 
     @staticmethod
     def life(facts: Facts, now: datetime) -> Document:
