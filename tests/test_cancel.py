@@ -38,7 +38,7 @@ from tests.lab import (
 from tests.site import StartWorker, artifacts, for_each_pool, run_forked
 from worker import Notifier, Runtime
 from worker_commands.cancel import ACTIVE, Cancel, cancel_jobs, plan_selected
-from worker_commands.changes import CHANGED, Progress
+from worker_commands.changes import CHANGED, Plan, Progress
 from worker_commands.selection import Selection
 from workerkit.errors import StoreUnavailable
 from workerkit.sentences import STOPPED
@@ -334,6 +334,16 @@ def test_without_yes_and_without_a_terminal_it_only_counts(runtime: Runtime, run
     ]
     assert "3 jobs can be cancelled." in ended.out
     assert [read(runtime, job_id) for job_id in jobs] == before
+
+
+def test_without_any_stdin_it_only_counts(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_id = insert(runtime)
+    monkeypatch.setattr("sys.stdin", None)
+    assert cancel_jobs(runtime, Plan([job_id]), ACTIVE, is_yes=False) == 1
+    assert capsys.readouterr().err == "Nothing was done. Add --yes to do it.\n"
+    assert read(runtime, job_id)["status"] == "pending"
 
 
 @table(

@@ -15,7 +15,7 @@ from bson import Code, DatetimeMS, MaxKey, MinKey, ObjectId, Regex, Timestamp
 from bson.raw_bson import RawBSONDocument
 from click.testing import CliRunner
 
-from tests.lab import IMAGE, KEY, NOWHERE, TEXT, Run, ago, claim, deliver, insert, insert_text, table
+from tests.lab import IMAGE, KEY, NOWHERE, TEXT, Run, ago, claim, deliver, insert, insert_text, read, table
 from worker import Runtime, Status
 from worker_commands.job_facts import ALL_FIELDS, as_json, facts_of
 from worker_commands.jobs import lines_of
@@ -219,6 +219,25 @@ def test_jobs_are_selected_by_what_they_have_in_common(
     ended = run_here("jobs", *options)
     assert {name for name, job_id in jobs.items() if str(job_id) in ids_of(ended.out)} == found
     assert ("no jobs" in ended.out) is not bool(found)
+
+
+@table(
+    "arguments",
+    ("list those of everybody", ["jobs", "--user"]),
+    ("try those of everybody again", ["retry", "--failed", "--since", "1h", "--yes", "--user"]),
+    ("try all again, whatever their reason", ["retry", "--failed", "--since", "1h", "--yes", "--reason"]),
+    ("cancel those of everybody", ["cancel", "--pending", "--yes", "--user"]),
+    ("cancel those of all types", ["cancel", "--pending", "--yes", "--type"]),
+)
+@pytest.mark.parametrize("value", ["", " "])
+def test_a_scripts_variable_that_isnt_set_doesnt(
+    runtime: Runtime, run_here: Run, arguments: list[str], value: str
+) -> None:
+    jobs = [insert(runtime), insert_failed(runtime)]
+    before = [read(runtime, job_id) for job_id in jobs]
+    ended = run_here(*arguments, value)
+    assert (ended.code, f"Invalid value for '{arguments[-1]}': it is empty." in ended.err) == (2, True)
+    assert [read(runtime, job_id) for job_id in jobs] == before
 
 
 def test_a_list_that_is_cut_says_so_and_how_to_get_more(runtime: Runtime, run_here: Run) -> None:

@@ -83,7 +83,7 @@ def is_agreed(question: str, is_yes: bool) -> bool:
     """Whether the operator wants it: by `--yes`, or by the answer to this question where there is a terminal."""
     if is_yes:
         return True
-    if sys.stdin.isatty():
+    if sys.stdin and sys.stdin.isatty():  # a job of cron may have none
         return click.confirm(question, err=True)
     say("Nothing was done. Add --yes to do it.")
     return False

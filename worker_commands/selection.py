@@ -75,12 +75,19 @@ class Selection:
         return self.reason.casefold() in said.casefold()
 
 
-def read_text(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    return as_utf8(value)
+def read_text(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str:
+    """The option's value, or an empty text where it wasn't given.
+
+    Raises BadParameter: an empty value was given. A script's variable that isn't set must not select all jobs.
+    """
+    if value is not None and not value.strip():
+        raise click.BadParameter("it is empty. Leave the option out if jobs shouldn't be selected by it.")
+    return as_utf8(value or "")
 
 
-def read_type(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    return SHORT_NAMES.get(value, as_utf8(value))
+def read_type(context: click.Context, parameter: click.Parameter, value: str | None) -> str:
+    text = read_text(context, parameter, value)
+    return SHORT_NAMES.get(text, text)
 
 
 class JobIdType(click.ParamType):  # type: ignore[type-arg]
@@ -98,17 +105,13 @@ class JobIdType(click.ParamType):  # type: ignore[type-arg]
 
 JOB_ID = JobIdType()
 OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "user": click.option("--user", default="", metavar="ID", callback=read_text, help="jobs of this user_id"),
+    "user": click.option("--user", metavar="ID", callback=read_text, help="jobs of this user_id"),
     "type": click.option(
-        "--type", "job_type", default="", metavar="TYPE", callback=read_type, help="text, image, audio, or a full type"
+        "--type", "job_type", metavar="TYPE", callback=read_type, help="text, image, audio, or a full type"
     ),
     "since": click.option("--since", type=DURATION, metavar="TIME", help=SINCE_HELP),
     "reason": click.option(
-        "--reason",
-        default="",
-        metavar="WORDS",
-        callback=read_text,
-        help="jobs whose reason or sentence has these words",
+        "--reason", metavar="WORDS", callback=read_text, help="jobs whose reason or sentence has these words"
     ),
 }
 
