@@ -37,8 +37,8 @@ from tests.lab import (
 )
 from tests.site import StartWorker, artifacts, for_each_pool, run_forked
 from worker import Notifier, Runtime
-from worker_commands.cancel import ACTIVE, Cancel, cancel_jobs, plan_selected
-from worker_commands.changes import CHANGED, Plan, Progress
+from worker_commands.cancel import ACTIVE, ODD_ID, Cancel, cancel_jobs, plan_selected
+from worker_commands.changes import CHANGED, Left, Plan, Progress
 from worker_commands.selection import Selection
 from workerkit.errors import StoreUnavailable
 from workerkit.sentences import STOPPED
@@ -235,6 +235,23 @@ def test_a_job_is_cancelled_whatever_its_bookkeeping_is(
     assert cancel(runtime, job_id).cancelled == 1
     assert read(runtime, job_id)["error_message"] == STOPPED
     assert notices.statuses(1)[0]["status"] == "failed"
+
+
+@pytest.mark.parametrize("job_id", ["\x1b[2J", 7, MinKey(), {"x": 1}], ids=repr)
+def test_a_job_is_cancelled_whatever_its_id_is_but_a_document(runtime: Runtime, run_here: Run, job_id: object) -> None:
+    insert(runtime, _id=job_id)
+    usual = insert(runtime)
+    ended = run_here("cancel", "--user", "user-1", "--yes")
+    assert ended.code == 0
+    assert read(runtime, usual)["error_message"] == STOPPED
+    is_left = f"1 job left: {ODD_ID} (" in ended.out
+    assert runtime.database["jobs"].count_documents({"status": "pending"}) == is_left == isinstance(job_id, dict)
+
+
+def test_what_is_left_is_named_without_control_characters() -> None:
+    left = Left()
+    left.add("odd", ["\x1b[2J"] * 6)  # type: ignore[list-item]
+    assert left.lines() == [f"6 jobs left: odd ({', '.join(['[2J'] * 5)}, …)"]
 
 
 def test_a_document_without_room_is_cancelled_with_less_in_it(runtime: Runtime, notices: Notices) -> None:

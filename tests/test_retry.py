@@ -46,6 +46,7 @@ from worker import Notifier, Runtime
 from worker_commands.changes import CHANGED, Plan, Progress
 from worker_commands.retry import (
     BUSY,
+    CANCELLED,
     ODD,
     OLDER,
     STOPPING,
@@ -62,7 +63,7 @@ from workerkit.errors import JobFailed, StoreUnavailable
 from workerkit.lost_messages import LostMessages
 from workerkit.messages import describe_delivery
 from workerkit.notes import REVOKED, RevokedTask
-from workerkit.sentences import RETRIED
+from workerkit.sentences import RETRIED, STOPPED
 
 FAILED = Selection(("failed",))
 Meanwhile = Callable[[Callable[[], object]], None]
@@ -352,6 +353,22 @@ def test_failed_jobs_are_retried_by_what_they_have_in_common(
     assert pending == retried
     assert read(runtime, completed)["status"] == "completed"
     assert sorted(message["args"][0] for message in queued(runtime)) == sorted(str(jobs[name]) for name in retried)
+
+
+@table(
+    "fields",
+    ("by the API", {"error_message": "Cancelled.", "completed_at": None}),
+    ("by the API, after it was put back", {"error_message": "Cancelled."}),
+    ("by an operator", {"error_message": STOPPED, "worker": {"owner": None, "message": STOPPED}}),
+)
+def test_a_job_that_was_cancelled_is_only_retried_by_its_id_or_its_words(
+    runtime: Runtime, fields: dict[str, Any]
+) -> None:
+    cancelled, usual = insert_failed(runtime, **fields), insert_failed(runtime)
+    plan = plan_selected(runtime, FAILED)
+    assert (plan.job_ids, plan.left.counts) == ([usual], {CANCELLED: 1})
+    words = Selection(("failed",), reason=str(fields["error_message"]))
+    assert plan_selected(runtime, words).job_ids == plan_named(runtime, [cancelled]).job_ids == [cancelled]
 
 
 def test_the_oldest_are_the_first_in_the_queue(runtime: Runtime) -> None:

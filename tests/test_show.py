@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import bson
@@ -22,6 +22,7 @@ from worker_commands.jobs import lines_of
 from worker_commands.selection import Selection, find_jobs, newest_first
 from worker_commands.show import rows_of
 from workerkit.errors import JobFailed
+from workerkit.sentences import STOPPED
 
 PROMPT, SAID = "planted prompt", "planted answer"
 REFUSED_KEY = "HTTP 401 invalid_api_key: check the provider's key (TEXT_API_KEY or OPENAI_API_KEY)"
@@ -136,19 +137,31 @@ def test_show_of_a_job_that_was_put_back_has_its_former_life_alone(runtime: Runt
 
 
 @table(
-    "own, has_end, by",
-    ("by the API, which writes no end", {}, False, "api"),
-    ("by an operator", {"cancelled_by": "a call"}, True, "operator"),
+    "own, ended, sentence, by",
+    ("by the API, which writes no end", {"message": "Your job has started."}, None, "Cancelled.", "api"),
+    ("by an API that noted nothing else", {}, None, "Cancelled.", "api"),
+    ("by the API, after it was put back", {"message": "It isn't set up."}, ago(900), "Cancelled.", "api"),
+    ("by an operator", {"message": STOPPED}, ago(60), STOPPED, "operator"),
 )
 def test_a_cancelled_job_shows_the_cancel_and_not_what_its_attempts_met_before(
-    runtime: Runtime, run_here: Run, own: dict[str, Any], has_end: bool, by: str
+    runtime: Runtime, run_here: Run, own: dict[str, Any], ended: datetime | None, sentence: str, by: str
 ) -> None:
     own = {"owner": None, "attempt": 1, "attempts": [BUSY], **own}
-    job_id = insert_failed(runtime, worker=own, error_message="Cancelled.", completed_at=ago(60) if has_end else None)
+    job_id = insert_failed(runtime, worker=own, error_message=sentence, completed_at=ended)
     rows = rows_in(run_here("show", job_id).out)
-    assert (rows["person reads"], rows["cancelled by"]) == ("Cancelled.", by)
+    assert (rows["person reads"], rows["cancelled by"]) == (sentence, by)
     assert "reason" not in rows
     assert rows["ended"].endswith("(1m ago)")
+
+
+@pytest.mark.parametrize("own", [{}, {"message": "No. " * 100}, {"message": None}], ids=["none", "a long one", "null"])
+def test_an_end_by_a_worker_is_no_cancel_whatever_it_noted_of_its_sentence(
+    runtime: Runtime, run_here: Run, own: dict[str, Any]
+) -> None:
+    own = {"owner": "a", "attempt": 1, "attempts": [REFUSED], **own}
+    rows = rows_in(run_here("show", insert_failed(runtime, worker=own, error_message="No. " * 100)).out)
+    assert rows["reason"].startswith("OperatorFault: HTTP 401")
+    assert "cancelled by" not in rows
 
 
 def test_a_file_inside_its_url_is_shown_by_its_length(runtime: Runtime, run_here: Run) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from datetime import datetime
 
 import click
@@ -24,6 +24,7 @@ from worker_commands.changes import (
     Progress,
     Publisher,
     carry_out,
+    ids_missing,
     is_agreed,
     jobs_text,
     own_fields,
@@ -46,6 +47,7 @@ from workerkit.errors import Document, StoreRefused
 from workerkit.sentences import STOPPED
 from workerkit.settings import load_settings
 
+ODD_ID = "its id is a document"
 ACTIVE = (Status.PENDING.value, Status.PROCESSING.value)
 TOLD_LATER = "A running worker tells the persons within a minute, once Redis is there."
 
@@ -54,6 +56,9 @@ TOLD_LATER = "A running worker tells the persons within a minute, once Redis is 
 
 
 def add_to(plan: Plan, job: Snapshot) -> None:
+    if not isinstance(job.id, Hashable):
+        plan.left.add(ODD_ID, [job.id])
+        return
     plan.add(job.id, text_of(job.document, "status"), text_of(job.document, "job_type"))
 
 
@@ -70,7 +75,7 @@ def plan_selected(runtime: Runtime, selection: Selection) -> Plan:
 def plan_named(runtime: Runtime, job_ids: Sequence[ObjectId]) -> Plan:
     """Those of these jobs that haven't ended. Raises StoreUnavailable."""
     plan, jobs = Plan(), read_jobs(runtime, job_ids)
-    plan.left.add(UNKNOWN, sorted({*job_ids} - {job.id for job in jobs}))
+    plan.left.add(UNKNOWN, ids_missing(job_ids, jobs))
     for job in jobs:
         if job.status in ACTIVE:
             add_to(plan, job)
@@ -107,7 +112,7 @@ class Cancel:
         for batch in in_batches(job_ids, self.batch):
             self.begun, self.in_doubt = self.begun + len(batch), len(batch)
             jobs = read_jobs(self._runtime, batch, status={"$in": self._statuses})
-            self.left.add(CHANGED, sorted({*batch} - {job.id for job in jobs}))
+            self.left.add(CHANGED, ids_missing(batch, jobs))
             ended = self._fail(jobs)
             self.cancelled, self.in_doubt = self.cancelled + len(ended), 0
             published = [document for document in ended if self._publisher.publish(document, Status.FAILED, STOPPED)]

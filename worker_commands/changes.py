@@ -14,6 +14,7 @@ from pymongo import UpdateOne
 from pymongo.errors import BulkWriteError
 
 from worker import Notifier, Runtime, Status
+from worker_commands.job_facts import on_one_line
 from worker_commands.selection import store_faults_as_sentences
 from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, print_rows, say
 from workerkit.bookkeeping import Snapshot
@@ -28,6 +29,12 @@ CHANGED = "changed meanwhile"
 
 def jobs_text(count: int) -> str:
     return "1 job" if count == 1 else f"{count} jobs"
+
+
+def ids_missing(job_ids: Iterable[ObjectId], jobs: Iterable[Snapshot]) -> list[ObjectId]:
+    """Those of these ids, each once, that none of the jobs has."""
+    found = {job.id for job in jobs}
+    return [job_id for job_id in dict.fromkeys(job_ids) if job_id not in found]
 
 
 @dataclass
@@ -46,7 +53,8 @@ class Left:
     def lines(self) -> list[str]:
         def line(why: str, count: int) -> str:
             more = ", …" if count > len(self.ids[why]) else ""
-            return f"{jobs_text(count)} left: {why} ({', '.join(map(str, self.ids[why]))}{more})"
+            ids = ", ".join(on_one_line(str(job_id)) for job_id in self.ids[why])
+            return f"{jobs_text(count)} left: {why} ({ids}{more})"
 
         return [line(why, count) for why, count in self.counts.most_common()]
 

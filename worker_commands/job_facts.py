@@ -12,7 +12,8 @@ from worker import TERMINAL_STATUSES, Status
 from worker_commands.terminal import printable
 from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document
-from workerkit.values import as_mapping, as_number, as_seconds, as_time
+from workerkit.sentences import STOPPED, final_sentence
+from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_seconds, as_time
 
 # What is read of a job. Its input and its text may be large, and so may be the URL of a file that it holds itself.
 FIELDS: Document = dict.fromkeys(("user_id", "session_id", "job_type", "status", "error_message", "worker"), 1)
@@ -55,12 +56,17 @@ def attempts_of(job: Snapshot) -> list[Document]:
 
 
 def cancelled_by(job: Snapshot) -> str:
-    """Who has cancelled the job: `operator`, `api`, or nobody. Each worker's own end has a time, the API's has none."""
+    """Who has cancelled the job: `operator`, `api`, or nobody.
+
+    The API writes no time of an end, but that of a former life may still be there. A worker notes its sentence twice.
+    """
     if job.status != Status.FAILED:
         return ""
-    if "cancelled_by" in as_mapping(job.bookkeeping.raw):
+    sentence, noted = final_sentence(job.document)[:MAX_TEXT_CHARACTERS], job.bookkeeping.message
+    if sentence == STOPPED:
         return "operator"
-    return "api" if job.document.get("completed_at") is None else ""
+    is_by_worker = job.document.get("completed_at") is not None and noted in (None, sentence)
+    return "" if is_by_worker else "api"
 
 
 def deciding_attempt(job: Snapshot) -> Document:
@@ -109,7 +115,8 @@ def ended_when(job: Snapshot) -> datetime | None:
     """When the job ended. If the API cancelled it, that is the last change of its document."""
     if job.status not in TERMINAL_STATUSES:
         return None
-    return as_time(job.document.get("completed_at")) or as_time(job.document.get("updated_at"))
+    by_worker = None if cancelled_by(job) == "api" else as_time(job.document.get("completed_at"))
+    return by_worker or as_time(job.document.get("updated_at"))
 
 
 def times_of(job: Snapshot) -> Document:

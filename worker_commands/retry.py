@@ -27,6 +27,7 @@ from worker_commands.changes import (
     Progress,
     Publisher,
     carry_out,
+    ids_missing,
     is_agreed,
     jobs_text,
     own_fields,
@@ -34,7 +35,7 @@ from worker_commands.changes import (
     write_together,
 )
 from worker_commands.findings import describe
-from worker_commands.job_facts import created_at, ended_when, reason_of, text_of
+from worker_commands.job_facts import cancelled_by, created_at, ended_when, reason_of, text_of
 from worker_commands.selection import (
     JOB_ID,
     Selection,
@@ -52,6 +53,7 @@ from workerkit.sentences import RETRIED
 from workerkit.settings import load_settings
 
 ACTIVE = {"$in": [Status.PENDING.value, Status.PROCESSING.value]}
+CANCELLED = "it was cancelled; name it, or select it by its sentence's words (--reason), if it is to be tried again"
 OLDER = "a younger job of the same session is tried again instead"
 BUSY = "its session has another job that hasn't ended"
 UNDONE = "its session got another job meanwhile"
@@ -113,9 +115,18 @@ def choose(runtime: Runtime, jobs: Sequence[Snapshot], seen: set[Session], plan:
 
 
 def plan_selected(runtime: Runtime, selection: Selection) -> Plan:
-    """Which of the selected jobs may be retried. Raises StoreUnavailable."""
+    """Which of the selected jobs may be retried: no cancelled ones, unless their words were asked for.
+
+    A person who has cancelled a job doesn't wait for it. Raises StoreUnavailable.
+    """
     plan, seen = Plan(), set[Session]()
-    for batch in in_batches(select_jobs(runtime, selection), READ_BATCH):
+
+    def is_wanted(job: Snapshot) -> bool:
+        is_left = not selection.reason and bool(cancelled_by(job))
+        plan.left.add(CANCELLED, [job.id] if is_left else [])
+        return not is_left
+
+    for batch in in_batches(filter(is_wanted, select_jobs(runtime, selection)), READ_BATCH):
         choose(runtime, batch, seen, plan)
         if plan.is_full:
             break
@@ -126,7 +137,7 @@ def plan_selected(runtime: Runtime, selection: Selection) -> Plan:
 def plan_named(runtime: Runtime, job_ids: Sequence[ObjectId]) -> Plan:
     """Which of these jobs may be retried. Raises StoreUnavailable."""
     plan, jobs = Plan(), read_jobs(runtime, job_ids)
-    plan.left.add(UNKNOWN, sorted({*job_ids} - {job.id for job in jobs}))
+    plan.left.add(UNKNOWN, ids_missing(job_ids, jobs))
     for job in jobs:
         if job.status != Status.FAILED:
             plan.left.add(f"it hasn't failed, but is {text_of(job.document, 'status') or 'in no status'}", [job.id])
@@ -167,7 +178,7 @@ class Retry:
         for batch in in_batches(job_ids, self.batch):
             self.begun, self.in_doubt = self.begun + len(batch), len(batch)
             failed = read_jobs(self._runtime, batch, status=Status.FAILED.value)
-            self.left.add(CHANGED, sorted({*batch} - {job.id for job in failed}))
+            self.left.add(CHANGED, ids_missing(batch, failed))
             changed = self._set_pending(self._without_busy(failed, BUSY))
             if changed:
                 self.wait(self.pause_s)
@@ -274,7 +285,7 @@ def retry_jobs(runtime: Runtime, plan: Plan, *, is_yes: bool, has_new_limits: bo
 
 @click.command("retry", short_help="Try failed jobs again.")
 @click.argument("job_ids", metavar="[JOB]...", nargs=-1, type=JOB_ID)
-@click.option("--failed", "is_failed", is_flag=True, help="all jobs that failed within --since TIME")
+@click.option("--failed", "is_failed", is_flag=True, help="all that failed within --since TIME, but weren't cancelled")
 @selection_options("since", "reason", "user", "type")
 @click.option(
     "--new-limits",
