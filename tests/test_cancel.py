@@ -216,6 +216,15 @@ def test_a_notice_that_redis_doesnt_take_is_published_by_a_sweep(runtime: Runtim
     assert {notice["job_id"] for notice in notices.statuses(3)} == set(map(str, jobs))
 
 
+def test_where_redis_is_away_no_batch_waits_for_it_again(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, asked = [insert(runtime) for _ in range(3)], list[object]()
+    monkeypatch.setattr(Cancel, "batch", 1)
+    monkeypatch.setattr(Notifier, "publish_status", lambda *message: asked.append(message))
+    monkeypatch.setattr(runtime.notes, "forget_cancelled", asked.append)
+    assert cancel(runtime, *jobs).unpublished == 3
+    assert len(asked) == 1
+
+
 def test_a_notice_of_a_former_life_doesnt_take_that_of_the_cancel_out_of_the_outbox(runtime: Runtime) -> None:
     job = claim(runtime)
     runtime.store.fail(job, "No.")
@@ -298,6 +307,22 @@ def test_a_mongodb_that_goes_away_meanwhile_leaves_a_report_of_what_was_done(
     shown = capsys.readouterr()
     assert "2 jobs cancelled." in shown.out
     assert "1 job not tried: as before. Call it again." in shown.err
+
+
+def test_ctrl_c_leaves_a_report_of_what_was_done(
+    runtime: Runtime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan([insert(runtime) for _ in range(3)])
+    monkeypatch.setattr(Cancel, "batch", 1)
+
+    def interrupt(_progress: Progress, _count: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "add", interrupt)
+    assert cancel_jobs(runtime, plan, ACTIVE, is_yes=True) == 130
+    shown = capsys.readouterr()
+    assert "1 job cancelled." in shown.out
+    assert shown.err == "2 jobs not tried: as before. Call it again.\n"
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -52,6 +52,7 @@ from worker_commands.retry import (
     STOPPING,
     UNDONE,
     Retry,
+    active_jobs,
     plan_named,
     plan_selected,
     retry_jobs,
@@ -190,6 +191,14 @@ def test_no_job_is_chosen_while_its_session_has(runtime: Runtime, fields: dict[s
     for plan in (plan_selected(runtime, FAILED), plan_named(runtime, [failed])):
         assert (plan.job_ids, plan.left.counts) == (([], {BUSY: 1}) if is_busy else ([failed], {}))
     assert put_back(runtime, failed).retried == (not is_busy)
+
+
+def test_a_person_with_many_other_sessions_costs_no_reading_of_their_jobs(runtime: Runtime) -> None:
+    usual = {"user_id": "user-1", "status": "pending", "job_type": TEXT}
+    runtime.database["jobs"].insert_many({**usual, "session_id": f"busy-{number}"} for number in range(50))
+    failed = [insert_failed(runtime), insert_failed(runtime, session_id="busy-7")]
+    assert len(active_jobs(runtime, read_jobs(runtime, failed))) == 1
+    assert plan_named(runtime, failed).job_ids == failed[:1]
 
 
 @table("fields", ("null", {"session_id": None}), ("missing", {}))
@@ -381,7 +390,7 @@ def test_the_oldest_are_the_first_in_the_queue(runtime: Runtime) -> None:
 
 
 def test_without_yes_and_without_a_terminal_it_only_counts(runtime: Runtime, run_here: Run) -> None:
-    jobs = [insert_failed(runtime, error_message=words) for words in ("No.", "No.", "Too long.")]
+    jobs = [insert_failed(runtime, error_message=words, worker=None) for words in ("No.", "No.", "Too long.")]
     before = [read(runtime, job_id) for job_id in jobs]
     ended = run_here("retry", "--failed", "--since", "1h")
     assert (ended.code, ended.err) == (1, "Nothing was done. Add --yes to do it.\n")
@@ -487,13 +496,32 @@ def test_a_mongodb_that_goes_away_meanwhile_leaves_a_report_of_what_was_done_and
     assert "1 job not tried: as before. Call it again." in shown.err
 
 
+def test_ctrl_c_leaves_a_report_that_counts_each_job_once(
+    runtime: Runtime, capsys: pytest.CaptureFixture[str], meanwhile: Meanwhile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan([insert_failed(runtime) for _ in range(3)])
+    monkeypatch.setattr(Retry, "batch", 2)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    meanwhile(interrupt)
+    assert retry_jobs(runtime, plan, is_yes=True) == 130
+    shown = capsys.readouterr()
+    assert "2 jobs put back into the queue." in shown.out
+    assert "2 jobs of these without a message: pending." in shown.err
+    assert "1 job not tried: as before. Call it again." in shown.err
+    assert "it isn't known" not in shown.err
+
+
 # ── many of them ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_many_jobs_are_retried_in_batches_each_with_one_message_and_one_notice(
     runtime: Runtime, notices: Notices
 ) -> None:
-    usual = {"job_type": TEXT, "status": "failed", "user_id": "user-1", "updated_at": ago(9)}
+    ended = dict.fromkeys(("updated_at", "completed_at"), ago(9))
+    usual = {"job_type": TEXT, "status": "failed", "user_id": "user-1", **ended}
     documents = [{**usual, "session_id": f"s-{number}"} for number in range(1000)]
     jobs = runtime.database["jobs"].insert_many(documents).inserted_ids
     plan = plan_selected(runtime, FAILED)

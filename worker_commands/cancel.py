@@ -116,7 +116,8 @@ class Cancel:
             ended = self._fail(jobs)
             self.cancelled, self.in_doubt = self.cancelled + len(ended), 0
             published = [document for document in ended if self._publisher.publish(document, Status.FAILED, STOPPED)]
-            self._runtime.notes.forget_cancelled(self._runtime.turns.queues())
+            if published:  # else Redis is away, and each try would wait for it once more
+                self._runtime.notes.forget_cancelled(self._runtime.turns.queues())
             self._runtime.store.mark_notified([(document["_id"], owner_of(document)) for document in published])
             progress.add(len(batch))
 

@@ -107,8 +107,8 @@ class Progress:
     def add(self, count: int) -> None:
         self._done += count
         if self._is_shown:
-            end = "\n" if self._done >= self._total else ""
-            print(f"\r{self._done} of {self._total}", end=end, file=sys.stderr, flush=True)
+            end = "\n" if self._done >= self._total else "\r"  # what is printed next, such as a fault, replaces it
+            print(f"{self._done} of {self._total}", end=end, file=sys.stderr, flush=True)
 
 
 class Publisher:

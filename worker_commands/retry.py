@@ -53,7 +53,7 @@ from workerkit.sentences import RETRIED
 from workerkit.settings import load_settings
 
 ACTIVE = {"$in": [Status.PENDING.value, Status.PROCESSING.value]}
-CANCELLED = "it was cancelled; name it, or select it by its sentence's words (--reason), if it is to be tried again"
+CANCELLED = "an operator or the API ended it (`show` has the sentence); only its id or --reason WORDS select it"
 OLDER = "a younger job of the same session is tried again instead"
 BUSY = "its session has another job that hasn't ended"
 UNDONE = "its session got another job meanwhile"
@@ -79,10 +79,12 @@ def session_of(job: Snapshot) -> Session | None:
 
 
 def active_jobs(runtime: Runtime, jobs: Iterable[Snapshot]) -> list[tuple[Session | None, ObjectId]]:
-    """The jobs that haven't ended of the persons of these jobs: session and id of each. Raises StoreUnavailable."""
-    users = sorted({session[0] for job in jobs if (session := session_of(job))})
-    query = {"status": ACTIVE, "user_id": {"$in": users}}
-    found = find_jobs(runtime, query, fields={"user_id": 1, "session_id": 1}) if users else ()
+    """The jobs that haven't ended of the sessions of these jobs: session and id of each. Raises StoreUnavailable."""
+    asked = [session for job in jobs if (session := session_of(job))]
+    users, sessions = {user for user, _ in asked}, {session for _, session in asked}
+    # Other sessions may be among them, of other persons. Without the second condition it would be all of a person's.
+    query = {"status": ACTIVE, "user_id": {"$in": list(users)}, "session_id": {"$in": list(sessions)}}
+    found = find_jobs(runtime, query, fields={"user_id": 1, "session_id": 1}) if asked else ()
     return [(session_of(job), job.id) for job in found]
 
 
@@ -180,6 +182,7 @@ class Retry:
             failed = read_jobs(self._runtime, batch, status=Status.FAILED.value)
             self.left.add(CHANGED, ids_missing(batch, failed))
             changed = self._set_pending(self._without_busy(failed, BUSY))
+            self.in_doubt = 0
             if changed:
                 self.wait(self.pause_s)
             jobs = self._without_busy(changed, UNDONE)
@@ -187,7 +190,6 @@ class Retry:
             self._set_back([job for job in changed if job.id not in staying])
             for job in jobs:  # before a worker says that it has begun
                 self._publisher.publish(job.document, Status.PENDING, RETRIED)
-            self.in_doubt = 0
             self._send(jobs)
             progress.add(len(batch))
             if self.fault:
