@@ -26,7 +26,6 @@ from worker_commands.changes import (
     carry_out,
     ids_missing,
     is_agreed,
-    jobs_text,
     own_fields,
     same_job,
     write_together,
@@ -41,7 +40,7 @@ from worker_commands.selection import (
     selection_options,
     store_faults_as_sentences,
 )
-from worker_commands.terminal import EXIT_FAILED, say
+from worker_commands.terminal import EXIT_FAILED, counted, say
 from workerkit.bookkeeping import Snapshot, owner_of
 from workerkit.errors import Document, StoreRefused
 from workerkit.sentences import STOPPED
@@ -155,13 +154,13 @@ class Cancel:
 
 def report(cancel: Cancel, plan: Plan) -> bool:
     """Prints what was done. Returns whether it was done to each job."""
-    print(f"{jobs_text(cancel.cancelled)} cancelled.", *cancel.left.lines(), sep="\n", flush=True)
+    print(f"{counted(cancel.cancelled, 'job')} cancelled.", *cancel.left.lines(), sep="\n", flush=True)
     if cancel.in_doubt:
         say(f"Of the last {cancel.in_doubt} it isn't known whether they were cancelled. {TOLD_LATER}")
     if untried := len(plan.job_ids) - cancel.begun:
-        say(f"{jobs_text(untried)} not tried: as before. Call it again.")
+        say(f"{counted(untried, 'job')} not tried: as before. Call it again.")
     if cancel.unpublished:
-        say(f"Redis can't be reached: {jobs_text(cancel.unpublished)} ended without a notice. {TOLD_LATER}")
+        say(f"Redis can't be reached: {counted(cancel.unpublished, 'job')} ended without a notice. {TOLD_LATER}")
     return cancel.cancelled == len(plan.job_ids)
 
 
@@ -170,7 +169,7 @@ def cancel_jobs(runtime: Runtime, plan: Plan, statuses: Sequence[str], is_yes: b
     plan.show(("status", "type"), "can be cancelled")
     if not plan.job_ids:
         return 0
-    if not is_agreed(f"Cancel {jobs_text(len(plan.job_ids))}?", is_yes):
+    if not is_agreed(f"Cancel {counted(len(plan.job_ids), 'job')}?", is_yes):
         return EXIT_FAILED
     cancel = Cancel(runtime, statuses)
     return carry_out(lambda: cancel.cancel(plan.job_ids, Progress(len(plan.job_ids))), lambda: report(cancel, plan))

@@ -16,7 +16,7 @@ from pymongo.errors import BulkWriteError
 from worker import Notifier, Runtime, Status
 from worker_commands.job_facts import on_one_line
 from worker_commands.selection import store_faults_as_sentences
-from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, print_rows, say
+from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, counted, print_rows, say
 from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document, StoreRefused
 from workerkit.mongodb import unknown_when_unreachable
@@ -25,10 +25,6 @@ MAX_JOBS = 100_000  # of one call, so that their ids need little memory
 GROUPS_SHOWN, IDS_SHOWN = 20, 5
 UNKNOWN = "there is no such job"
 CHANGED = "changed meanwhile"
-
-
-def jobs_text(count: int) -> str:
-    return "1 job" if count == 1 else f"{count} jobs"
 
 
 def ids_missing(job_ids: Iterable[ObjectId], jobs: Iterable[Snapshot]) -> list[ObjectId]:
@@ -54,7 +50,7 @@ class Left:
         def line(why: str, count: int) -> str:
             more = ", …" if count > len(self.ids[why]) else ""
             ids = ", ".join(on_one_line(str(job_id)) for job_id in self.ids[why])
-            return f"{jobs_text(count)} left: {why} ({ids}{more})"
+            return f"{counted(count, 'job')} left: {why} ({ids}{more})"
 
         return [line(why, count) for why, count in self.counts.most_common()]
 
@@ -82,7 +78,7 @@ class Plan:
             rows.append((str(hidden), "others", *[""] * (len(headings) - 1)))
         if rows:
             print_rows(("jobs", *headings), rows)
-        print(f"{jobs_text(len(self.job_ids))} {what}.", *self.left.lines(), sep="\n", flush=True)
+        print(f"{counted(len(self.job_ids), 'job')} {what}.", *self.left.lines(), sep="\n", flush=True)
         if self.is_full:
             print(f"There may be more: one call changes at most {MAX_JOBS}. Call it again afterwards.")
 

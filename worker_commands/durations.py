@@ -35,8 +35,8 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]
 DURATION = DurationType()
 
 
-def duration_text(duration: timedelta) -> str:
-    """The duration in the same form, in its largest unit and rounded down, such as `3h`. A negative one is `0s`."""
+def in_largest_unit(duration: timedelta) -> str:
+    """The duration as one word for a column, rounded down, such as `3h`. A negative one is `0s`."""
     fitting = [unit for unit, length in UNITS.items() if duration >= length]
     unit = fitting[-1] if fitting else "s"
     return f"{max(duration, timedelta(0)) // UNITS[unit]}{unit}"

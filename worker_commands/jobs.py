@@ -12,7 +12,7 @@ from itertools import islice
 import click
 
 from worker import Runtime, Status, configure
-from worker_commands.durations import duration_text
+from worker_commands.durations import in_largest_unit
 from worker_commands.job_facts import as_json, summary_of
 from worker_commands.selection import Selection, select_jobs, selection_options, store_faults_as_sentences
 from worker_commands.terminal import open_console, say
@@ -38,7 +38,7 @@ def list_jobs(runtime: Runtime, selection: Selection, limit: int) -> tuple[list[
 
 
 def cells_of(job: Document) -> list[str]:
-    age = duration_text(timedelta(seconds=job["age_s"])) if "age_s" in job else ""
+    age = in_largest_unit(timedelta(seconds=job["age_s"])) if "age_s" in job else ""
     return [age if name == "age" else str(job.get(name, "")) for name in COLUMNS]
 
 

@@ -29,7 +29,6 @@ from worker_commands.changes import (
     carry_out,
     ids_missing,
     is_agreed,
-    jobs_text,
     own_fields,
     same_job,
     write_together,
@@ -46,7 +45,7 @@ from worker_commands.selection import (
     selection_options,
     store_faults_as_sentences,
 )
-from worker_commands.terminal import EXIT_FAILED, say
+from worker_commands.terminal import EXIT_FAILED, counted, say
 from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document
 from workerkit.sentences import RETRIED
@@ -261,16 +260,16 @@ def former(job: Snapshot) -> Document:
 
 def report(retry: Retry, plan: Plan) -> bool:
     """Prints what was done. Returns whether it was done to each job."""
-    print(f"{jobs_text(retry.retried)} put back into the queue.", *retry.left.lines(), sep="\n", flush=True)
+    print(f"{counted(retry.retried, 'job')} put back into the queue.", *retry.left.lines(), sep="\n", flush=True)
     if retry.unsent:
         reason = f" ({retry.fault})" if retry.fault else ""
-        say(f"{jobs_text(retry.unsent)} of these without a message{reason}: pending. {LATER}")
+        say(f"{counted(retry.unsent, 'job')} of these without a message{reason}: pending. {LATER}")
     if retry.in_doubt:
         say(f"Of the last {retry.in_doubt} it isn't known whether they were put back. If so, they are pending. {LATER}")
     if untried := len(plan.job_ids) - retry.begun:
-        say(f"{jobs_text(untried)} not tried: as before. Call it again.")
+        say(f"{counted(untried, 'job')} not tried: as before. Call it again.")
     if retry.unpublished:
-        say(f"Redis can't be reached: {jobs_text(retry.unpublished)} go on without a notice, until they begin.")
+        say(f"Redis can't be reached: {counted(retry.unpublished, 'job')} go on without a notice, until they begin.")
     return retry.retried == len(plan.job_ids) and not retry.unsent
 
 
@@ -279,7 +278,7 @@ def retry_jobs(runtime: Runtime, plan: Plan, *, is_yes: bool, has_new_limits: bo
     plan.show(("type", "reason"), "can be tried again")
     if not plan.job_ids:
         return 0
-    if not is_agreed(f"Try {jobs_text(len(plan.job_ids))} again?", is_yes):
+    if not is_agreed(f"Try {counted(len(plan.job_ids), 'job')} again?", is_yes):
         return EXIT_FAILED
     retry = Retry(runtime, has_new_limits=has_new_limits)
     return carry_out(lambda: retry.retry(plan.job_ids, Progress(len(plan.job_ids))), lambda: report(retry, plan))

@@ -12,10 +12,9 @@ import click
 from bson import ObjectId
 
 from worker import Runtime, configure
-from worker_commands.durations import duration_text
 from worker_commands.job_facts import ALL_FIELDS, as_json, facts_of
 from worker_commands.selection import JOB_ID, find_jobs, store_faults_as_sentences
-from worker_commands.terminal import print_rows
+from worker_commands.terminal import duration_text, print_rows
 from workerkit.errors import Document
 from workerkit.settings import load_settings
 
@@ -39,10 +38,15 @@ def plain_rows(facts: Document, **names: str) -> Rows:
     return ((name, str(facts[fact])) for fact, name in names.items() if fact in facts)
 
 
+def between(earlier: datetime, later: datetime) -> str:
+    """The time between; none if another host's clock says that the earlier one comes later."""
+    return duration_text(max(0.0, (later - earlier).total_seconds()))
+
+
 def time_rows(facts: Document, now: datetime) -> Rows:
     for name in ("created", "started", "ended"):
         if time := facts.get(f"{name}_at"):
-            yield name, f"{time:%Y-%m-%d %H:%M:%S} UTC ({duration_text(now - time)} ago)"
+            yield name, f"{time:%Y-%m-%d %H:%M:%S} UTC ({between(time, now)} ago)"
 
 
 def reason_rows(facts: Document) -> Rows:
@@ -56,7 +60,7 @@ def reason_rows(facts: Document) -> Rows:
 def attempt_text(attempt: Document) -> str:
     """How long an attempt waited and ran, how it ended and why, and where it was."""
     verbs = {"waited_s": "waited", "ran_s": "ran"}
-    spans = [f"{verb} {attempt[name]:.1f} s" for name, verb in verbs.items() if name in attempt]
+    spans = [f"{verb} {duration_text(attempt[name])}" for name, verb in verbs.items() if name in attempt]
     end = attempt.get("end", "").replace("_", " ")
     why = ": ".join(attempt[name] for name in ("error", "reason") if name in attempt)
     where = " at ".join(attempt[name] for name in ("model", "provider") if name in attempt)
@@ -74,8 +78,8 @@ def attempt_rows(facts: Document, now: datetime) -> Rows:
 def lease_text(facts: Document, now: datetime) -> str:
     lease_until = facts.get("lease_until")
     if lease_until and facts["is_alive"]:
-        return f"alive: it runs out in {duration_text(lease_until - now)} unless the worker renews it"
-    ended = f"ran out {duration_text(now - lease_until)} ago" if lease_until else "isn't known"
+        return f"alive: it runs out in {between(now, lease_until)} unless the worker renews it"
+    ended = f"ran out {between(lease_until, now)} ago" if lease_until else "isn't known"
     return f"{ended}: a running worker gives the job to the next attempt"
 
 
@@ -83,14 +87,11 @@ def present_rows(facts: Document, now: datetime) -> Rows:
     """Where the job runs now, or when its next attempt may begin."""
     if "is_alive" in facts:
         process = f", process {facts['pid']}" if "pid" in facts else ""
-        since = f", for {facts['running_s']:.1f} s" if "running_s" in facts else ""
+        since = f", for {duration_text(facts['running_s'])}" if "running_s" in facts else ""
         yield "runs on", f"{facts.get('node', 'an unknown node')}{process}{since}"
         yield "lease", lease_text(facts, now)
     if next_try_at := facts.get("next_try_at"):
-        yield (
-            "next try",
-            f"in {duration_text(next_try_at - now)}" if next_try_at > now else "due, its message is queued",
-        )
+        yield "next try", f"in {between(now, next_try_at)}" if next_try_at > now else "due, its message is queued"
 
 
 def used_rows(facts: Document, now: datetime) -> Rows:
