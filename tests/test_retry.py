@@ -18,6 +18,7 @@ import pytest
 from bson import Code, MinKey, ObjectId, Regex
 
 import worker
+import worker_commands.retry
 from testbed.api import Api
 from testbed.processes import SOURCE
 from testbed.servers import RabbitServer
@@ -228,6 +229,24 @@ def test_a_job_whose_session_got_another_one_meanwhile_is_set_back_to_what_it_wa
     assert read(runtime, job_id) == before
     assert [message["args"][0] for message in queued(runtime)] == [str(other)]
     assert [notice["job_id"] for notice in notices.statuses(1)] == [str(other)]
+
+
+def test_where_an_index_keeps_the_rule_it_leaves_the_job_and_retries_the_others(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = {"status": {"$in": ["pending", "processing"]}}
+    session: list[tuple[str, int]] = [("user_id", 1), ("session_id", 1)]
+    index = runtime.database["jobs"].create_index(session, unique=True, partialFilterExpression=active)
+    jobs = [insert_failed(runtime, session_id=f"s-{number}") for number in range(3)]
+    insert(runtime, session_id="s-1")
+    monkeypatch.setattr(worker_commands.retry, "active_jobs", lambda *_: [])  # the API inserts it behind the look
+    try:
+        done = put_back(runtime, *jobs)
+    finally:
+        runtime.database["jobs"].drop_index(index)
+    why = "MongoDB refuses it: DuplicateKeyError 11000: a unique index allows only one such document"
+    assert (done.retried, done.left.counts) == (2, {why: 1})
+    assert [read(runtime, job_id)["status"] for job_id in jobs] == ["pending", "failed", "pending"]
 
 
 @pytest.mark.parametrize("own", [None, "text", ["x"], {}], ids=repr)

@@ -143,7 +143,9 @@ def test_show_of_a_job_that_was_put_back_has_its_former_life_alone(runtime: Runt
     ("by the API, which writes no end", {"message": "Your job has started."}, None, "Cancelled.", "api"),
     ("by an API that noted nothing else", {}, None, "Cancelled.", "api"),
     ("by the API, after it was put back", {"message": "It isn't set up."}, 900, "Cancelled.", "api"),
-    ("by an operator", {"message": STOPPED}, 60, STOPPED, "operator"),
+    ("by the API, after an operator had and put it back", {"cancelled_by": "x", "message": "No."}, 900, "Done.", "api"),
+    ("by an operator", {"cancelled_by": "x", "message": "Stopped."}, 60, "Stopped.", "operator"),
+    ("by an operator's revoke", {"message": STOPPED}, 60, STOPPED, "operator"),
 )
 def test_a_cancelled_job_shows_the_cancel_and_not_what_its_attempts_met_before(
     runtime: Runtime, run_here: Run, own: dict[str, Any], ended_s: int | None, sentence: str, by: str

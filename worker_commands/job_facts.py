@@ -58,15 +58,15 @@ def attempts_of(job: Snapshot) -> list[Document]:
 def cancelled_by(job: Snapshot) -> str:
     """Who has cancelled the job: `operator`, `api`, or nobody.
 
-    The API writes no time of an end, but that of a former life may still be there. A worker notes its sentence twice.
+    The API writes no time of an end, but that of a former life may still be there. A worker or an operator notes the
+    sentence twice, and an operator may have used Celery's `revoke`, which leaves nothing else.
     """
     if job.status != Status.FAILED:
         return ""
-    sentence, noted = final_sentence(job.document)[:MAX_TEXT_CHARACTERS], job.bookkeeping.message
-    if sentence == STOPPED:
-        return "operator"
-    is_by_worker = job.document.get("completed_at") is not None and noted in (None, sentence)
-    return "" if is_by_worker else "api"
+    own, sentence = job.bookkeeping, final_sentence(job.document)[:MAX_TEXT_CHARACTERS]
+    if job.document.get("completed_at") is None or own.message not in (None, sentence):
+        return "api"
+    return "operator" if sentence == STOPPED or "cancelled_by" in as_mapping(own.raw) else ""
 
 
 def deciding_attempt(job: Snapshot) -> Document:

@@ -43,6 +43,7 @@ SAME_INDEX_CODES = (85, 86)  # there is one like it, under another name or with 
 # What an operator reads about refusals that are met most.
 CAUSES = {
     13: "its user lacks the right, which is readWrite on DATABASE_NAME",
+    11000: "a unique index allows only one such document",
     121: "a validator of the collection is against it",
     14031: "its disk is full",
     **dict.fromkeys(TOO_LARGE_CODES, "the document would be too large"),
