@@ -235,7 +235,6 @@ def watch(console: Console, look: Callable[[], Page], as_document: bool) -> None
     """Shows a new page every few seconds: in place of the last one on a terminal, else behind it. It never returns."""
     from rich.live import Live
 
-    signal.signal(signal.SIGTERM, end_in_order)
     is_live = console.is_terminal and not as_document
     with Live(console=console, screen=True, auto_refresh=False) if is_live else contextlib.nullcontext() as live:
         while True:
@@ -281,5 +280,7 @@ def command(as_document: bool, is_watching: bool, pending_over: timedelta) -> No
     Exits with 1 if something does: MongoDB or the broker can't be reached, no worker is alive, a job has been pending
     for too long, or a job of the last 10 minutes has failed by what only the operator can change.
     """
+    if is_watching:
+        signal.signal(signal.SIGTERM, end_in_order)
     with contextlib.closing(configure(load_settings())) as runtime:
         sys.exit(status(runtime, pending_over, as_document=as_document, is_watching=is_watching))
