@@ -53,7 +53,7 @@ class RetryJob(JobError):
 
 
 class ProviderAway(RetryJob):
-    """The AI service can't be reached, so after a few such failures the other jobs wait as well."""
+    """The provider can't be reached, so after a few such failures the other jobs wait as well."""
 
     default_sentence = sentences.AWAY
 
