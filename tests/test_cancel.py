@@ -37,8 +37,8 @@ from tests.lab import (
 )
 from tests.site import StartWorker, artifacts, for_each_pool, run_forked
 from worker import Notifier, Runtime
-from worker_commands.cancel import ACTIVE, ODD_ID, Cancel, cancel_jobs, plan_selected
-from worker_commands.changes import CHANGED, Left, Plan, Progress
+from worker_commands.cancel import ODD_ID, Cancel, cancel_jobs, plan_selected
+from worker_commands.changes import ACTIVE, CHANGED, Left, Plan, Progress
 from worker_commands.selection import Selection
 from workerkit.errors import StoreUnavailable
 from workerkit.sentences import STOPPED

@@ -7,7 +7,6 @@ workers look for (`JobStore.find_cancelled`): the attempt stops, in every pool, 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import sys
 from collections.abc import Hashable, Sequence
 from datetime import datetime
@@ -17,12 +16,12 @@ from bson import ObjectId
 
 from worker import NOTICE, TERMINAL_STATUSES, Runtime, Status, configure
 from worker_commands.changes import (
+    ACTIVE,
     CHANGED,
     UNKNOWN,
-    Left,
+    Change,
     Plan,
     Progress,
-    Publisher,
     carry_out,
     ids_missing,
     is_agreed,
@@ -35,7 +34,6 @@ from worker_commands.selection import (
     JOB_ID,
     Selection,
     find_jobs,
-    in_batches,
     read_jobs,
     selection_options,
     store_faults_as_sentences,
@@ -47,7 +45,6 @@ from workerkit.sentences import STOPPED
 from workerkit.settings import load_settings
 
 ODD_ID = "its id is a document"
-ACTIVE = (Status.PENDING.value, Status.PROCESSING.value)
 TOLD_LATER = "A running worker tells the persons within a minute, once Redis is there."
 
 
@@ -87,38 +84,25 @@ def plan_named(runtime: Runtime, job_ids: Sequence[ObjectId]) -> Plan:
 # ── cancelling them ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Cancel:
+class Cancel(Change):
     """Cancels jobs in batches: documents first, then the notices. A sweep publishes those that Redis doesn't take.
 
-    `token` marks what this call has cancelled. An attempt's own end and this one exclude each other, since both are
-    writes that ask for the status.
+    An attempt's own end and this one exclude each other, since both are writes that ask for the status.
     """
 
-    batch = 200
-
     def __init__(self, runtime: Runtime, statuses: Sequence[str] = ACTIVE) -> None:
-        self._runtime, self._token, self._statuses = runtime, secrets.token_hex(8), list(statuses)
-        self._publisher = Publisher(runtime.notifier)
-        self.left = Left()
-        self.begun = self.cancelled = self.in_doubt = 0
-
-    @property
-    def unpublished(self) -> int:
-        return self._publisher.unpublished
+        super().__init__(runtime)
+        self._statuses, self.cancelled = list(statuses), 0
 
     def cancel(self, job_ids: Sequence[ObjectId], progress: Progress) -> None:
         """Cancels those of these jobs that still have one of the statuses. Raises StoreUnavailable."""
-        for batch in in_batches(job_ids, self.batch):
-            self.begun, self.in_doubt = self.begun + len(batch), len(batch)
-            jobs = read_jobs(self._runtime, batch, status={"$in": self._statuses})
-            self.left.add(CHANGED, ids_missing(batch, jobs))
+        for jobs in self._batches(job_ids, progress, {"$in": self._statuses}):
             ended = self._fail(jobs)
             self.cancelled, self.in_doubt = self.cancelled + len(ended), 0
             published = [document for document in ended if self._publisher.publish(document, Status.FAILED, STOPPED)]
             if published:  # else Redis is away, and each try would wait for it once more
                 self._runtime.notes.forget_cancelled(self._runtime.turns.queues())
             self._runtime.store.mark_notified([(document["_id"], owner_of(document)) for document in published])
-            progress.add(len(batch))
 
     def _fail(self, jobs: Sequence[Snapshot]) -> list[Document]:
         """Fails these jobs, and returns those that this call has failed, as their notices need them."""
@@ -157,8 +141,7 @@ def report(cancel: Cancel, plan: Plan) -> bool:
     print(f"{counted(cancel.cancelled, 'job')} cancelled.", *cancel.left.lines(), sep="\n", flush=True)
     if cancel.in_doubt:
         say(f"Of the last {cancel.in_doubt} it isn't known whether they were cancelled. {TOLD_LATER}")
-    if untried := len(plan.job_ids) - cancel.begun:
-        say(f"{counted(untried, 'job')} not tried: as before. Call it again.")
+    cancel.say_untried(plan)
     if cancel.unpublished:
         say(f"Redis can't be reached: {counted(cancel.unpublished, 'job')} ended without a notice. {TOLD_LATER}")
     return cancel.cancelled == len(plan.job_ids)

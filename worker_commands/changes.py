@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,13 @@ from pymongo.errors import BulkWriteError
 
 from worker import Notifier, Runtime, Status
 from worker_commands.job_facts import on_one_line
-from worker_commands.selection import store_faults_as_sentences
+from worker_commands.selection import in_batches, read_jobs, store_faults_as_sentences
 from worker_commands.terminal import EXIT_FAILED, EXIT_INTERRUPTED, counted, print_rows, say
 from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document, StoreRefused
 from workerkit.mongodb import unknown_when_unreachable
 
+ACTIVE = (Status.PENDING.value, Status.PROCESSING.value)
 MAX_JOBS = 100_000  # of one call, so that their ids need little memory
 GROUPS_SHOWN, IDS_SHOWN = 20, 5
 UNKNOWN = "there is no such job"
@@ -119,6 +121,42 @@ class Publisher:
         self._is_away = self._is_away or not self._notifier.publish_status(document, status, sentence)
         self.unpublished += self._is_away
         return not self._is_away
+
+
+class Change:
+    """Changes jobs in batches, and counts what became of them.
+
+    `token` marks what this call has changed. `begun` are the jobs of the batches that were begun. While a batch is
+    written, its jobs are `in_doubt`. A `fault` keeps the batches behind it from being tried.
+    """
+
+    batch = 200
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime, self._token = runtime, secrets.token_hex(8)
+        self._publisher = Publisher(runtime.notifier)
+        self.left, self.fault = Left(), ""
+        self.begun = self.in_doubt = 0
+
+    @property
+    def unpublished(self) -> int:
+        return self._publisher.unpublished
+
+    def _batches(self, job_ids: Sequence[ObjectId], progress: Progress, status: object) -> Iterator[list[Snapshot]]:
+        """Those of these jobs that still have the status, in batches. Raises StoreUnavailable."""
+        for batch in in_batches(job_ids, self.batch):
+            self.begun, self.in_doubt = self.begun + len(batch), len(batch)
+            jobs = read_jobs(self._runtime, batch, status=status)
+            self.left.add(CHANGED, ids_missing(batch, jobs))
+            yield jobs
+            progress.add(len(batch))
+            if self.fault:
+                break
+
+    def say_untried(self, plan: Plan) -> None:
+        """Says how many jobs of the plan are in batches that were not begun."""
+        if untried := len(plan.job_ids) - self.begun:
+            say(f"{counted(untried, 'job')} not tried: as before. Call it again.")
 
 
 def same_job(job: Snapshot) -> Document:

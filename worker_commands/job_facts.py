@@ -8,7 +8,7 @@ from typing import Any
 
 from bson import ObjectId
 
-from worker import TERMINAL_STATUSES, Status
+from worker import FIGURES, TERMINAL_STATUSES, Status
 from worker_commands.terminal import printable
 from workerkit.bookkeeping import Snapshot
 from workerkit.errors import Document
@@ -18,9 +18,7 @@ from workerkit.values import MAX_TEXT_CHARACTERS, as_mapping, as_number, as_seco
 # What is read of a job. Its input and its text may be large, and so may be the URL of a file that it holds itself.
 FIELDS: Document = dict.fromkeys(("user_id", "session_id", "job_type", "status", "error_message", "worker"), 1)
 FIELDS |= dict.fromkeys(("created_at", "started_at", "completed_at", "updated_at"), 1)
-USED = ("tokens_used", "prompt_tokens", "completion_tokens")
-OUTPUT = ("model_used", "resolution", "duration_seconds", "format", *USED)
-ALL_FIELDS: Document = {**FIELDS, "artifact_url": 1, **{f"output_data.{name}": 1 for name in OUTPUT}}
+ALL_FIELDS: Document = {**FIELDS, "artifact_url": 1, **{f"output_data.{name}": 1 for name in (*FIGURES, "format")}}
 MAX_SHOWN_CHARACTERS = 500
 COMMANDS = {Status.FAILED: "retry", Status.PENDING: "cancel", Status.PROCESSING: "cancel"}
 
@@ -165,7 +163,8 @@ def result_of(job: Snapshot) -> Document:
     return {
         "model": text_of(output, "model_used"),
         "tokens": as_number(output.get("tokens_used")),
-        **{name: as_number(output.get(name)) for name in USED[1:]},
+        "prompt_tokens": as_number(output.get("prompt_tokens")),
+        "completion_tokens": as_number(output.get("completion_tokens")),
         "resolution": text_of(output, "resolution"),
         "duration_seconds": as_seconds(output.get("duration_seconds")),
         "format": text_of(output, "format"),

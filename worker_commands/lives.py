@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bson import Code, Decimal128
 
-from worker import Status
+from worker import FIGURES, Status
 from workerkit.attempts import COMPLETED, FAILED, LOST, AttemptRecord, read_records
 from workerkit.errors import Document
 from workerkit.mongodb import unknown_when_unreachable
@@ -29,10 +29,9 @@ MAX_WORDS = 300  # characters of a reason, a name or a sentence
 CLOCKS_DIFFER_BY = timedelta(hours=1)  # a later end than this from now is damage
 NOT_KNOWN = "not known"
 # What is read of a document: never its input, and of its output only what was used.
-USED = ("model_used", "tokens_used", "prompt_tokens", "completion_tokens", "duration_seconds", "resolution")
 FIELDS: Document = {
     **dict.fromkeys(("status", "job_type", "created_at", "started_at", "completed_at", "error_message"), 1),
-    **{f"output_data.{name}": 1 for name in USED},
+    **{f"output_data.{name}": 1 for name in FIGURES},
     **{f"worker.{name}": 1 for name in ("attempt", "attempts", "past")},
 }
 

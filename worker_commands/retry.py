@@ -8,7 +8,6 @@ document is set back. So an API that inserts within that moment meets no second 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +19,12 @@ from bson import ObjectId
 
 from worker import Runtime, Status, configure
 from worker_commands.changes import (
+    ACTIVE,
     CHANGED,
     UNKNOWN,
-    Left,
+    Change,
     Plan,
     Progress,
-    Publisher,
     carry_out,
     ids_missing,
     is_agreed,
@@ -51,7 +50,6 @@ from workerkit.errors import Document
 from workerkit.sentences import RETRIED
 from workerkit.settings import load_settings
 
-ACTIVE = {"$in": [Status.PENDING.value, Status.PROCESSING.value]}
 CANCELLED = "an operator or the API ended it (`show` has the sentence); only its id or --reason WORDS select it"
 OLDER = "a younger job of the same session is tried again instead"
 BUSY = "its session has another job that hasn't ended"
@@ -82,7 +80,7 @@ def active_jobs(runtime: Runtime, jobs: Iterable[Snapshot]) -> list[tuple[Sessio
     asked = [session for job in jobs if (session := session_of(job))]
     users, sessions = {user for user, _ in asked}, {session for _, session in asked}
     # Other sessions may be among them, of other persons. Without the second condition it would be all of a person's.
-    query = {"status": ACTIVE, "user_id": {"$in": list(users)}, "session_id": {"$in": list(sessions)}}
+    query = {"status": {"$in": list(ACTIVE)}, "user_id": {"$in": list(users)}, "session_id": {"$in": list(sessions)}}
     found = find_jobs(runtime, query, fields={"user_id": 1, "session_id": 1}) if asked else ()
     return [(session_of(job), job.id) for job in found]
 
@@ -151,35 +149,25 @@ def plan_named(runtime: Runtime, job_ids: Sequence[ObjectId]) -> Plan:
 # ── retrying them ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Retry:
-    """Retries jobs in batches: documents first, then the notices, then the messages.
+class Retry(Change):
+    """Retries jobs in batches: documents first, then the notices, then the messages, until the broker refuses one.
 
-    `token` marks what this call has changed, until a worker claims the job. So of two calls only one sends a message,
-    and nothing is set back that somebody else has changed since.
+    The token stays until a worker claims the job. So of two calls only one sends a message, and nothing is set back
+    that somebody else has changed since.
     """
 
-    batch = 200
     pause_s = 0.2  # an API that saw no other job before a change has inserted its own by then
     wait = staticmethod(time.sleep)
 
     def __init__(self, runtime: Runtime, *, has_new_limits: bool = False) -> None:
-        self._runtime, self._token = runtime, secrets.token_hex(8)
+        super().__init__(runtime)
         self._replaced = {"root_id": None, **(dict.fromkeys(LIMITS) if has_new_limits else {})}
         self._pending = {"status": Status.PENDING.value, "worker.retried_by": self._token}
-        self._publisher = Publisher(runtime.notifier)
-        self.left, self.fault = Left(), ""  # the fault is the broker's
-        self.begun = self.retried = self.unsent = self.in_doubt = 0
-
-    @property
-    def unpublished(self) -> int:
-        return self._publisher.unpublished
+        self.retried = self.unsent = 0
 
     def retry(self, job_ids: Sequence[ObjectId], progress: Progress) -> None:
         """Retries these jobs, until the broker doesn't take a message. Raises StoreUnavailable."""
-        for batch in in_batches(job_ids, self.batch):
-            self.begun, self.in_doubt = self.begun + len(batch), len(batch)
-            failed = read_jobs(self._runtime, batch, status=Status.FAILED.value)
-            self.left.add(CHANGED, ids_missing(batch, failed))
+        for failed in self._batches(job_ids, progress, Status.FAILED.value):
             changed = self._set_pending(self._without_busy(failed, BUSY))
             self.in_doubt = 0
             if changed:
@@ -190,9 +178,6 @@ class Retry:
             for job in jobs:  # before a worker says that it has begun
                 self._publisher.publish(job.document, Status.PENDING, RETRIED)
             self._send(jobs)
-            progress.add(len(batch))
-            if self.fault:
-                break
 
     def _without_busy(self, jobs: Sequence[Snapshot], why: str) -> list[Snapshot]:
         """Those of these jobs, each of another session, whose session has no other job that hasn't ended."""
@@ -266,8 +251,7 @@ def report(retry: Retry, plan: Plan) -> bool:
         say(f"{counted(retry.unsent, 'job')} of these without a message{reason}: pending. {LATER}")
     if retry.in_doubt:
         say(f"Of the last {retry.in_doubt} it isn't known whether they were put back. If so, they are pending. {LATER}")
-    if untried := len(plan.job_ids) - retry.begun:
-        say(f"{counted(untried, 'job')} not tried: as before. Call it again.")
+    retry.say_untried(plan)
     if retry.unpublished:
         say(f"Redis can't be reached: {counted(retry.unpublished, 'job')} go on without a notice, until they begin.")
     return retry.retried == len(plan.job_ids) and not retry.unsent
