@@ -1781,9 +1781,9 @@ def repeat_final_status(runtime: Runtime, job: Job) -> None:
     This one may have published "processing" since. A cancel, of which nothing is published, has no `completed_at`.
     """
     with contextlib.suppress(StoreUnavailable):
-        document = runtime.store.read(job.id) or {}
-        if document.get("status") in TERMINAL_STATUSES and document.get("completed_at"):
-            announce_end(runtime, document)
+        seen = runtime.store.look(job.id)
+        if seen and seen.status in TERMINAL_STATUSES and seen.document.get("completed_at"):
+            announce_end(runtime, seen.document)
 
 
 def log_end(runtime: Runtime, attempt: Attempt, outcome: Outcome, event: str) -> None:
@@ -1811,6 +1811,7 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             wait_s = outcome.after_s or 0.0
             log_end(runtime, attempt, outcome, f"will be tried again in {wait_s:.1f} s")
             announce_job(runtime, job, Status.PROCESSING, outcome.sentence)
+            repeat_final_status(runtime, job)
             raise redelivery(task, job.id, wait_s)
         case HandBack():
             log_end(runtime, attempt, outcome, "handed back")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -196,6 +197,32 @@ def test_a_crash_with_the_prompt_in_its_text_leaks_it_nowhere(
     published = json.dumps(notices.statuses(2))
     visible = caplog.text + str(read(runtime, job_id)["error_message"]) + published
     assert SECRET not in visible + "".join(traceback.format_exception(caught.value))
+
+
+# ── statuses that come late ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@table(
+    "prompt, late, end",
+    ("of a job that is tried again", "[status 503 times=1]", 2, Retry),
+    ("of an attempt that has begun", "", 1, Ignore),
+)
+def test_a_status_that_is_published_after_another_attempt_ended_the_job_is_followed_by_that_end(
+    runtime: Runtime, notices: Notices, monkeypatch: pytest.MonkeyPatch, prompt: str, late: int, end: type[Exception]
+) -> None:
+    """A process may be suspended right before it publishes, while another one goes on with the job."""
+    job_id, publish, published = insert_text(runtime, prompt), runtime.notifier.publish_status, Counter[str]()
+
+    def publish_later(document: Any, status: worker.Status, sentence: str) -> bool:
+        published[status] += 1
+        if published["processing"] == late and status == "processing":
+            change(runtime, job_id, status="completed", completed_at=ago(0), worker__owner="of another attempt")
+        return publish(document, status, sentence)
+
+    monkeypatch.setattr(runtime.notifier, "publish_status", publish_later)
+    with pytest.raises(end):
+        deliver(runtime, job_id)
+    assert [notice["status"] for notice in notices.statuses(late + 1)] == ["processing"] * late + ["completed"]
 
 
 # ── results that can't be written ────────────────────────────────────────────────────────────────────────────────────
