@@ -481,6 +481,14 @@ def worker_settings(mongodb_url: str, redis_url: str, provider_url: str, pace: P
     }
 
 
+def read_whole(file: gridfs.GridOut) -> bytes:
+    """Return a file's data; nothing if its chunks are gone, which the audit then finds."""
+    try:
+        return file.read()
+    except gridfs.errors.CorruptGridFile:
+        return b""
+
+
 class Run:
     """One chaos run, from the first server to the evidence. It is a context manager that leaves no process behind."""
 
@@ -588,7 +596,7 @@ class Run:
     def _evidence(self, recovered: str) -> Evidence:
         database = self.submitter.api.database
         bucket = gridfs.GridFS(database, collection="artifacts")
-        files = {file.filename: file.read() for file in bucket.find({}, no_cursor_timeout=False)}
+        files = {file.filename: read_whole(file) for file in bucket.find({}, no_cursor_timeout=False)}
         chunk_owners = set(map(str, database["artifacts.chunks"].distinct("files_id")))
         logs = {path.name: path.read_text(errors="replace") for path in self.fleet.logs}
         for document in self.submitter.api.jobs.find():

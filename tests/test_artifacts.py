@@ -16,12 +16,13 @@ import gridfs
 import pymongo
 import pytest
 from bson import ObjectId
+from pymongo.collection import Collection
 from pymongo.database import Database
 
 from testbed.processes import free_port
 from testbed.servers import MongoServer
-from tests.lab import NOWHERE, PNG, bare_settings, claim, some_job, table
-from worker import Job, Runtime, discard_files, file_name, remove_leftovers
+from tests.lab import NOWHERE, PNG, bare_settings, change, claim, some_job, table
+from worker import Job, Media, Result, Runtime, complete, discard_files, file_name, remove_leftovers
 from workerkit.artifacts import Artifacts, InlineArtifacts, open_artifacts
 from workerkit.errors import ArtifactsUnavailable, StoreUnavailable
 
@@ -175,6 +176,27 @@ def test_a_half_stored_file_in_gridfs_has_a_name_and_can_be_deleted(half_stored:
     assert list(half_stored.names("a")) == ["a.png"]
     half_stored.delete("a.png")
     assert list(half_stored.names("a")) == []
+
+
+def test_an_attempt_that_lost_while_it_stored_its_file_leaves_nothing_of_it_in_gridfs(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was suspended between the chunks and their index entry, and the winner has deleted the chunks since."""
+    loser, index = claim(runtime, owner="loser"), runtime.database["artifacts.files"]
+    winner, insert_entry = some_job(id=loser.id, owner="winner", attempt=2), Collection.insert_one
+
+    def insert_late(collection: Collection[Any], *arguments: Any, **options: Any) -> Any:
+        change(runtime, loser.id, worker__owner="winner")
+        assert runtime.store.complete(winner, {}, None)
+        remove_leftovers(runtime, winner)
+        monkeypatch.undo()
+        return insert_entry(collection, *arguments, **options)
+
+    monkeypatch.setattr(Collection, "insert_one", insert_late)
+    assert not complete(runtime, loser, Result({}, Media(PNG, "png", "image_url")))
+    assert index.count_documents({}) == 1
+    discard_files(runtime, loser)
+    assert index.count_documents({}) == 0
 
 
 # ── a folder ─────────────────────────────────────────────────────────────────────────────────────────────────────

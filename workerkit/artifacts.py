@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import heapq
+import itertools
 import mimetypes
 import os
 import re
@@ -79,13 +81,17 @@ class GridFSArtifacts(Artifacts):
         return None
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        """Found by their chunks: where a process died while it stored or deleted a file, only chunks may be left."""
-        matching = {"$match": {"files_id": {"$regex": f"^{re.escape(prefix)}"}}}
-        with unknown_when_unreachable():
-            for file in self._chunks.aggregate(
-                [matching, {"$sort": {"files_id": 1}}, {"$group": {"_id": "$files_id"}}]
-            ):
-                yield file["_id"]
+        """Found by their chunks and by their index entries, since only one of these may be left of a file.
+
+        Chunks alone: a process died while it stored or deleted it. An entry alone: a process was suspended while it
+        stored it, and wrote the entry after another one had deleted the chunks.
+        """
+        begins = {"$regex": f"^{re.escape(prefix)}"}
+        with unknown_when_unreachable():  # both reads are answered by an index alone, in its order
+            chunks = self._chunks.find({"files_id": begins}, {"_id": 0, "files_id": 1}).sort("files_id")
+            entries = self._index.find({"_id": begins}, {"_id": 1}).sort("_id")
+            both = heapq.merge((one["files_id"] for one in chunks), (one["_id"] for one in entries))
+            yield from (name for name, _ in itertools.groupby(both))
 
     def delete(self, name: str) -> None:
         with unknown_when_unreachable():
