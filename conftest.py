@@ -23,7 +23,7 @@ import workerkit.process
 from testbed.api import Api, WorkerProcess, remove_foreign_settings
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
-from tests.lab import TEXT, Notices, SetHandler, adopt, bare_settings
+from tests.lab import TEXT, Notices, SetHandler, adopt, all_collected, bare_settings
 from tests.site import StartWorker, open_api, start, worker_settings
 from worker_commands.demo import embedded_redis
 from workerkit.settings import Settings
@@ -51,6 +51,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("servers")
     items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    all_collected.set()
 
 
 @pytest.fixture(scope="session", autouse=True)

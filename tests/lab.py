@@ -7,6 +7,7 @@ import base64
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,16 +66,40 @@ class Clock:
 # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+all_collected = threading.Event()  # conftest.py sets it, so that tests can run
+
+
 def ago(seconds: float) -> datetime:
+    """The time so many seconds before now.
+
+    A table's rows are made when the tests are collected, and a test may run many minutes later. A row that held a time
+    would say another than it means, on a slow machine most of all. It holds an `Ago`.
+    """
+    if not all_collected.is_set():
+        raise RuntimeError("tests are being collected: write Ago(…) into a table, or call ago() within the test")
     return datetime.now(UTC) - timedelta(seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Ago:
+    """The time so many seconds before `insert` or `change` writes it."""
+
+    seconds: float
+
+
+def reckoned(value: Any, now: datetime) -> Any:
+    """The value with each `Ago` in it, at any depth, as a time."""
+    if isinstance(value, dict):
+        return {name: reckoned(each, now) for name, each in value.items()}
+    return now - timedelta(seconds=value.seconds) if isinstance(value, Ago) else value
 
 
 def insert(runtime: Runtime, **fields: object) -> ObjectId:
     """Inserts a document as the API does. Fields replace the usual ones, or add to them."""
-    now = datetime.now(UTC)
+    now = ago(0)
     usual: dict[str, Any] = {"user_id": "user-1", "session_id": None, "job_type": TEXT, "status": "pending"}
     usual |= {"input_data": {"prompt": "Hello [tokens 3]"}, "created_at": now, "updated_at": now}
-    inserted: ObjectId = runtime.database["jobs"].insert_one({**usual, **fields}).inserted_id
+    inserted: ObjectId = runtime.database["jobs"].insert_one({**usual, **reckoned(fields, now)}).inserted_id
     return inserted
 
 
@@ -91,7 +116,7 @@ def read(runtime: Runtime, job_id: ObjectId) -> dict[str, Any]:
 
 def change(runtime: Runtime, job_id: ObjectId, **fields: object) -> None:
     """Sets fields without the store. `worker__owner` stands for `worker.owner`."""
-    paths = {name.replace("__", "."): value for name, value in fields.items()}
+    paths = {name.replace("__", "."): value for name, value in reckoned(fields, ago(0)).items()}
     runtime.database["jobs"].update_one({"_id": job_id}, {"$set": paths})
 
 
@@ -120,9 +145,9 @@ def stale(runtime: Runtime) -> list[ObjectId]:
     return [job.id for job in runtime.store.find_stale()]
 
 
-def first_started(seconds: float) -> dict[str, datetime]:
+def first_started(seconds: float) -> dict[str, Ago]:
     """The fields of a job whose first attempt began so many seconds ago."""
-    at = ago(seconds)
+    at = Ago(seconds)
     return {"started_at": at, "worker__first_started_at": at}
 
 
@@ -137,7 +162,7 @@ def some_job(**fields: Any) -> Job:
     """A job that is in no database."""
     usual = {"id": ObjectId(), "job_type": TEXT, "user_id": "user-1", "session_id": "s-1"}
     usual |= {"input_data": {"prompt": "planted prompt"}, "owner": "owner-1", "attempt": 1, "limits": LIMITS}
-    return Job(**{**usual, "first_started_at": datetime.now(UTC), **fields})
+    return Job(**{**usual, "first_started_at": ago(0), **fields})
 
 
 # ── handlers ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,7 +22,7 @@ from testbed.forks import WORKER, can_fork, fork
 from testbed.processes import SOURCE, Server, ServerUnavailable, poll
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer, ReplicaSet
-from tests.lab import AUDIO, IMAGE, TEXT
+from tests.lab import AUDIO, IMAGE, TEXT, ago
 
 # Kept from one run to the next, in the user's cache.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ai-backend-worker-tests"
@@ -190,12 +190,12 @@ def run_impatiently(environment: dict[str, str], folder: Path, *commands: str) -
 
 
 def an_hour_ago() -> datetime:
-    return datetime.now(UTC) - timedelta(hours=1)
+    return ago(3600)
 
 
 def lease(**other: object) -> dict[str, Any]:
     """The bookkeeping of a job that a worker elsewhere holds, with some of it replaced."""
-    now = datetime.now(UTC)
+    now = ago(0)
     times = {"lease_until": now + timedelta(hours=1), "deadline": now + timedelta(hours=1), "first_started_at": now}
     return {"owner": "elsewhere", "node": "elsewhere", "pid": 1, "attempt": 1, "limits": [30, 20], **times, **other}
 

@@ -21,6 +21,7 @@ from testbed.provider import Provider
 from tests.lab import (
     IMAGE,
     TEXT,
+    Ago,
     Notices,
     Run,
     ago,
@@ -43,7 +44,7 @@ from worker_commands.selection import Selection
 from workerkit.errors import StoreUnavailable
 from workerkit.sentences import STOPPED
 
-RELEASED = {"owner": None, "available_at": ago(-60), "attempt": 1, "first_started_at": ago(9), "task_id": "the API's"}
+RELEASED = {"owner": None, "available_at": Ago(-60), "attempt": 1, "first_started_at": Ago(9), "task_id": "the API's"}
 HONOURED_S = 2.0  # what is promised
 
 
@@ -70,8 +71,8 @@ def tolerant(runtime: Runtime) -> Iterator[None]:
     ("waits in the queue", {}),
     ("has null for bookkeeping", {"worker": None}),
     ("waits for its next try", {"status": "processing", "worker": RELEASED}),
-    ("was put back", {"worker": {"owner": "former", "attempt": 2, "lease_until": ago(60)}}),
-    ("runs in an older worker", {"status": "processing", "started_at": ago(5)}),
+    ("was put back", {"worker": {"owner": "former", "attempt": 2, "lease_until": Ago(60)}}),
+    ("runs in an older worker", {"status": "processing", "started_at": Ago(5)}),
 )
 def test_a_cancelled_job_has_failed_with_a_sentence_that_its_person_reads(
     runtime: Runtime, notices: Notices, fields: dict[str, Any]

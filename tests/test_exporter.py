@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 
 import worker
 from testbed.processes import poll
-from tests.lab import IMAGE, NOWHERE, TEXT, ago, change, claim, insert, read, table
+from tests.lab import IMAGE, NOWHERE, TEXT, Ago, ago, change, claim, insert, read, table
 from tests.test_status import KEY_REASON, ODD, PLACES, attempt, ended
 from worker import Runtime
 from worker_commands import counts, exporter
@@ -122,11 +122,11 @@ def test_each_end_is_counted_once_over_many_scrapes(light_runtime: Runtime, scra
 
 @table(
     "created_at, job_id",
-    ("an hour behind", ago(3600), ObjectId("650000000000000000000000")),
-    ("an hour ahead", ago(-3600), ObjectId("ff0000000000000000000000")),
+    ("an hour behind", Ago(3600), ObjectId("650000000000000000000000")),
+    ("an hour ahead", Ago(-3600), ObjectId("ff0000000000000000000000")),
 )
 def test_a_job_that_begins_and_ends_between_two_scrapes_is_counted_whatever_the_apis_clock_says(
-    light_runtime: Runtime, scraper: Scraper, created_at: datetime, job_id: ObjectId
+    light_runtime: Runtime, scraper: Scraper, created_at: Ago, job_id: ObjectId
 ) -> None:
     complete(light_runtime, insert(light_runtime, _id=job_id, created_at=created_at))
     assert scraper.scrape().ended()["completed"] == 1

@@ -112,13 +112,10 @@ def test_a_young_job_of_a_worker_without_leases_is_left_to_it(site: Site) -> Non
     assert not site.provider.calls_for("young")
 
 
-USED_UP: dict[str, dict[str, Any]] = {"its attempts": {"attempt": 4}, "its time": {"first_started_at": an_hour_ago()}}
-
-
-@pytest.mark.parametrize("what", USED_UP)
+@pytest.mark.parametrize("what", ["its attempts", "its time"])
 def test_a_lost_job_that_has_used_up_its_bounds_fails(site: Site, what: str) -> None:
-    bookkeeping = lease(lease_until=an_hour_ago(), **USED_UP[what])
-    job = insert_processing(site.api, f"used up {what}", worker=bookkeeping)
+    used_up: dict[str, Any] = {"attempt": 4} if what == "its attempts" else {"first_started_at": an_hour_ago()}
+    job = insert_processing(site.api, f"used up {what}", worker=lease(lease_until=an_hour_ago(), **used_up))
     site.api.wait_notice(job, "failed")
     assert site.api.document(job)["error_message"] == GAVE_UP
     assert not site.provider.calls_for(f"used up {what}")

@@ -16,6 +16,7 @@ from tests.lab import (
     IMAGE,
     PNG,
     TEXT,
+    Ago,
     Notices,
     ago,
     change,
@@ -54,8 +55,8 @@ def end_first_life(runtime: Runtime, job_id: ObjectId, **fields: Any) -> Job:
     ("a moment after it failed", {}),
     ("after all its tries", {"worker__attempt": 4}),
     ("long after its deadline", first_started(86_400)),
-    ("while its former lease is live", {"worker__lease_until": ago(-25)}),
-    ("while its former attempt was to wait", {"worker__owner": None, "worker__available_at": ago(-600)}),
+    ("while its former lease is live", {"worker__lease_until": Ago(-25)}),
+    ("while its former attempt was to wait", {"worker__owner": None, "worker__available_at": Ago(-600)}),
     ("whatever its bookkeeping has become", {"worker": ["odd"]}),
 )
 def test_a_job_that_is_put_back_completes_by_its_next_message(

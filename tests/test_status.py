@@ -20,7 +20,7 @@ import worker
 from testbed.api import Api
 from testbed.processes import SOURCE, free_port, poll
 from testbed.terminals import open_terminal
-from tests.lab import AUDIO, IMAGE, NOWHERE, SECRET, TEXT, ago, bare_settings, change, claim, insert, table
+from tests.lab import AUDIO, IMAGE, NOWHERE, SECRET, TEXT, Ago, ago, bare_settings, change, claim, insert, table
 from tests.site import StartWorker, run_forked, run_impatiently
 from worker import Runtime
 from worker_commands import overview
@@ -126,7 +126,7 @@ def test_a_job_that_was_put_back_waits_since_then(light_runtime: Runtime) -> Non
     "fields, fleet, says",
     ("all slots are busy", {}, Fleet(("a",), slots=1), "All slots are busy"),
     ("slots are free", {}, Fleet(("a",), slots=3), "is its message lost"),
-    ("no worker is there", {"worker__lease_until": ago(5)}, Fleet(), "It waits for a worker."),
+    ("no worker is there", {"worker__lease_until": Ago(5)}, Fleet(), "It waits for a worker."),
 )
 def test_what_to_do_about_a_job_that_waits_depends_on_the_workers(
     light_runtime: Runtime, shown: Shown, fields: dict[str, Any], fleet: Fleet, says: str
@@ -235,7 +235,7 @@ def test_workers_that_never_answer_but_look_for_lost_jobs_are_alive(light_runtim
 @table(
     "fields, row",
     ("its lease is live", {}, "running   1"),
-    ("its lease ran out", {"worker__lease_until": ago(5)}, "unowned   1 handed back or lost"),
+    ("its lease ran out", {"worker__lease_until": Ago(5)}, "unowned   1 handed back or lost"),
     ("an older worker has it", {"worker": None}, "running   1"),
     ("its bookkeeping is damaged", {"worker": {"owner": 7}}, "unowned   1"),
 )

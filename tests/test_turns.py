@@ -230,7 +230,7 @@ def test_no_message_is_lost_that_waits_in_another_queue_of_the_database(runtime:
     "state",
     ("text for a time", {"noted_at": "yesterday", "ids": []}),
     ("a time to come", {"noted_at": datetime(3000, 1, 1), "ids": []}),
-    ("no ids", {"noted_at": ago(3600), "ids": "none"}),
+    ("no ids", {"noted_at": datetime(2026, 1, 1), "ids": "none"}),
 )
 def test_a_damaged_search_begins_anew(runtime: Runtime, find: Search, state: dict[str, Any]) -> None:
     job_id = insert(runtime)
