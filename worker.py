@@ -1775,14 +1775,15 @@ def remove_leftovers(runtime: Runtime, job: Job) -> None:
                 runtime.artifacts.delete(name)
 
 
-def repeat_final_status(runtime: Runtime, job: Job) -> None:
-    """Publishes the final status again, if another attempt ended the job while this process was suspended.
+def repeat_final_status(runtime: Runtime, job: Job, *, of_a_cancel: bool) -> None:
+    """Publishes the final status again, if the job was ended while this process was suspended.
 
-    This one may have published "processing" since. A cancel, of which nothing is published, has no `completed_at`.
+    This one may have published "processing" since. A cancel by the API, which publishes it itself, has no
+    `completed_at`.
     """
-    with contextlib.suppress(StoreUnavailable):
+    with contextlib.suppress(StoreUnavailable), pymongo.timeout(runtime.poll_store_s):
         seen = runtime.store.look(job.id)
-        if seen and seen.status in TERMINAL_STATUSES and seen.document.get("completed_at"):
+        if seen and seen.status in TERMINAL_STATUSES and (of_a_cancel or seen.document.get("completed_at")):
             announce_end(runtime, seen.document)
 
 
@@ -1811,7 +1812,7 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             wait_s = outcome.after_s or 0.0
             log_end(runtime, attempt, outcome, f"will be tried again in {wait_s:.1f} s")
             announce_job(runtime, job, Status.PROCESSING, outcome.sentence)
-            repeat_final_status(runtime, job)
+            repeat_final_status(runtime, job, of_a_cancel=True)
             raise redelivery(task, job.id, wait_s)
         case HandBack():
             log_end(runtime, attempt, outcome, "handed back")
@@ -1825,7 +1826,7 @@ def conclude(task: JobTask, attempt: Attempt, outcome: Outcome) -> Document:
             log_end(runtime, attempt, outcome, "abandoned")
             if not isinstance(outcome, LeaveJob):
                 discard_files(runtime, job)
-                repeat_final_status(runtime, job)
+                repeat_final_status(runtime, job, of_a_cancel=False)
             raise JobFailed(outcome.sentence) if isinstance(outcome, EndRefused) else Ignore()
 
 

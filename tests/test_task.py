@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +36,7 @@ from tests.lab import (
     NOWHERE,
     PNG,
     SECRET,
+    Ago,
     Notices,
     SetHandler,
     ago,
@@ -202,27 +203,49 @@ def test_a_crash_with_the_prompt_in_its_text_leaks_it_nowhere(
 # ── statuses that come late ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@table(
-    "prompt, late, end",
-    ("of a job that is tried again", "[status 503 times=1]", 2, Retry),
-    ("of an attempt that has begun", "", 1, Ignore),
-)
-def test_a_status_that_is_published_after_another_attempt_ended_the_job_is_followed_by_that_end(
-    runtime: Runtime, notices: Notices, monkeypatch: pytest.MonkeyPatch, prompt: str, late: int, end: type[Exception]
-) -> None:
-    """A process may be suspended right before it publishes, while another one goes on with the job."""
-    job_id, publish, published = insert_text(runtime, prompt), runtime.notifier.publish_status, Counter[str]()
+TRIED_AGAIN = "[status 503 times=1]"
+COMPLETED = {"status": "completed", "completed_at": Ago(0), "worker__owner": "of another attempt"}
+CANCELLED = {"status": "failed", "error_message": "Cancelled."}  # as the API writes it
 
-    def publish_later(document: Any, status: worker.Status, sentence: str) -> bool:
-        published[status] += 1
-        if published["processing"] == late and status == "processing":
-            change(runtime, job_id, status="completed", completed_at=ago(0), worker__owner="of another attempt")
+
+@table(
+    "prompt, which, ended, raised",
+    ("another attempt, of a job that is tried again", TRIED_AGAIN, 2, COMPLETED, Retry),
+    ("another attempt, of an attempt that has begun", "", 1, COMPLETED, Ignore),
+    ("a cancel by the API, of a job that is tried again", TRIED_AGAIN, 2, CANCELLED, Retry),
+)
+def test_a_processing_that_is_published_after_the_end_is_followed_by_that_end(
+    runtime: Runtime,
+    notices: Notices,
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: str,
+    which: int,
+    ended: dict[str, Any],
+    raised: type[Exception],
+) -> None:
+    """A process is suspended right before it publishes the first or second `processing`, and the job ends then."""
+    job_id, publish, numbers = insert_text(runtime, prompt), runtime.notifier.publish_status, count(1)
+
+    def publish_late(document: Any, status: worker.Status, sentence: str) -> bool:
+        if status == "processing" and next(numbers) == which:
+            change(runtime, job_id, **ended)
         return publish(document, status, sentence)
 
-    monkeypatch.setattr(runtime.notifier, "publish_status", publish_later)
-    with pytest.raises(end):
+    monkeypatch.setattr(runtime.notifier, "publish_status", publish_late)
+    with pytest.raises(raised):
         deliver(runtime, job_id)
-    assert [notice["status"] for notice in notices.statuses(late + 1)] == ["processing"] * late + ["completed"]
+    assert [notice["status"] for notice in notices.statuses(which + 1)] == ["processing"] * which + [ended["status"]]
+
+
+def test_a_job_is_tried_again_though_its_end_cant_be_looked_for(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: ObjectId) -> None:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(runtime.store, "look", refuse)
+    with pytest.raises(Retry):
+        deliver(runtime, insert_text(runtime, TRIED_AGAIN))
 
 
 # ── results that can't be written ────────────────────────────────────────────────────────────────────────────────────
