@@ -182,7 +182,7 @@ def test_an_attempt_that_lost_while_it_stored_its_file_leaves_nothing_of_it_in_g
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was suspended between the chunks and their index entry, and the winner has deleted the chunks since."""
-    loser, index = claim(runtime, owner="loser"), runtime.database["artifacts.files"]
+    loser, bucket = claim(runtime, owner="loser"), runtime.database["artifacts"]
     winner, insert_entry = some_job(id=loser.id, owner="winner", attempt=2), Collection.insert_one
 
     def insert_late(collection: Collection[Any], *arguments: Any, **options: Any) -> Any:
@@ -194,9 +194,9 @@ def test_an_attempt_that_lost_while_it_stored_its_file_leaves_nothing_of_it_in_g
 
     monkeypatch.setattr(Collection, "insert_one", insert_late)
     assert not complete(runtime, loser, Result({}, Media(PNG, "png", "image_url")))
-    assert index.count_documents({}) == 1
+    assert (bucket["files"].count_documents({}), bucket["chunks"].count_documents({})) == (1, 0)
     discard_files(runtime, loser)
-    assert index.count_documents({}) == 0
+    assert (bucket["files"].count_documents({}), bucket["chunks"].count_documents({})) == (0, 0)
 
 
 # ── a folder ─────────────────────────────────────────────────────────────────────────────────────────────────────

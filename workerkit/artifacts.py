@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from pymongo.database import Database
 
+NAMES_AT_ONCE = 1000  # MongoDB would send 16 MB of them, which take five times that in memory
+
 CONTENT_TYPES = {  # slim images have no mime.types, and Python's own table lacks some of these
     **{"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"},
     **{"wav": "audio/wav", "mp3": "audio/mpeg", "opus": "audio/ogg", "flac": "audio/flac"},
@@ -88,8 +90,9 @@ class GridFSArtifacts(Artifacts):
         """
         begins = {"$regex": f"^{re.escape(prefix)}"}
         with unknown_when_unreachable():  # both reads are answered by an index alone, in its order
-            chunks = self._chunks.find({"files_id": begins}, {"_id": 0, "files_id": 1}).sort("files_id")
-            entries = self._index.find({"_id": begins}, {"_id": 1}).sort("_id")
+            at_once = {"batch_size": NAMES_AT_ONCE}
+            chunks = self._chunks.find({"files_id": begins}, {"_id": 0, "files_id": 1}, **at_once).sort("files_id")
+            entries = self._index.find({"_id": begins}, {"_id": 1}, **at_once).sort("_id")
             both = heapq.merge((one["files_id"] for one in chunks), (one["_id"] for one in entries))
             yield from (name for name, _ in itertools.groupby(both))
 
