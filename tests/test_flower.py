@@ -128,6 +128,19 @@ def test_flower_shows_a_tasks_job_worker_and_result(flower: Flower, tasks: Tasks
     assert task["runtime"] > 0
 
 
+def test_an_event_of_the_apis_client_that_comes_late_hides_no_job(flower: Flower, tasks: Tasks, api: Api) -> None:
+    late = {"uuid": tasks.completed, "name": TASK_NAME, "args": PROMPT, "kwargs": PROMPT, "routing_key": "came late"}
+    with api.celery.events.default_dispatcher() as dispatcher:
+        dispatcher.send("task-sent", **late)
+
+    def shown() -> dict[str, object]:
+        task: dict[str, object] = json.loads(flower.get(f"/api/task/info/{tasks.completed}"))
+        return task
+
+    poll(lambda: shown()["routing_key"] == "came late", 60)
+    assert (shown()["args"], shown()["kwargs"]) == (f"['{tasks.job_of_completed}']", "{}")
+
+
 COLUMNS = "draw=1&start=0&length=10&order[0][column]=0&order[0][dir]=asc&columns[0][data]=name"
 PAGES = (
     *("/workers", "/worker/{worker}", "/tasks", f"/tasks/datatable?{COLUMNS}", "/broker", "/metrics"),

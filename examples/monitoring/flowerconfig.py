@@ -10,9 +10,12 @@ show = EventsState.event
 
 
 def show_without_arguments(state: Any, event: dict[str, Any]) -> None:
-    """A worker's events name the job only. Those of the API's own client (`task-sent`) hold the prompt."""
-    is_sent = event["type"] == "task-sent"
-    show(state, {**event, "args": "", "kwargs": ""} if is_sent else event)
+    """A worker's events name the job only. Those of the API's own client (`task-sent`) hold the prompt.
+
+    Such an event may come last. An empty text in it would take the place of the job's name.
+    """
+    hidden = ("args", "kwargs") if event["type"] == "task-sent" else ()
+    show(state, {name: value for name, value in event.items() if name not in hidden})
 
 
 EventsState.event = show_without_arguments
