@@ -88,7 +88,7 @@ class Ago:
 
 
 def reckoned(value: Any, now: datetime) -> Any:
-    """The value with each `Ago` in it, at any depth, as a time."""
+    """The value with each `Ago` in it, and in the documents within it, as a time."""
     if isinstance(value, dict):
         return {name: reckoned(each, now) for name, each in value.items()}
     return now - timedelta(seconds=value.seconds) if isinstance(value, Ago) else value

@@ -155,10 +155,10 @@ def look(place: Place, since: datetime, works_off_its_queue: bool) -> Meanwhile:
     def is_released(name: str) -> bool:
         """Whether the first attempt has let the job go.
 
-        The second may run where the broker still gives messages out: RabbitMQ takes one more before it blocks.
+        A later one may run where the broker still gives messages out: RabbitMQ takes one more before it blocks.
         """
         bookkeeping = place.document(name)["worker"]
-        return bookkeeping["owner"] is None or (works_off_its_queue and bookkeeping["attempt"] == 2)
+        return bookkeeping["owner"] is None or (works_off_its_queue and bookkeeping["attempt"] > 1)
 
     def beats() -> list[float]:
         return [path.stat().st_ctime for path in place.folder.glob("ai-backend-worker-*/*.keeper")]

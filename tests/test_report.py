@@ -18,7 +18,7 @@ from bson.raw_bson import RawBSONDocument
 from click.testing import CliRunner
 
 import worker
-from tests.lab import NOWHERE, SECRET, ago, bare_settings, claim, insert, table
+from tests.lab import NOWHERE, SECRET, Ago, ago, bare_settings, claim, insert, table
 from worker import Runtime
 from worker_commands import report as report_module
 from worker_commands.lives import CLOCKS_DIFFER_BY, INDEXES, Life, last_life, past_lives
@@ -121,7 +121,7 @@ def test_a_job_that_was_put_back_and_is_not_claimed_yet_counts_by_the_end_that_i
 
 @table(
     "fields",
-    ("before that time", {"completed_at": datetime(2026, 1, 1)}),
+    ("before that time", {"completed_at": Ago(8 * 86_400)}),
     ("in the far future", {"completed_at": datetime(9000, 1, 1)}),
     ("not yet", {"status": "processing", "completed_at": None}),
 )
@@ -172,14 +172,27 @@ PLACES = (
 )
 
 
+def odd_fields(status: str, place: str, value: Any) -> dict[str, Any]:
+    """The fields of a job that has ended, with this value at a place such as `worker.past.0.tokens`."""
+    fields: dict[str, Any] = {
+        "status": status,
+        "output_data": {**USED},
+        "worker": {"past": [{**PAST, "ended_at": ago(500)}]},
+    }
+    *parents, last = place.split(".")
+    parent: Any = fields
+    for name in parents:
+        parent = parent[int(name) if isinstance(parent, list) else name]
+    parent[last] = value
+    return fields
+
+
 def fill_with_odd_documents(runtime: Runtime, values: list[Any]) -> None:
-    jobs = runtime.database["jobs"]
     for place in PLACES:
         for value in values:
             for status in ("completed", "failed", "pending"):
-                job_id = ended(runtime, status=status, worker={"past": [{**PAST, "ended_at": ago(500)}]})
-                jobs.update_one({"_id": job_id}, {"$set": {place: value}})
-        jobs.update_one({"_id": ended(runtime)}, {"$unset": {place: ""}})
+                ended(runtime, **odd_fields(status, place, value))
+        runtime.database["jobs"].update_one({"_id": ended(runtime)}, {"$unset": {place: ""}})
 
 
 def expected(runtime: Runtime, since: datetime) -> dict[str, float]:
