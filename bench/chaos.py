@@ -56,7 +56,7 @@ from bench.chaos_plan import (
 )
 from bench.chaos_records import ChangeRecorder, Evidence, Happened, History, Notice, describe, fold
 from testbed.api import ACTIVE, STATUS_CHANNEL, TERMINAL, Api, WorkerProcess, new_document
-from testbed.processes import LOOPBACK, SOURCE, Server
+from testbed.processes import LOOPBACK, SOURCE, Server, current_environment
 from testbed.provider import Provider
 from testbed.servers import DATABASE, MongoServer, RedisServer
 
@@ -589,7 +589,7 @@ class Run:
     def _recover(self) -> str:
         """Run `recover` as an operator would."""
         command = [sys.executable, *worker_command(self.options.hurry, "recover")]
-        environment = {**os.environ, **self.environment}
+        environment = {**current_environment(), **self.environment}
         done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60)
         return f"exit code {done.returncode}: {done.stdout.strip()} {done.stderr.strip()}".strip()
 

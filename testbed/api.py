@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from testbed.forks import WORKER, ForkedProcess, can_fork, fork
-from testbed.processes import poll, spawn
+from testbed.processes import current_environment, poll, spawn
 from testbed.servers import DATABASE
 
 Document = dict[str, Any]
@@ -372,7 +372,7 @@ class WorkerProcess:
         Without a command the worker is forked from a process that has its libraries, where that makes no difference.
         """
         self.log = log
-        full_environment = {**os.environ, **environment}
+        full_environment = {**current_environment(), **environment}
         self.process: subprocess.Popen[bytes] | ForkedProcess
         if command is None and can_fork(full_environment):
             self.process = fork([str(WORKER)], log, full_environment, log.parent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from typing import Final
 from PIL import Image
 
 from testbed.browser import Browser, Page
-from testbed.processes import LOOPBACK, SOURCE, ServerFailed, free_port, poll, spawn
+from testbed.processes import LOOPBACK, SOURCE, ServerFailed, current_environment, free_port, poll, spawn
 
 START_S: Final = 60.0
 STOP_S: Final = 20.0
@@ -38,7 +37,7 @@ class Example:
         port = free_port()
         self.url = f"http://{LOOPBACK}:{port}"
         self._command = [sys.executable, "-m", "examples.api", "--port", str(port), *options]
-        self._environment = {**os.environ, "PYTHONPATH": str(SOURCE), **(environment or {})}
+        self._environment = {**current_environment(), "PYTHONPATH": str(SOURCE), **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Example:

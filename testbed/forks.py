@@ -29,7 +29,7 @@ from multiprocessing import connection as multiprocessing_connection
 from pathlib import Path
 from typing import Final
 
-from testbed.processes import SOURCE, START_TIMEOUT_S, ServerFailed, poll, spawn
+from testbed.processes import SOURCE, START_TIMEOUT_S, ServerFailed, current_environment, poll, spawn
 
 WORKER: Final = SOURCE / "worker.py"
 MESSAGE: Final = struct.Struct("!ci")  # what a number is, and the number
@@ -226,7 +226,7 @@ class Template:
         """Start the process; return the folder of its socket and its log."""
         folder, owner = Path(tempfile.mkdtemp(prefix="testbed-forks-")), os.getpid()
         address = folder / "socket"
-        self._environment = dict(os.environ)
+        self._environment = current_environment()
         process = spawn([sys.executable, "-m", "testbed.forks", str(address)], folder / "log", directory=SOURCE)
 
         def close() -> None:

@@ -28,6 +28,14 @@ STOP_TIMEOUT_S: Final = 10.0
 PORTS: Final = range(20_000, 32_000)
 
 
+def current_environment() -> dict[str, str]:
+    """Return a copy of this process's environment, while another thread may change that.
+
+    pytest does at each step of a test, and `{**os.environ}` in a thread would fail where a variable goes meanwhile.
+    """
+    return {name: value for name in list(os.environ) if (value := os.environ.get(name)) is not None}
+
+
 # --- waiting and ports --------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,16 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from testbed.network import Certificate
-from testbed.processes import LOOPBACK, START_TIMEOUT_S, Server, ServerUnavailable, free_port, poll, spawn
+from testbed.processes import (
+    LOOPBACK,
+    START_TIMEOUT_S,
+    Server,
+    ServerUnavailable,
+    current_environment,
+    free_port,
+    poll,
+    spawn,
+)
 
 
 def _in_package(package: str, relative_path: str) -> Path | None:
@@ -597,7 +606,9 @@ class RabbitServer(Server):
     def control(self, *arguments: str) -> None:
         """Run rabbitmqctl. Raises: subprocess.CalledProcessError."""
         command = [str(find_rabbit() / "rabbitmqctl"), "--quiet", *arguments]
-        subprocess.run(command, env={**os.environ, **self._environment()}, check=True, timeout=90, capture_output=True)
+        subprocess.run(
+            command, env={**current_environment(), **self._environment()}, check=True, timeout=90, capture_output=True
+        )
 
     def _environment(self) -> dict[str, str]:
         """Return the variables that separate this node and its commands from other nodes on the machine."""

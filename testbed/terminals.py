@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.text import Text
 
 from testbed.api import Api, WorkerProcess
-from testbed.processes import SOURCE
+from testbed.processes import SOURCE, current_environment
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
 
@@ -53,7 +53,7 @@ class Terminal:
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         command = [sys.executable, str(SOURCE / "worker.py"), *arguments]
         variables = {
-            **os.environ,
+            **current_environment(),
             "TERM": "xterm-256color",
             "COLUMNS": f"{columns}",
             "LINES": f"{lines}",

@@ -19,7 +19,7 @@ from bson import ObjectId
 
 from testbed.api import Api, WorkerProcess
 from testbed.forks import WORKER, can_fork, fork
-from testbed.processes import SOURCE, Server, ServerUnavailable, poll
+from testbed.processes import SOURCE, Server, ServerUnavailable, current_environment, poll
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer, ReplicaSet
 from tests.lab import AUDIO, IMAGE, TEXT, ago
@@ -140,7 +140,8 @@ def artifacts(api: Api) -> gridfs.GridFS:
 
 def run_python(environment: dict[str, str], folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs `python …` to its end, in a folder without `.env`."""
-    command, variables = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": str(SOURCE), **environment}
+    command = [sys.executable, *arguments]
+    variables = {**current_environment(), "PYTHONPATH": str(SOURCE), **environment}
     return subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=100)
 
 
@@ -153,7 +154,7 @@ def run_forked(
     environment: dict[str, str], folder: Path, *arguments: str, program: Path = WORKER
 ) -> subprocess.CompletedProcess[str]:
     """Does the same in less time where it can."""
-    variables, command = {**os.environ, **environment}, [str(program), *arguments]
+    variables, command = {**current_environment(), **environment}, [str(program), *arguments]
     if not can_fork(variables):
         return run_python(environment, folder, *command)
     output, errors = (folder / f"{ObjectId()}.txt" for _ in range(2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import sys
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 import pytest
 
 from testbed.api import TASK_NAME, Api, WorkerProcess
-from testbed.processes import LOOPBACK, SOURCE, Server, poll
+from testbed.processes import LOOPBACK, SOURCE, Server, current_environment, poll
 from testbed.provider import Provider
 from testbed.servers import MongoServer, RedisServer
 from tests.lab import TEXT
@@ -42,7 +41,7 @@ class Flower(Server):
         return [*command, f"--basic-auth={FLOWER_PASSWORD}"]
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self.worker_environment, "PYTHONPATH": str(SOURCE)}
+        return {**current_environment(), **self.worker_environment, "PYTHONPATH": str(SOURCE)}
 
     def _answers(self) -> bool:
         with suppress(OSError):
