@@ -425,9 +425,7 @@ def test_each_rescue_is_twice_as_far_up_to_ten_minutes(runtime: Runtime) -> None
     ("its own limit is longer", {**first_started(601), "worker__limits": [9000, 8000]}, False),
     ("an older worker's", {"worker": None}, False),
 )
-def test_a_job_is_past_its_bounds_by_attempts_or_by_time(
-    runtime: Runtime, fields: dict[str, Any], is_past: bool
-) -> None:
+def test_a_job_is_past_its_bounds_by_attempts_or_time(runtime: Runtime, fields: dict[str, Any], is_past: bool) -> None:
     job = claim(runtime)
     change(runtime, job.id, **fields)
     assert runtime.store.is_past_bounds(look(runtime, job.id)) is is_past
@@ -923,9 +921,10 @@ def test_however_a_handler_ends_it_is_an_outcome(
     ("uncounted, whatever the tries", 4, RetryJob(after_s=7, is_counted=False), 7, 7),
 )
 def test_a_retry_gets_its_wait(runtime: Runtime, attempt: int, error: RetryJob, least_s: float, most_s: float) -> None:
-    retried: Any = worker.within_bounds(runtime, some_job(attempt=attempt), error)
-    assert isinstance(retried.after_s, float | int)
-    assert least_s <= retried.after_s <= most_s
+    outcome = worker.within_bounds(runtime, some_job(attempt=attempt), error)
+    assert isinstance(outcome, RetryJob)
+    assert outcome.after_s is not None
+    assert least_s <= outcome.after_s <= most_s
 
 
 @table(

@@ -185,16 +185,16 @@ def test_a_text_whose_pieces_each_have_a_reason_is_read_to_its_end(monkeypatch: 
     async def send_slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
-        for number in range(4):
+        for number in range(6):
             writer.write(stream(delta(str(number), "stop")))
-            await asyncio.sleep(0.1 if number < 2 else 1.8)
+            await asyncio.sleep(0.1 if number < 2 else 1.2)
 
     async def ask() -> str:
         async with server(send_slowly) as url, opened(at_url(url)) as ours:
             return str((await ours.text({"model": "m", "messages": []}, lambda _: None)).text)
 
-    monkeypatch.setattr("workerkit.provider.AFTER_THE_END_S", 1.5)
-    assert asyncio.run(ask()) == "0123"
+    monkeypatch.setattr("workerkit.provider.AFTER_THE_END_S", 1.0)
+    assert asyncio.run(ask()) == "012345"
 
 
 def test_a_text_names_the_model_and_the_tokens_of_the_answer(provider: Provider) -> None:
