@@ -16,8 +16,8 @@ import pytest
 
 from testbed.network import Gateway
 from testbed.processes import Server, poll
+from tests.lab import ago
 from tests.place import LEASE_S, LIMITS, PATIENCE_S, HoldingProvider, OpenPlace, Place, Step, assert_ended_once
-from tests.site import an_hour_ago
 
 UNTIL_AWAY = "hold until_it_is_away"  # in a prompt: answered once the server has gone
 UNTIL_OVER = "hold until_it_is_over"  # in a prompt: answered once the server is back
@@ -285,7 +285,7 @@ class BrokerLab:
         with self.outages[name]():
             since = datetime.now(UTC)
             for place in self.places.values():
-                place.insert("lost", LOST["lost"], created_at=an_hour_ago())
+                place.insert("lost", LOST["lost"], created_at=ago(3600))
                 place.api.cancel(place.jobs["cancelled"])
             self.provider.let_go.add(UNTIL_AWAY)
             meanwhile = {pool: look(place, since, name == "full") for pool, place in self.places.items()}

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -188,10 +188,6 @@ def run_impatiently(environment: dict[str, str], folder: Path, *commands: str) -
     """
     (folder / "impatient_commands.py").write_text(IMPATIENT)
     return run_forked(environment, folder, *commands, program=folder / "impatient_commands.py")
-
-
-def an_hour_ago() -> datetime:
-    return ago(3600)
 
 
 def lease(**other: object) -> dict[str, Any]:

@@ -15,17 +15,8 @@ from testbed.api import Api
 from testbed.forks import WORKER
 from testbed.processes import free_port, poll
 from testbed.provider import Provider
-from tests.lab import KEY, TEXT
-from tests.site import (
-    CELERY_COMMAND,
-    StartWorker,
-    an_hour_ago,
-    insert_processing,
-    lease,
-    run_impatiently,
-    run_python,
-    run_worker,
-)
+from tests.lab import KEY, TEXT, ago
+from tests.site import CELERY_COMMAND, StartWorker, insert_processing, lease, run_impatiently, run_python, run_worker
 from worker import COMMANDS, main
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -189,7 +180,7 @@ def test_status_shows_jobs_queue_and_failures(environment: dict[str, str], api: 
     for status in ("pending", "completed", "completed"):
         at = datetime.now(UTC) if status == "completed" else None
         api.insert(TEXT, {}, status=status, completed_at=at)
-    insert_processing(api, "expired", worker=lease(lease_until=an_hour_ago()))
+    insert_processing(api, "expired", worker=lease(lease_until=ago(3600)))
     failed = api.insert(TEXT, {}, status="failed", error_message="It broke.", completed_at=datetime.now(UTC))
     api.send("waiting")
     ended = run_worker(environment, tmp_path, "status")
@@ -212,7 +203,7 @@ def test_recover_without_mongodb_ends_with_one_sentence(environment: dict[str, s
 
 
 def test_recover_puts_a_lost_job_back_into_the_queue(environment: dict[str, str], api: Api, tmp_path: Path) -> None:
-    job = insert_processing(api, "expired", worker=lease(lease_until=an_hour_ago()))
+    job = insert_processing(api, "expired", worker=lease(lease_until=ago(3600)))
     ended = run_worker(environment, tmp_path, "recover")
     assert ended.returncode == 0
     assert ended.stdout.strip() == f"job={job} no attempt worked on it: put back into the queue"

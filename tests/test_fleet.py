@@ -15,8 +15,9 @@ from bson import ObjectId
 from testbed.api import WorkerProcess
 from testbed.forks import WORKER
 from testbed.processes import poll
+from tests.lab import ago
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
-from tests.site import an_hour_ago, lease
+from tests.site import lease
 
 # The search for lost messages waits a minute in earnest.
 HURRY = """
@@ -29,7 +30,7 @@ QUICK = Step("[tokens 1]")
 def insert_expired(place: Place, name: str, **own: object) -> ObjectId:
     """Inserts a job whose worker died a moment ago."""
     started_at = datetime.now() - timedelta(seconds=20)
-    bookkeeping = lease(lease_until=an_hour_ago(), first_started_at=started_at, **own)
+    bookkeeping = lease(lease_until=ago(3600), first_started_at=started_at, **own)
     return place.insert(name, QUICK, status="processing", started_at=started_at, worker=bookkeeping)
 
 
@@ -68,10 +69,10 @@ def priorities(place: Place) -> None:
     """Many jobs of a low priority wait behind a few of a high one, and the API's clock is an hour behind."""
     place.add_module(HURRY)
     place.start_worker(WORKER_CONCURRENCY="1").wait_ready(PATIENCE_S)
-    low = [place.insert(f"low {number}", Step("[delay 0.1]"), created_at=an_hour_ago()) for number in range(40)]
+    low = [place.insert(f"low {number}", Step("[delay 0.1]"), created_at=ago(3600)) for number in range(40)]
     for job in low:
         place.api.enqueue(job, priority=9)
-    lost = place.insert("lost", QUICK, created_at=an_hour_ago())
+    lost = place.insert("lost", QUICK, created_at=ago(3600))
     high = []
     for number in range(3):
         high.append(place.insert(f"high {number}", Step("[delay 0.1]")))

@@ -20,7 +20,7 @@ from testbed.api import TERMINAL
 from testbed.processes import poll
 from tests.lab import ago, change, claim, deliver, insert, new_sweeper, queued, read, stale, table
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, side_by_side
-from tests.site import an_hour_ago, lease
+from tests.site import lease
 from worker import NODE, Runtime
 from workerkit.mongodb import TOLERANT
 
@@ -66,7 +66,7 @@ def released(**fields: Any) -> dict[str, Any]:
 def insert_odd(place: Place, status: str, own: Any, **fields: Any) -> ObjectId:
     """Inserts a job without a message. A job that has started did so when its bookkeeping says so, or long ago."""
     started_at = own.get("first_started_at") if isinstance(own, dict) else None
-    started = {"started_at": started_at if isinstance(started_at, datetime) else an_hour_ago()}
+    started = {"started_at": started_at if isinstance(started_at, datetime) else ago(3600)}
     document = {"worker": own, **(started if status == "processing" else {}), **fields}
     return place.insert(f"odd {ObjectId()}", Step("[tokens 1]"), status=status, **document)
 
@@ -122,8 +122,8 @@ def insert_not_utf8(place: Place, name: str, status: str, own: Any) -> ObjectId:
     texts = {"user_id": "user", "session_id": "session", "job_type": "text_generation", "prompt": "Hello"}
     texts[name] += marked
     document = {"_id": job_id, "status": status, "input_data": {"prompt": texts.pop("prompt")}, **texts}
-    document |= {"created_at": an_hour_ago(), "updated_at": an_hour_ago(), "worker": own}
-    document |= {"started_at": own["first_started_at"] if own and status == "processing" else an_hour_ago()}
+    document |= {"created_at": ago(3600), "updated_at": ago(3600), "worker": own}
+    document |= {"started_at": own["first_started_at"] if own and status == "processing" else ago(3600)}
     raw = bson.encode(document).replace(marked.encode(), NOT_UTF8 * 2)
     place.api.jobs.insert_one(RawBSONDocument(raw))
     return job_id
@@ -166,11 +166,11 @@ def bytes_out(runtime: Runtime) -> int:
 @table("odd_id", ("text", "text"), ("a document", {"a": 1}))
 def test_a_job_whose_id_is_odd_ends_at_its_deadline_and_others_are_rescued(runtime: Runtime, odd_id: object) -> None:
     jobs = runtime.database["jobs"]
-    jobs.insert_one({"_id": odd_id, "status": "processing", "started_at": an_hour_ago()})
-    others = [insert(runtime, status="processing", started_at=an_hour_ago()) for _ in range(2)]
+    jobs.insert_one({"_id": odd_id, "status": "processing", "started_at": ago(3600)})
+    others = [insert(runtime, status="processing", started_at=ago(3600)) for _ in range(2)]
     assert len(new_sweeper(runtime).sweep()) == 3
     assert [read(runtime, job_id)["worker"]["rescues"] for job_id in others] == [1, 1]
-    times = {"started_at": an_hour_ago(), "worker.first_started_at": an_hour_ago(), "worker.rescue_at": ago(5)}
+    times = {"started_at": ago(3600), "worker.first_started_at": ago(3600), "worker.rescue_at": ago(5)}
     jobs.update_one({"_id": odd_id}, {"$set": {**times, "started_at": times["worker.first_started_at"]}})
     assert len(new_sweeper(runtime).sweep()) == 1
     assert (jobs.find_one({"_id": odd_id}) or {})["status"] == "failed"
@@ -189,7 +189,7 @@ def test_a_document_that_cant_be_decoded_keeps_no_other_from_its_rescue_or_its_l
     own = {"owner": "x", "node": NODE, "attempt": 1, "unnotified": ago(60)}
     runtime.database["jobs"].insert_one(undecodable({**odd, "status": "processing", "worker": own}))
     runtime.database["jobs"].insert_one(undecodable({**odd, "_id": ObjectId(), "status": "failed", "worker": own}))
-    insert(runtime, status="processing", started_at=an_hour_ago())
+    insert(runtime, status="processing", started_at=ago(3600))
     ended = insert(runtime, status="failed")
     change(runtime, ended, worker={"owner": "x", "attempt": 1, "unnotified": ago(60)})
     assert len(new_sweeper(runtime).sweep()) == 2
@@ -204,9 +204,9 @@ def test_bookkeeping_that_cant_be_decoded_is_replaced_and_others_are_rescued(run
         "job_type": "text_generation",
         "input_data": {"prompt": "Hello"},
     }
-    odd = {**document, "started_at": an_hour_ago(), "worker": {"x": bson.Binary(b"abcd", 2)}}
+    odd = {**document, "started_at": ago(3600), "worker": {"x": bson.Binary(b"abcd", 2)}}
     runtime.database["jobs"].insert_one(undecodable(odd))
-    others = [insert(runtime, status="processing", started_at=an_hour_ago()) for _ in range(2)]
+    others = [insert(runtime, status="processing", started_at=ago(3600)) for _ in range(2)]
     assert len(new_sweeper(runtime).sweep()) == (2 if status == "pending" else 3)
     assert [read(runtime, job_id)["worker"]["rescues"] for job_id in others] == [1, 1]
     if status == "pending":
@@ -218,7 +218,7 @@ def test_bookkeeping_that_cant_be_decoded_is_replaced_and_others_are_rescued(run
 
 
 def test_more_stale_jobs_than_a_batch_holds_are_put_back_in_one_sweep(runtime: Runtime) -> None:
-    jobs = [{"status": "processing", "started_at": an_hour_ago(), "user_id": "u"} for _ in range(350)]
+    jobs = [{"status": "processing", "started_at": ago(3600), "user_id": "u"} for _ in range(350)]
     runtime.database["jobs"].insert_many(jobs)
     sweeper = new_sweeper(runtime)
     sweeper.budget_s = 60.0
@@ -228,7 +228,7 @@ def test_more_stale_jobs_than_a_batch_holds_are_put_back_in_one_sweep(runtime: R
 
 
 def test_a_sweep_whose_time_is_over_goes_on_behind_the_last_job_it_saw(runtime: Runtime) -> None:
-    jobs = [{"status": "processing", "started_at": an_hour_ago(), "user_id": "u"} for _ in range(250)]
+    jobs = [{"status": "processing", "started_at": ago(3600), "user_id": "u"} for _ in range(250)]
     runtime.database["jobs"].insert_many(jobs)
     sweeper = new_sweeper(runtime)
     sweeper.budget_s, sweeper.batch = 0.0, 100
@@ -248,7 +248,7 @@ def test_bookkeeping_that_is_text_and_not_utf8_is_replaced(
     runtime: Runtime, status: str, ends: str, own: object
 ) -> None:
     document = {"_id": ObjectId(), "status": status, "job_type": "text_generation", "input_data": {"prompt": "Hello"}}
-    raw = bson.encode({**document, "started_at": an_hour_ago(), "worker": own}).replace(b"~~~~", NOT_UTF8 * 2)
+    raw = bson.encode({**document, "started_at": ago(3600), "worker": own}).replace(b"~~~~", NOT_UTF8 * 2)
     runtime.database["jobs"].insert_one(RawBSONDocument(raw))
     if status == "pending":
         deliver(runtime, document["_id"])

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from testbed.processes import poll
-from tests.lab import IMAGE, TEXT
+from tests.lab import IMAGE, TEXT, ago
 from tests.place import PATIENCE_S, OpenPlace, Outcomes, Place, Scenario, Step, assert_ended_once, side_by_side
-from tests.site import Site, an_hour_ago, artifacts, insert_processing, lease
+from tests.site import Site, artifacts, insert_processing, lease
 from workerkit.sentences import GAVE_UP, STOPPED
 
 # ── dead processes ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -80,7 +80,7 @@ def test_a_task_that_is_revoked_before_it_runs_fails_its_job(site: Site) -> None
 
 
 def test_a_job_with_an_expired_lease_is_rescued(site: Site) -> None:
-    job = insert_processing(site.api, "expired", worker=lease(lease_until=an_hour_ago()))
+    job = insert_processing(site.api, "expired", worker=lease(lease_until=ago(3600)))
     assert site.api.wait(job)["status"] == "completed"
     assert site.api.document(job)["worker"]["attempt"] == 2
 
@@ -89,33 +89,33 @@ def test_a_live_lease_of_another_worker_is_never_touched(site: Site) -> None:
     held = insert_processing(site.api, "held elsewhere", worker=lease())
     before = site.api.document(held)
     for _ in range(2):
-        site.api.wait(insert_processing(site.api, "expired beside it", worker=lease(lease_until=an_hour_ago())))
+        site.api.wait(insert_processing(site.api, "expired beside it", worker=lease(lease_until=ago(3600))))
     assert site.api.document(held) == before
 
 
 def test_a_released_job_whose_message_was_lost_is_rescued(site: Site) -> None:
-    times = {"available_at": an_hour_ago(), "rescue_at": an_hour_ago()}
+    times = {"available_at": ago(3600), "rescue_at": ago(3600)}
     job = insert_processing(site.api, "lost", worker=lease(owner=None, attempt=0, **times))
     assert site.api.wait(job)["status"] == "completed"
 
 
 @pytest.mark.parametrize("bookkeeping", [{}, {"worker": None}], ids=["no field", "null"])
 def test_an_old_job_of_a_worker_without_leases_is_taken_over(site: Site, bookkeeping: dict[str, Any]) -> None:
-    job = insert_processing(site.api, "orphan", started_at=an_hour_ago(), **bookkeeping)
+    job = insert_processing(site.api, "orphan", started_at=ago(3600), **bookkeeping)
     assert site.api.wait(job)["status"] == "completed"
 
 
 def test_a_young_job_of_a_worker_without_leases_is_left_to_it(site: Site) -> None:
     young = insert_processing(site.api, "young", started_at=datetime.now(UTC))
-    site.api.wait(insert_processing(site.api, "old", started_at=an_hour_ago()))
+    site.api.wait(insert_processing(site.api, "old", started_at=ago(3600)))
     assert site.api.status(young) == "processing"
     assert not site.provider.calls_for("young")
 
 
 @pytest.mark.parametrize("what", ["its attempts", "its time"])
 def test_a_lost_job_that_has_used_up_its_bounds_fails(site: Site, what: str) -> None:
-    used_up: dict[str, Any] = {"attempt": 4} if what == "its attempts" else {"first_started_at": an_hour_ago()}
-    job = insert_processing(site.api, f"used up {what}", worker=lease(lease_until=an_hour_ago(), **used_up))
+    used_up: dict[str, Any] = {"attempt": 4} if what == "its attempts" else {"first_started_at": ago(3600)}
+    job = insert_processing(site.api, f"used up {what}", worker=lease(lease_until=ago(3600), **used_up))
     site.api.wait_notice(job, "failed")
     assert site.api.document(job)["error_message"] == GAVE_UP
     assert not site.provider.calls_for(f"used up {what}")
