@@ -206,7 +206,7 @@ class Template:
 
     def fits(self, environment: Mapping[str, str]) -> bool:
         """Return whether a fork would be the same as a new process with this environment."""
-        started_with = self._environment if self._folder else os.environ
+        started_with = self._environment if self._folder else current_environment()
         return sys.platform == "linux" and read_at_start(environment) == read_at_start(started_with)
 
     def connect(self) -> socket.socket:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from testbed.api import without_foreign_settings
-from testbed.processes import LOOPBACK, SOURCE, Server, ServerUnavailable
+from testbed.processes import LOOPBACK, SOURCE, Server, ServerUnavailable, current_environment
 
 REQUIREMENTS: Final = SOURCE / "testbed" / "requirements"
 INSTALL_TIMEOUT_S: Final = 900
@@ -118,7 +118,7 @@ class ModelServer(Server):
 
     def _environment(self) -> dict[str, str]:
         """Return the server's environment, with a home of its own and no proxy."""
-        usual = without_foreign_settings(os.environ)
+        usual = without_foreign_settings(current_environment())
         kept = {
             name: value
             for name, value in usual.items()
