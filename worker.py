@@ -1778,8 +1778,8 @@ def remove_leftovers(runtime: Runtime, job: Job) -> None:
 def repeat_final_status(runtime: Runtime, job: Job, *, of_a_cancel: bool) -> None:
     """Publishes the final status again, if the job was ended while this process was suspended.
 
-    This one may have published "processing" since. A cancel by the API, which publishes it itself, has no
-    `completed_at`.
+    This one may have published "processing" since. A cancel by the API has no `completed_at`. It is published
+    (`of_a_cancel`) only where this process has published "processing" just before.
     """
     with contextlib.suppress(StoreUnavailable), pymongo.timeout(runtime.poll_store_s):
         seen = runtime.store.look(job.id)

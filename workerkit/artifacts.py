@@ -90,11 +90,11 @@ class GridFSArtifacts(Artifacts):
         """
         begins = {"$regex": f"^{re.escape(prefix)}"}
         with unknown_when_unreachable():  # both reads are answered by an index alone, in its order
-            at_once = {"batch_size": NAMES_AT_ONCE}
-            chunks = self._chunks.find({"files_id": begins}, {"_id": 0, "files_id": 1}, **at_once).sort("files_id")
-            entries = self._index.find({"_id": begins}, {"_id": 1}, **at_once).sort("_id")
-            both = heapq.merge((one["files_id"] for one in chunks), (one["_id"] for one in entries))
-            yield from (name for name, _ in itertools.groupby(both))
+            chunks = self._chunks.find({"files_id": begins}, {"_id": 0, "files_id": 1}).sort("files_id")
+            entries = self._index.find({"_id": begins}, {"_id": 1}).sort("_id")
+            by_chunk = (chunk["files_id"] for chunk in chunks.batch_size(NAMES_AT_ONCE))
+            by_entry = (entry["_id"] for entry in entries.batch_size(NAMES_AT_ONCE))
+            yield from (name for name, _ in itertools.groupby(heapq.merge(by_chunk, by_entry)))
 
     def delete(self, name: str) -> None:
         with unknown_when_unreachable():
